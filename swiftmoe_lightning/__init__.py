@@ -1,0 +1,21 @@
+"""Adaptive expert replication for training Mixture-of-Experts models in PyTorch Lightning and plain PyTorch.
+
+Importing it registers `strategy="swiftmoe"` with Lightning.
+"""
+
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine import SwiftMoEEngine
+from swiftmoe_lightning.modules import Experts, MoE, RouterOutput, TopKRouter, auxiliary_loss
+from swiftmoe_lightning.placement import Placement, PlacementPolicy
+
+__all__ = [
+    "Experts",
+    "MoE",
+    "Placement",
+    "PlacementPolicy",
+    "RouterOutput",
+    "SwiftMoEConfig",
+    "SwiftMoEEngine",
+    "TopKRouter",
+    "auxiliary_loss",
+]

@@ -1,0 +1,22 @@
+"""torch.distributed in one place: the group of ranks, its exchanges, and row-sharded masters."""
+
+from swiftmoe_lightning.comms.group import ExpertGroup, PendingExchange
+from swiftmoe_lightning.comms.masters import (
+    full_tensor,
+    is_master,
+    local_rows,
+    local_shard,
+    master_from_local,
+    shard_from_rank_zero,
+)
+
+__all__ = [
+    "ExpertGroup",
+    "PendingExchange",
+    "full_tensor",
+    "is_master",
+    "local_rows",
+    "local_shard",
+    "master_from_local",
+    "shard_from_rank_zero",
+]

@@ -1,0 +1,114 @@
+"""The ranks that share the experts, and the few collectives they use.
+
+W ranks, R rows sent, D features of a row.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class ExpertGroup:
+    """All ranks of the default process group, as one mesh axis named "expert".
+
+    ranks_per_node: neighbouring ranks that share a node; None asks torchrun's LOCAL_WORLD_SIZE, else takes one node.
+
+    Raises RuntimeError when no process group is initialised.
+    """
+
+    def __init__(self, device_type: str, ranks_per_node: int | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
+        self.mesh: DeviceMesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("expert",))
+        self.process_group = self.mesh.get_group()
+        self.rank: int = self.mesh.get_local_rank()
+        self.world_size: int = self.mesh.size()
+        self.ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        _leave_cleanly()
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        """[n] of each rank -> [W, n], on the device of `row`."""
+        rows = row.new_empty(self.world_size * len(row))
+        # torch 2.13 renames the call and warns at the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(rows, row, group=self.process_group)
+        return rows.view(self.world_size, -1)
+
+    def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce `value` over the ranks, in place."""
+        dist.all_reduce(value, op=op, group=self.process_group)
+        return value
+
+    def broadcast_int(self, value: int, device: torch.device) -> int:
+        """Rank 0's whole number, on every rank."""
+        box = torch.tensor(value, device=device)
+        dist.broadcast(box, group=self.process_group, group_src=0)
+        return int(box.item())
+
+    def start_all_to_all(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
+        """Begin to send the i-th split of `send` (along dim 0) to rank i. Nothing may touch `send` before `wait()`."""
+        received = send.new_empty((sum(receive_splits), *send.shape[1:]))
+        work = dist.all_to_all_single(
+            received, send, receive_splits, send_splits, group=self.process_group, async_op=True
+        )
+        row_bytes = send.element_size() * (send[0].numel() if send.dim() > 1 and len(send) else 1)
+        num_sent = sum(send_splits) - send_splits[self.rank]
+        return PendingExchange(work, send, received, num_sent * row_bytes)
+
+    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """Rows to their ranks; differentiable. Forward: all-to-all. Backward: the gradient, all-to-all, back."""
+        return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits)
+
+
+class PendingExchange:
+    """An all-to-all under way. `bytes_sent` counts what leaves this rank."""
+
+    def __init__(self, work: Any, send: Tensor, received: Tensor, bytes_sent: int) -> None:
+        self._work, self._send, self._received = work, send, received
+        self.bytes_sent = bytes_sent
+
+    def wait(self) -> Tensor:
+        """What came, ready for use on the current stream."""
+        self._work.wait()
+        return self._received
+
+
+class _ExchangeRows(torch.autograd.Function):
+    """Forward: all-to-all of rows. Backward: all-to-all of their gradients with the splits turned round."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: ExpertGroup, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        ctx.group, ctx.splits = group, (send_splits, receive_splits)
+        return group.start_all_to_all(rows.contiguous(), send_splits, receive_splits).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send_splits, receive_splits = ctx.splits
+        back = ctx.group.start_all_to_all(grad.contiguous(), receive_splits, send_splits).wait()
+        return back, None, None, None
+
+
+@functools.cache
+def _leave_cleanly() -> None:
+    """At exit, free what still holds the process group.
+
+    With gloo, a mesh left to the interpreter's shutdown makes a worker thread abort the process (pytorch#190489).
+    """
+
+    def close() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+
+    atexit.register(close)

@@ -1,0 +1,41 @@
+"""Masters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from swiftmoe_lightning.comms.group import ExpertGroup
+from swiftmoe_lightning.placement import shard_rows
+
+
+def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
+    """Rank 0's `full` tensor, cut by rows; the other ranks' values are ignored, as in DDP. A collective."""
+    return distribute_tensor(full.detach(), group.mesh, [Shard(1)], src_data_rank=0)
+
+
+def master_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
+    """This rank's rows as a piece of the master of global `shape`. No communication."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, group.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+
+
+def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
+    """First and last-plus-one row that this rank owns of an expert tensor of global `shape`."""
+    return shard_rows(shape[1], group.world_size)[group.rank]
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """The rows of a DTensor that live here, sharing its storage; any other tensor as it is."""
+    return value.detach().to_local() if isinstance(value, DTensor) else value
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """A DTensor's whole value on every rank (a collective); any other tensor as it is."""
+    return value.detach().full_tensor() if isinstance(value, DTensor) else value
+
+
+def is_master(value: object) -> bool:
+    """Whether `value` is a tensor cut over the ranks."""
+    return isinstance(value, DTensor)

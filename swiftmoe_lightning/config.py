@@ -1,0 +1,72 @@
+"""Settings of a run, checked against each other where they are made. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+PLACEMENTS: Final = ("packed", "symi", "static")
+TOKEN_SPLITS: Final = ("local", "even")
+DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiftMoEConfig:
+    """How experts are replicated, placed and exchanged. Every field is JSON-able (a policy class excepted).
+
+    slots_per_rank: slots (places for one expert's weights) on each rank, s. None picks
+        max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
+    placement: "packed" (replicas by load, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous),
+        "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
+    replace_every: optimizer steps between two placements; 1 is every step.
+    token_split: how an expert's tokens are shared by its hosts: "even" shares, or "local" (the same shares, and a
+        rank's own tokens stay on it, then on its node, as far as the shares allow).
+    param_dtype: dtype of the working weights and of their exchange; None means the masters' own.
+    reduce_dtype: dtype of the gradients on the wire; their sum is taken in float32 or wider.
+    offload_optimizer: keep masters and optimizer state in host memory. Needs a process group that also serves the
+        CPU ("cpu:gloo,cuda:nccl").
+    """
+
+    slots_per_rank: int | None = None
+    placement: Any = "packed"
+    replace_every: int = 1
+    token_split: str = "local"
+    param_dtype: str | None = None
+    reduce_dtype: str = "float32"
+    offload_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("slots_per_rank", "replace_every"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}. Set {name}=1 or more.")
+        if isinstance(self.placement, str):
+            check_choice("placement", self.placement, PLACEMENTS)
+        check_choice("token_split", self.token_split, TOKEN_SPLITS)
+        check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
+        if self.param_dtype is not None:
+            check_choice("param_dtype", self.param_dtype, DTYPES)
+
+    def resolve_slots_per_rank(self, num_experts: int, world_size: int) -> int:
+        """Slots of each rank for a layer of E experts on W ranks.
+
+        Raises ValueError when the W * s slots cannot hold every expert once.
+        """
+        if self.slots_per_rank is None:
+            if world_size == 1:
+                return num_experts
+            per_rank = -(-num_experts // world_size)
+            return min(num_experts, max(-(-5 * num_experts // (4 * world_size)), per_rank + 1))
+        if world_size * self.slots_per_rank < num_experts:
+            raise ValueError(
+                f"{world_size} ranks x {self.slots_per_rank} slots = {world_size * self.slots_per_rank} slots cannot "
+                f"hold {num_experts} experts, and every expert keeps at least one replica. Set slots_per_rank to "
+                f"{-(-num_experts // world_size)} or more, or leave it None."
+            )
+        return self.slots_per_rank
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`, naming the setting and what it may be."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

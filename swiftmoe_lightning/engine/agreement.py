@@ -1,0 +1,96 @@
+"""Every forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
+
+W ranks, E experts. A row is [layer or -1, training, dtype, stale, finite] and then [E] counts, padded to the widest
+layer, so that a rank which has left its evaluation loop can answer without knowing which layer the others are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.comms import ExpertGroup
+from swiftmoe_lightning.modules import NON_FINITE_SCORES
+
+_HEADER: Final = 5
+_DONE: Final = -1
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Agreement:
+    """What the ranks tell each other at the start of a layer's forward.
+
+    layer_names: of all MoE layers, in the same order on every rank. max_experts: the widest layer's E.
+    """
+
+    def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
+        self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
+
+    def call(self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool) -> CallRows:
+        """Say what this rank is about to do. Returns what all do, checked.
+
+        Raises RuntimeError when ranks are in different calls, FloatingPointError for non-finite scores; on all ranks.
+        """
+        head = [layer, int(torch.is_grad_enabled()), DTYPES.index(dtype), int(stale)]
+        padding = counts_E.new_zeros(self._max_experts - len(counts_E))
+        row = torch.cat([counts_E.new_tensor(head), scores_finite.view(1).to(torch.int64), counts_E, padding])
+        return self._gather(row)
+
+    def done(self) -> CallRows:
+        """Say that this rank has no more batches, and hear what the others are about to do."""
+        row = torch.zeros(_HEADER + self._max_experts, dtype=torch.int64, device=self._device)
+        row[0], row[4] = _DONE, 1
+        return self._gather(row)
+
+    def _gather(self, row: Tensor) -> CallRows:
+        rows = CallRows(self._group.all_gather(row).cpu().numpy())
+        self._check(rows)
+        return rows
+
+    def _check(self, rows: CallRows) -> None:
+        calls = {tuple(head) for head in rows.active[:, :3].tolist()}
+        has_left = len(rows.active) < len(rows.table)
+        if len(calls) > 1 or (has_left and any(training for _, training, _ in calls)):
+            raise RuntimeError(
+                "ranks are in different forward passes: "
+                + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
+                + ". Every rank must run the same MoE layers in the same order, as many times: give all ranks equally "
+                "many training batches (drop_last=True, or limit_train_batches)."
+            )
+        bad_ranks = np.flatnonzero(rows.table[:, 4] == 0).tolist()
+        if bad_ranks:
+            where = f"layer {self._names[rows.layer]!r} on rank{'s' * (len(bad_ranks) > 1)} {bad_ranks}"
+            raise FloatingPointError(NON_FINITE_SCORES.format(where=where))
+
+    def _describe(self, row: np.ndarray) -> str:
+        if row[0] == _DONE:
+            return "has no more batches"
+        return f"{'trains' if row[1] else 'evaluates'} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"
+
+
+class CallRows:
+    """table: [W, header + E] int64, what every rank said."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+        self.active = table[table[:, 0] != _DONE]
+
+    @property
+    def layer(self) -> int:
+        return int(self.active[0, 0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[int(self.active[0, 2])]
+
+    @property
+    def any_stale(self) -> bool:
+        return bool(self.table[:, 3].any())
+
+    def counts_WE(self, num_experts: int) -> np.ndarray:
+        """[W, E] int64."""
+        return self.table[:, _HEADER : _HEADER + num_experts]

@@ -1,0 +1,37 @@
+"""DistributedDataParallel for the dense part of a module whose experts an engine looks after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from swiftmoe_lightning.comms import is_master
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.engine import SwiftMoEEngine
+
+
+class ExpertDataParallel(DistributedDataParallel):
+    """DDP that leaves masters and router biases to the engine, and whose `no_sync()` also pauses collection."""
+
+    def __init__(self, module: nn.Module, engine: SwiftMoEEngine, **ddp_options: Any) -> None:
+        ignore_expert_parameters(module)
+        super().__init__(module, **ddp_options)
+        self._engine = engine
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        with super().no_sync(), self._engine.no_sync():
+            yield
+
+
+def ignore_expert_parameters(module: nn.Module) -> None:
+    """Tell DDP, and Lightning's own broadcast, to leave masters alone, and the router biases: ranks compute those
+    alike, and a broadcast in every forward would ask for as many evaluation batches on each rank."""
+    names = [name for name, p in module.named_parameters() if is_master(p)]
+    names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

@@ -1,0 +1,253 @@
+"""The training step of every MoE layer in a module. W ranks, L layers, E experts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.comms import ExpertGroup, is_master
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine.agreement import Agreement
+from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
+from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
+from swiftmoe_lightning.engine.layer import ShardedLayer
+from swiftmoe_lightning.engine.tracking import LayerStep, TrackedLayer, track_layers
+from swiftmoe_lightning.engine.update import ShardedUpdate
+from swiftmoe_lightning.placement import Placement, make_policy
+
+
+class SwiftMoEEngine:
+    """Adaptive replication for every `Experts` layer of a module. One training step, in order:
+
+    route, count, plan, dispatch, experts, combine    in forward: `MoE.forward`, `Experts.run`
+    collect      at the end of backward: each expert's gradient -> the ranks that own its rows   (all-to-all 1)
+    update       `optimizer.step()`, on this rank's rows alone; no communication
+    place        next placements from popularity; the same answer on every rank
+    distribute   updated rows -> the experts' hosts in the next placements                       (all-to-all 2)
+
+    Construction is a collective: parameters of `Experts` become masters in place (rank 0's values). Make optimizers
+    after it, and pass them through `prepare_optimizer`; run the module through `data_parallel()`. Without a process
+    group, or on one rank, the module stays a plain MoE and the engine keeps the books.
+
+    module: its `Experts` layers are found by type. config: None takes the defaults.
+    device: where the slots live; None takes the module's own, or the CPU for a module on meta.
+    ranks_per_node: for the "local" token split; None asks the launcher.
+
+    Raises ValueError when the slots cannot hold the experts.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: SwiftMoEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        ranks_per_node: int | None = None,
+    ) -> None:
+        self.module = module
+        self.config = config or SwiftMoEConfig()
+        self.last_step: list[LayerStep] = []
+        self.group: ExpertGroup | None = None
+        self._device = torch.device(device) if device is not None else _device_of(module)
+        self._ranks_per_node = ranks_per_node
+        self._tracked: list[TrackedLayer] = []
+        self._updates: dict[int, ShardedUpdate] = {}
+        self._pending: list[ShardedLayer] = []
+        self._syncs = True
+        self._collects_at_end = False
+        self.attach(module)
+
+    @property
+    def layers(self) -> list[ShardedLayer]:
+        """The layers that are spread over ranks; none on a single rank."""
+        return [t.sharded for t in self._tracked if t.sharded is not None]
+
+    @property
+    def placements(self) -> dict[str, Placement]:
+        """Each MoE layer's current placement, by the name of its `Experts` module."""
+        return {t.name: t.experts.hosting.placement for t in self._tracked}
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes this rank has sent since the start, in "collect" and "distribute"; what it keeps does not count."""
+        slots = [layer.slots for layer in self.layers]
+        return {
+            "collect": sum(s.collection_bytes for s in slots),
+            "distribute": sum(s.distribution_bytes for s in slots),
+        }
+
+    def attach(self, module: nn.Module) -> None:
+        """Find the module's MoE layers and spread those that are not yet. Repeatable: layers may be added, moved
+        or cast in between. A collective."""
+        self.module = module
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
+            device_type = "cpu" if self.config.offload_optimizer else self._device.type
+            self.group = ExpertGroup(device_type, self._ranks_per_node)
+        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked)
+        if self.group is not None and self.layers:
+            widest = max(layer.experts.num_experts for layer in self.layers)
+            agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
+            for layer in self.layers:
+                layer.connect(agreement, self._on_backward)
+
+    def data_parallel(self, **ddp_options: Any) -> nn.Module:
+        """The module, wrapped so that its dense gradients are averaged over ranks (DistributedDataParallel).
+
+        Use the result for forward and `no_sync()`. On one rank, the module itself.
+        """
+        if self.group is None:
+            return self.module
+        return ExpertDataParallel(self.module, self, **ddp_options)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
+
+        Raises ValueError when it holds parameters from before the engine, or its update is not elementwise.
+        """
+        stale = [t.name for t in self._tracked if t.holds_replaced(optimizer)]
+        if stale:
+            raise ValueError(
+                f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
+                "first, then the optimizer from module.parameters()."
+            )
+        if id(optimizer) in self._updates:
+            return optimizer
+        held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+        mine = [t for t in self._tracked if any(id(p) in held for p in t.step_parameters())]
+        if self.group is not None and any(is_master(p) for g in optimizer.param_groups for p in g["params"]):
+            self._updates[id(optimizer)] = ShardedUpdate(
+                optimizer, self.group, self._name_of, lambda: self.publish(mine)
+            )
+        else:
+            optimizer.register_step_post_hook(lambda *_: self.publish(mine))
+        return optimizer
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward leaves expert gradients in the slots; the first backward outside collects them all."""
+        before, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+    def _on_backward(self, layer: ShardedLayer) -> None:
+        self._pending.append(layer)
+        if self._syncs and not self._collects_at_end:
+            self._collects_at_end = True
+            # As DDP and FSDP2 do: later hooks, clipping and scalers all see the collected gradients.
+            torch.autograd.Variable._execution_engine.queue_callback(self.collect)
+
+    def collect(self) -> None:
+        """Phase 1: the gradients in all slots -> `.grad` of the masters, averaged over ranks. A collective.
+
+        Runs by itself at the end of backward.
+        """
+        self._collects_at_end = False
+        layers, self._pending = list(dict.fromkeys(self._pending)), []
+        under_way = None
+        # One layer ahead: the next exchange is on the wire while this one's rows are summed.
+        for layer in sorted(layers, key=lambda layer: layer.index):
+            following = layer.slots.start_collection()
+            if under_way is not None:
+                under_way[0].add_to_master_gradients(under_way[1])
+            under_way = None if following is None else (layer, following)
+        if under_way is not None:
+            under_way[0].add_to_master_gradients(under_way[1])
+
+    def publish(self, tracked: list[TrackedLayer] | None = None) -> None:
+        """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
+        tracked = self._tracked if tracked is None else tracked
+        ready = [t for t in tracked if not t.holds_gradients()]
+        next_placements = self.place(ready)
+        self.distribute(tracked, next_placements)
+
+    def place(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
+        """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
+        due: dict[tuple[int, int], list[TrackedLayer]] = defaultdict(list)
+        for t in tracked:
+            if t.close_step() and t.sharded is not None and t.num_steps % self.config.replace_every == 0:
+                due[t.experts.num_experts, t.sharded.placement.slots_per_rank].append(t)
+        placements: dict[int, Placement] = {}
+        for (_, slots_per_rank), layers in due.items():
+            assert self.group is not None
+            policy = make_policy(self.config.placement, self.group.world_size, slots_per_rank)
+            popularity_LE = np.stack([t.take_popularity() for t in layers])
+            for t, placement in zip(layers, policy.next_placements(popularity_LE), strict=True):
+                placements[t.index] = placement
+        steps = [t.finish_step(placements.get(t.index)) for t in self._tracked]
+        self.last_step = [step for step in steps if step is not None]
+        return placements
+
+    def distribute(self, tracked: list[TrackedLayer], placements: dict[int, Placement]) -> None:
+        """Phase 4: begin to send the masters' rows to their hosts; each layer's next forward waits for its own."""
+        for t in tracked:
+            if t.sharded is None:
+                continue
+            if t.holds_gradients():
+                # Gradients that wait in the slots belong to this placement.
+                t.sharded.stale = True
+            else:
+                t.sharded.slots.start_distribution(placements.get(t.index, t.sharded.placement))
+                t.sharded.stale = False
+
+    def mark_stale(self) -> None:
+        """Say that masters were written behind the engine's back (by EMA, or by hand): the next forward of each
+        layer fetches its slots again. Call it on all ranks."""
+        for layer in self.layers:
+            layer.stale = True
+
+    def join(self) -> None:
+        """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
+        if self.group is None or not self.layers:
+            return
+        agreement = self.layers[0].agreement
+        while len((rows := agreement.done()).active):
+            self.layers[rows.layer].serve(rows)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None
+    ) -> Tensor:
+        """Clip by the norm over dense and expert gradients together (see `clip_grad_norm`). A collective."""
+        return clip_grad_norm(self._clipped(parameters), max_norm, self.group, norm_type)
+
+    def clip_grad_value_(self, clip_value: float, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Clamp all gradients' elements to +-clip_value."""
+        clip_grad_value(self._clipped(parameters), clip_value)
+
+    def grad_scaler(self, device: str = "cuda", **options: Any) -> torch.amp.GradScaler:
+        """A `torch.amp.GradScaler` with these options, whose ranks skip a step together."""
+        if self.group is None:
+            return torch.amp.GradScaler(device, **options)
+        return ShardedGradScaler(self.group, self._updates, device, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save beside model and optimizer: popularity and placement of each layer; loads with
+        `weights_only=True`."""
+        return {t.name: t.state_dict() for t in self._tracked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was saved; at another world size placements are made anew from its popularity."""
+        for t in self._tracked:
+            if t.name in state:
+                t.load_state_dict(state[t.name], self.config)
+
+    def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
+        return self.module.parameters() if parameters is None else parameters
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+

@@ -1,0 +1,144 @@
+"""One MoE layer whose experts are spread over the ranks: its masters, its slots, and its side of a forward.
+
+W ranks, E experts, s slots of a rank, D model dim (in x_TD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.comms import (
+    ExpertGroup,
+    is_master,
+    local_rows,
+    local_shard,
+    master_from_local,
+    shard_from_rank_zero,
+)
+from swiftmoe_lightning.engine.agreement import Agreement, CallRows
+from swiftmoe_lightning.engine.checkpoint import shape_message
+from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
+from swiftmoe_lightning.modules import ExpertHosting, Experts
+from swiftmoe_lightning.placement import Placement
+
+
+class ShardedLayer(ExpertHosting):
+    """An `Experts` module under an engine: registered parameters become masters, forward uses slots.
+
+    `stale` is True while the slots may differ from the masters (at first, after a load, after a write behind our
+    back); the next forward then fetches them, on all ranks if on any.
+    """
+
+    def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
+        self.index, self.experts, self.slots, self._group = index, experts, slots, group
+        self.rank, self.split, self.ranks_per_node = group.rank, split, group.ranks_per_node
+        self.stale = True
+        self._agreement: Agreement | None = None
+        self._on_backward: Callable[[ShardedLayer], None] | None = None
+        self._rows: CallRows | None = None
+
+    def connect(self, agreement: Agreement, on_backward: Callable[[ShardedLayer], None]) -> None:
+        """Join the engine's forward protocol."""
+        self._agreement, self._on_backward = agreement, on_backward
+
+    @property
+    def agreement(self) -> Agreement:
+        assert self._agreement is not None
+        return self._agreement
+
+    def accept_full_state_dicts(self) -> None:
+        """Let `load_state_dict` take whole experts, on the spread module, without communication."""
+        self.experts.register_load_state_dict_pre_hook(self._shard_loaded)
+
+    def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        error_messages = rest[-1]
+        for name, master in experts.expert_parameters().items():
+            value = state.get(prefix + name)
+            if not isinstance(value, Tensor) or is_master(value):
+                continue
+            if value.shape != master.shape:
+                error_messages.append(shape_message(prefix + name, value.shape, master.shape))
+                del state[prefix + name]
+                continue
+            first, last = local_rows(master.shape, self._group)
+            state[prefix + name] = master_from_local(value[:, first:last].to(master.device), master.shape, self._group)
+        self.stale = True
+
+    @property
+    def placement(self) -> Placement:  # type: ignore[override]
+        return self.slots.placement
+
+    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        rows, self._rows = self._rows, None
+        if rows is None:
+            rows = self.agreement.call(self.index, counts_E, scores_finite, dtype, self.stale)
+        if rows.any_stale:
+            self.slots.start_distribution(self.placement)
+            self.stale = False
+        self.slots.finish_distribution()
+        return rows.counts_WE(len(counts_E))
+
+    def weights(self) -> Mapping[str, Tensor]:
+        # Freezing, toggling and fine-tuning schedules flip requires_grad on the masters alone.
+        for name, master in self.experts.expert_parameters().items():
+            self.slots.weights[name].requires_grad_(master.requires_grad)
+        return self.slots.weights
+
+    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
+
+    def on_backward(self) -> None:
+        assert self._on_backward is not None
+        self._on_backward(self)
+
+    @torch.no_grad()
+    def serve(self, rows: CallRows) -> None:
+        """Take part in the other ranks' evaluation forward without tokens of our own."""
+        self._rows = rows
+        device = next(iter(self.experts.parameters())).device
+        x_TD = torch.empty(0, self.experts.hidden_dim, dtype=rows.dtype, device=device)
+        no_choice = torch.empty(0, 1, device=device)
+        self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
+
+    @torch.no_grad()
+    def add_to_master_gradients(self, collection: PendingCollection) -> None:
+        """Wait for the collected rows and add them to `.grad` of the masters."""
+        total_Ec = collection.wait()
+        masters = self.experts.expert_parameters()
+        widths = [local_shard(masters[name])[0].numel() for name in collection.names]
+        for name, part in zip(collection.names, total_Ec.split(widths, dim=1), strict=True):
+            master = masters[name]
+            shard = local_shard(master)
+            gradient = part.reshape(shard.shape).to(shard)
+            if master.grad is None:
+                master.grad = master_from_local(gradient, master.shape, self._group)
+            else:
+                local_shard(master.grad).add_(gradient)
+
+
+@torch.no_grad()
+def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
+    """Replace the module's parameters by masters, in place; masters stay as they are. A collective.
+
+    Rank 0's values win, as in DDP. Meta parameters are never made whole: each rank draws its own rows, with the
+    values that `reset_parameters` would have given them.
+    Returns name -> the parameter that was replaced.
+    """
+    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_master(p)}
+    seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
+    for name, parameter in replaced.items():
+        if parameter.is_meta:
+            first, last = local_rows(parameter.shape, group)
+            shape = (parameter.shape[0], last - first, *parameter.shape[2:])
+            local = torch.empty(shape, dtype=parameter.dtype, device=device)
+            experts.initialise_rows(name, local, first, seed)
+            master = master_from_local(local, parameter.shape, group)
+        else:
+            master = shard_from_rank_zero(parameter.to(device), group)
+        experts.register_parameter(name, nn.Parameter(master, requires_grad=parameter.requires_grad))
+    return replaced

@@ -1,0 +1,26 @@
+"""Give real storage to what is left on the meta device once masters are made."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def materialise_dense(module: nn.Module, device: torch.device) -> None:
+    """Allocate and initialise all meta parameters and buffers, each by its own module's `reset_parameters`.
+
+    Raises TypeError for a module that has meta tensors and no `reset_parameters`.
+    """
+    for name, child in module.named_modules():
+        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if not any(t.is_meta for t in own):
+            continue
+        reset = getattr(child, "reset_parameters", None)
+        if reset is None:
+            raise TypeError(
+                f"{name!r} ({type(child).__name__}) is on the meta device and has no reset_parameters() to draw its "
+                "values with. Give it one, or build it outside the meta device."
+            )
+        child.to_empty(device=device, recurse=False)
+        reset()

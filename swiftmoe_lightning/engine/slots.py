@@ -1,0 +1,170 @@
+"""One layer's working weights on this rank, and the two exchanges that tie them to the masters.
+
+    host side      [W destinations or sources] x [d hosted experts x the other rank's rows]
+    owner side     [D hosted pairs, by (rank, expert)] x [this rank's rows]
+
+W ranks, E experts, s slots of this rank, d different experts on it, D hosted (rank, expert) pairs, c elements that a
+rank owns of one expert, over all its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.comms import ExpertGroup, PendingExchange, local_shard
+from swiftmoe_lightning.placement import Placement, plan_collection, plan_distribution, shard_rows
+
+
+class ExpertSlots:
+    """Leaf tensors [s, rows, ...], one for each tensor of an expert; row i is the i-th expert hosted here.
+
+    Their shape never changes: slots of one rank that hold the same expert share its row, and the rest is unused.
+
+    masters: gives name -> master [E, rows, ...] as they are now (dtype and device of a module may change).
+    param_dtype: dtype of the slots; None means the masters'. wire_dtype: dtype of gradients under way,
+        float64 ones excepted.
+    """
+
+    def __init__(
+        self,
+        masters: Callable[[], Mapping[str, Tensor]],
+        group: ExpertGroup,
+        placement: Placement,
+        device: torch.device,
+        param_dtype: torch.dtype | None,
+        wire_dtype: torch.dtype,
+    ) -> None:
+        self._masters, self._group, self._device = masters, group, device
+        self._param_dtype, self._wire_dtype = param_dtype, wire_dtype
+        self.placement = placement
+        self.weights: dict[str, Tensor] = {}
+        self._distribution: PendingExchange | None = None
+        self.distribution_bytes = 0
+        self.collection_bytes = 0
+
+    def start_distribution(self, placement: Placement) -> None:
+        """Begin to send this rank's rows of every expert to the experts' hosts in `placement`."""
+        self.finish_distribution()
+        self.placement = placement
+        masters = self._masters()
+        self._match_slots(masters)
+        expert_D = torch.from_numpy(placement.pair_expert_D).to(next(iter(masters.values())).device)
+        dtype = next(iter(self.weights.values())).dtype
+        pieces = [local_shard(m).flatten(1).index_select(0, expert_D) for m in masters.values()]
+        send = torch.cat(pieces, dim=1).flatten().to(self._device, dtype)
+        plan = plan_distribution(placement, _row_elements(masters))
+        rank = self._group.rank
+        self._distribution = self._group.start_all_to_all(send, plan.send_splits(rank), plan.receive_splits(rank))
+        self.distribution_bytes += self._distribution.bytes_sent
+
+    @torch.no_grad()
+    def finish_distribution(self) -> None:
+        """Wait for the weights under way, if any, and put them in their slots."""
+        if self._distribution is None:
+            return
+        received, self._distribution = self._distribution.wait(), None
+        num_local = int(self.placement.num_hosted_W[self._group.rank])
+        for part, name, start, stop in self._host_parts(received, list(self.weights), num_local):
+            slot = self.weights[name]
+            slot[:num_local, start:stop] = part.view(num_local, stop - start, *slot.shape[2:])
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward has left gradients here that no collection has taken."""
+        return any(w.grad is not None for w in self.weights.values())
+
+    def start_collection(self) -> PendingCollection | None:
+        """Begin to send row shard j of every gradient here to rank j; takes the gradients out of the slots.
+
+        Returns None when there are none.
+        """
+        names = [name for name, w in self.weights.items() if w.grad is not None]
+        if not names:
+            return None
+        num_local = int(self.placement.num_hosted_W[self._group.rank])
+        row_elements = _row_elements({name: self.weights[name] for name in names})
+        plan = plan_collection(self.placement, row_elements)
+        double = self.weights[names[0]].dtype == torch.float64
+        wire_dtype = torch.float64 if double else self._wire_dtype
+        send = torch.empty(sum(plan.send_splits(self._group.rank)), dtype=wire_dtype, device=self._device)
+        for part, name, start, stop in self._host_parts(send, names, num_local):
+            gradient = self.weights[name].grad
+            assert gradient is not None
+            part.copy_(gradient[:num_local, start:stop].reshape(num_local, -1))
+        for name in names:
+            self.weights[name].grad = None
+        rank = self._group.rank
+        pending = self._group.start_all_to_all(send, plan.send_splits(rank), plan.receive_splits(rank))
+        self.collection_bytes += pending.bytes_sent
+        return PendingCollection(pending, self.placement, names)
+
+    def _host_parts(
+        self, buffer: Tensor, names: list[str], num_local: int
+    ) -> Iterator[tuple[Tensor, str, int, int]]:
+        """The pieces of a host-side buffer: ([d, elements] view, tensor name, first row, last-plus-one row)."""
+        offset = 0
+        rows_of = {name: shard_rows(self.weights[name].shape[1], self._group.world_size) for name in names}
+        for peer in range(self._group.world_size):
+            widths = {}
+            for name in names:
+                start, stop = rows_of[name][peer]
+                widths[name] = (stop - start) * self.weights[name][0, :1].numel()
+            owned = sum(widths.values())
+            block = buffer[offset : offset + num_local * owned].view(num_local, owned)
+            offset += num_local * owned
+            for name, part in zip(names, block.split(list(widths.values()), dim=1), strict=True):
+                if part.numel():
+                    yield part, name, *rows_of[name][peer]
+
+    def _match_slots(self, masters: Mapping[str, Tensor]) -> None:
+        """Make the slots anew when the masters' dtype or sizes no longer fit them."""
+        for name, master in masters.items():
+            dtype = self._param_dtype or master.dtype
+            shape = (self.placement.slots_per_rank, *master.shape[1:])
+            slot = self.weights.get(name)
+            if slot is None or slot.dtype != dtype or slot.shape != shape:
+                # Never an inference tensor, even when the first forward is a validation's.
+                with torch.inference_mode(False):
+                    self.weights[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            self.weights[name].requires_grad_(master.requires_grad)
+
+
+class PendingCollection:
+    """A layer's gradients on their way to the owners of their rows."""
+
+    def __init__(self, exchange: PendingExchange, placement: Placement, names: list[str]) -> None:
+        self._exchange, self._placement, self.names = exchange, placement, names
+
+    def wait(self) -> Tensor:
+        """[E, c]: each expert's gradient over this rank's rows of `names`, the mean over ranks as in DDP.
+
+        Contributions are added in rank order, in float32 or wider, so the sum does not depend on who came first.
+        """
+        received = self._exchange.wait()
+        expert_D, num_experts = self._placement.pair_expert_D, self._placement.num_experts
+        received_Dc = received.view(len(expert_D), -1)
+        wide = torch.promote_types(received.dtype, torch.float32)
+        total_Ec = torch.zeros(num_experts, received_Dc.shape[1], dtype=wide, device=received.device)
+        for pairs in _pairs_by_turn(expert_D):
+            pair = torch.from_numpy(pairs).to(received.device)
+            expert = torch.from_numpy(expert_D[pairs]).to(received.device)
+            total_Ec[expert] += received_Dc[pair]
+        return total_Ec.div_(self._placement.world_size)
+
+
+def _pairs_by_turn(expert_D: np.ndarray) -> list[np.ndarray]:
+    """Pairs grouped so that the i-th group holds every expert's i-th host: no expert twice in one group."""
+    order_D = np.argsort(expert_D, kind="stable")
+    counts_E = np.bincount(expert_D)
+    starts_E = np.cumsum(counts_E) - counts_E
+    turn_D = np.empty_like(expert_D)
+    turn_D[order_D] = np.arange(len(expert_D)) - starts_E[expert_D[order_D]]
+    return [np.flatnonzero(turn_D == turn) for turn in range(counts_E.max())]
+
+
+def _row_elements(tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    return [(t.shape[1], t.shape[2:].numel()) for t in tensors.values()]

@@ -1,0 +1,170 @@
+"""The engine's books on each MoE layer: what its experts got since the last step, and where they are.
+
+W ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.comms import ExpertGroup
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
+from swiftmoe_lightning.engine.materialise import materialise_dense
+from swiftmoe_lightning.engine.slots import ExpertSlots
+from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter
+from swiftmoe_lightning.placement import Placement, make_policy
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep(ExpertLoad):
+    """What one MoE layer did in one optimizer step; equal on all ranks.
+
+    name: of the `Experts` module. replica_counts_E: [E] int64, slots of each expert during the step.
+    num_moved: hosted (rank, expert) pairs of the next placement that are new.
+    """
+
+    name: str
+    replica_counts_E: np.ndarray
+    num_moved: int
+
+
+class TrackedLayer:
+    """An `Experts` module with its counters, and its `ShardedLayer` when it is spread over ranks."""
+
+    def __init__(self, index: int, name: str, experts: Experts, router: nn.Module | None) -> None:
+        self.index, self.name, self.experts, self.router = index, name, experts, router
+        self.sharded: ShardedLayer | None = None
+        self.num_steps = 0
+        self._closed = self._placed = experts.trained_load.total
+        self._step: ExpertLoad | None = None
+        self._replaced: list[weakref.ref[nn.Parameter]] = []
+
+    def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device) -> None:
+        """Spread the experts over the ranks (again). A collective."""
+        master_device = torch.device("cpu") if config.offload_optimizer else device
+        replaced = shard_parameters(self.experts, group, master_device)
+        self._replaced += [weakref.ref(p) for p in replaced.values()]
+        if self.sharded is None:
+            slots_per_rank = config.resolve_slots_per_rank(self.experts.num_experts, group.world_size)
+            policy = make_policy(config.placement, group.world_size, slots_per_rank)
+            first = policy.next_placements(np.zeros((1, self.experts.num_experts), dtype=np.int64))[0]
+            slots = ExpertSlots(
+                self.experts.expert_parameters,
+                group,
+                first,
+                device,
+                None if config.param_dtype is None else getattr(torch, config.param_dtype),
+                getattr(torch, config.reduce_dtype),
+            )
+            self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split)
+            self.experts.trained_load = type(self.experts.trained_load)(first)
+            self._closed = self._placed = self.experts.trained_load.total
+            self.experts.hosting = self.sharded
+            self.sharded.accept_full_state_dicts()
+        self.sharded.stale = True
+
+    def holds_gradients(self) -> bool:
+        """Whether gradients wait in the slots (accumulation)."""
+        return self.sharded is not None and self.sharded.slots.has_gradients
+
+    def holds_replaced(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds a parameter that a master has replaced."""
+        replaced = {id(p) for ref in self._replaced if (p := ref()) is not None}
+        return any(id(p) in replaced for group in optimizer.param_groups for p in group["params"])
+
+    def step_parameters(self) -> Iterator[Tensor]:
+        """Parameters whose update ends a step of this layer: the experts', and its router's."""
+        yield from self.experts.parameters()
+        if self.router is not None:
+            yield from self.router.parameters()
+
+    def close_step(self) -> bool:
+        """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
+        total = self.experts.trained_load.total
+        load, self._closed = total - self._closed, total
+        if load.num_choices == 0:
+            return False
+        self.num_steps += 1
+        self._step = load
+        if isinstance(self.router, TopKRouter):
+            self.router.update_bias(load.popularity_E)
+        return True
+
+    def take_popularity(self) -> np.ndarray:
+        """[E] int64: token-choices since the last placement."""
+        total = self.experts.trained_load.total
+        load, self._placed = total - self._placed, total
+        return load.popularity_E
+
+    def finish_step(self, later: Placement | None) -> LayerStep | None:
+        """The record of the last closed step, given the placement that follows it."""
+        if self._step is None:
+            return None
+        now = self.experts.trained_load.placement
+        return LayerStep(
+            popularity_E=self._step.popularity_E,
+            load_W=self._step.load_W,
+            num_dropped=self._step.num_dropped,
+            name=self.name,
+            replica_counts_E=now.replica_counts_E,
+            num_moved=0 if later is None else now.num_moved(later),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size."""
+        placement = self.experts.hosting.placement
+        popularity_E = self._step.popularity_E if self._step else np.zeros(placement.num_experts, np.int64)
+        return {
+            "popularity": torch.from_numpy(popularity_E),
+            "slot_to_expert": torch.from_numpy(placement.slot_to_expert_S),
+            "world_size": placement.world_size,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], config: SwiftMoEConfig) -> None:
+        """Take up the saved placement if it fits these ranks and slots, else one from the saved popularity."""
+        self.num_steps = state["num_steps"]
+        if self.sharded is None:
+            return
+        now, saved = self.sharded.placement, state["slot_to_expert"].numpy()
+        if state["world_size"] == now.world_size and saved.size == now.slot_to_expert_S.size:
+            placement = Placement(saved, now.num_experts, now.world_size)
+        else:
+            policy = make_policy(config.placement, now.world_size, now.slots_per_rank)
+            placement = policy.next_placements(state["popularity"].numpy()[None])[0]
+        self.sharded.slots.placement = placement
+        self.sharded.stale = True
+
+
+def track_layers(
+    module: nn.Module,
+    group: ExpertGroup | None,
+    config: SwiftMoEConfig,
+    device: torch.device,
+    known: list[TrackedLayer],
+) -> list[TrackedLayer]:
+    """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective."""
+    router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
+    known_by_id = {id(t.experts): t for t in known}
+    tracked = []
+    for name, experts in module.named_modules():
+        if isinstance(experts, Experts):
+            t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))
+            tracked.append(t)
+    for index, t in enumerate(tracked):
+        t.index = index
+        if group is not None:
+            t.shard(group, config, device)
+            assert t.sharded is not None
+            t.sharded.index = index
+    materialise_dense(module, device)
+    return tracked

@@ -1,0 +1,194 @@
+"""The update runs on plain local shards, at the speed of plain tensors, and is saved as whole experts.
+
+Stock optimizers are slow or fail on lists that mix Tensor and DTensor (foreach, fused, the for-loop fallback). So
+while `optimizer.step()` updates, its groups hold this rank's shards; before and after they hold the masters.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.comms import ExpertGroup, is_master, local_rows, local_shard, master_from_local
+
+
+class ShardedUpdate:
+    """Hooks on one optimizer that swap masters for shards around the update and at its checkpoints.
+
+    name_of: the parameter's name, for messages. after_step: called after every real or skipped `optimizer.step()`.
+
+    Raises ValueError when the optimizer's update is not elementwise, or cannot run on the shards at all.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: ExpertGroup,
+        name_of: Callable[[nn.Parameter], str],
+        after_step: Callable[[], None],
+    ) -> None:
+        self._optimizer, self._group, self._name_of, self._after_step = optimizer, group, name_of, after_step
+        self._swapped: list[tuple[dict[str, Any], int, nn.Parameter]] = []
+        for param_group in optimizer.param_groups:
+            masters = [p for p in param_group["params"] if is_master(p)]
+            if masters:
+                check_elementwise(optimizer, param_group, local_shard(masters[0]))
+        optimizer.register_step_pre_hook(self._before_update)
+        optimizer.register_step_post_hook(self._after_update)
+        optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())
+        optimizer.register_state_dict_post_hook(self._wrap_state)
+        optimizer.register_load_state_dict_pre_hook(self._shard_state)
+
+    @contextmanager
+    def on_shards(self) -> Iterator[None]:
+        """The optimizer's groups hold shards, with gradients and state, inside; masters outside."""
+        self._put_in_shards()
+        try:
+            yield
+        finally:
+            self._take_out_shards()
+
+    def _before_update(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Swap after the closure, not before: forward, backward and clipping inside it need the masters."""
+        self._take_out_shards()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._put_in_shards()
+            return None
+
+        def closure_then_swap() -> Any:
+            self._take_out_shards()
+            loss = closure()
+            self._put_in_shards()
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_then_swap}
+
+    def _after_update(self, *_: Any) -> None:
+        self._take_out_shards()
+        self._after_step()
+
+    @torch.no_grad()
+    def _put_in_shards(self) -> None:
+        state = self._optimizer.state
+        for param_group in self._optimizer.param_groups:
+            for i, master in enumerate(param_group["params"]):
+                if not is_master(master):
+                    continue
+                shard = nn.Parameter(local_shard(master), requires_grad=master.requires_grad)
+                shard.grad = None if master.grad is None else local_shard(master.grad)
+                param_group["params"][i] = shard
+                self._swapped.append((param_group, i, master))
+                if master in state:
+                    state[shard] = state.pop(master)
+
+    def _take_out_shards(self) -> None:
+        state = self._optimizer.state
+        for param_group, i, master in self._swapped:
+            shard = param_group["params"][i]
+            param_group["params"][i] = master
+            if shard in state:
+                state[master] = state.pop(shard)
+        self._swapped.clear()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Every parameter, at the index that `state_dict` gives it."""
+        return [p for param_group in self._optimizer.param_groups for p in param_group["params"]]
+
+    def _wrap_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Local state -> DTensors beside the masters, so that savers see whole experts."""
+        parameters = self._parameters()
+        state = {}
+        for index, values in state_dict["state"].items():
+            master = parameters[index]
+            state[index] = values
+            if is_master(master):
+                local = local_shard(master).shape
+                state[index] = {
+                    key: master_from_local(v, master.shape, self._group)
+                    if isinstance(v, Tensor) and v.shape == local and not is_master(v)
+                    else v
+                    for key, v in values.items()
+                }
+        return {**state_dict, "state": state}
+
+    def _shard_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """State of whole experts, or DTensors, or local shards -> local shards."""
+        parameters = self._parameters()
+        state = {
+            index: {key: self._shard_value(parameters[index], key, v) for key, v in values.items()}
+            if index < len(parameters) and is_master(parameters[index])
+            else values
+            for index, values in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    def _shard_value(self, master: nn.Parameter, key: str, value: Any) -> Any:
+        value = local_shard(value) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if value.shape == master.shape:
+            first, last = local_rows(master.shape, self._group)
+            return value[:, first:last].clone()
+        if value.shape != local_shard(master).shape:
+            raise ValueError(
+                f"optimizer state {key!r} of {self._name_of(master)!r} has shape {list(value.shape)} in the "
+                f"checkpoint, and the parameter has {list(master.shape)}: it belongs to another model. Build the "
+                "model with the checkpoint's num_experts, dim and hidden_dim."
+            )
+        return value
+
+
+def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], like: Tensor) -> None:
+    """Raise ValueError unless updating a tensor in two pieces gives what updating it whole does.
+
+    The optimizer's own class and settings run two steps on a small tensor and on its pieces, on the device and in
+    the dtype of `like`: this judges optimizers that we have never heard of, too.
+    """
+    name = type(optimizer).__name__
+    fix = (
+        "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for the expert parameters; "
+        "others may keep the dense ones, in an optimizer of their own."
+    )
+    whole = torch.linspace(-1, 1, 24, dtype=like.dtype, device=like.device).view(2, 3, 4)
+    try:
+        together = _try_steps(optimizer, param_group, whole)
+        apart = [_try_steps(optimizer, param_group, piece) for piece in (whole[:, :1], whole[:, 1:])]
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot update expert shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
+            "the fused or foreach flag that fails on this device or dtype, leave it unset."
+        ) from error
+    if not torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"{name} looks at whole tensors (norms, factors or orthogonalisation), and each rank holds only a shard "
+            f"of every expert: its update would be wrong. {fix}"
+        )
+
+
+def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], start: Tensor) -> Tensor:
+    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`."""
+    stand_in = object.__new__(type(optimizer))
+    stand_in.__dict__.update(optimizer.__dict__)
+    parameter = nn.Parameter(start.detach().clone())
+    settings = {key: value for key, value in param_group.items() if key != "params"}
+    if settings.get("lr") is not None:
+        # A warm-up may start at zero, where every optimizer looks elementwise.
+        settings["lr"] = 0.1
+    stand_in.__dict__.update(
+        param_groups=[{**settings, "params": [parameter]}],
+        state=defaultdict(dict),
+        _optimizer_step_pre_hooks=OrderedDict(),
+        _optimizer_step_post_hooks=OrderedDict(),
+    )
+    for power in (2, 3):
+        parameter.grad = start**power + start.sign()
+        # The class's step: a learning-rate scheduler wraps the instance's, bound to the real optimizer.
+        type(optimizer).step(stand_in)
+    return parameter.detach().to(torch.float64)

@@ -1,0 +1,21 @@
+"""nn.Modules: router, experts, MoE block. They run on one device as they are, and over ranks under an engine."""
+
+from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
+from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
+from swiftmoe_lightning.modules.load import ExpertLoad, TrainedLoad
+from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
+from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+
+__all__ = [
+    "NON_FINITE_SCORES",
+    "ExpertHosting",
+    "ExpertLoad",
+    "Experts",
+    "ExpertsOutput",
+    "LocalHosting",
+    "MoE",
+    "RouterOutput",
+    "TopKRouter",
+    "TrainedLoad",
+    "auxiliary_loss",
+]

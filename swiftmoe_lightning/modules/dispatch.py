@@ -1,0 +1,115 @@
+"""This rank's part of a `DispatchPlan`: which choice travels in which row, and the way there and back.
+
+W ranks, B budgets, D hosted pairs (in the plan) or model dim (in tensors), d experts hosted here, T tokens, K top-k,
+N = T * K choices, R rows sent, M rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.kernels import combine, permute
+from swiftmoe_lightning.modules.hosting import ExpertHosting
+from swiftmoe_lightning.placement import DispatchPlan
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """The rows this rank sends, ordered by (host, expert), inside that by token.
+
+    choice_R: [R] int64, the choice t * K + k in each row; rows_TK: [T, K] int64, its inverse, -1 where dropped.
+    counts_D: [D] int64, rows for each hosted pair.
+    """
+
+    choice_R: Tensor
+    rows_TK: Tensor
+    counts_D: Tensor
+
+
+def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, rank: int) -> SourceRows:
+    """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
+
+    Choices of expert ids outside 0..E-1 are nobody's: they get no row (Hugging Face marks foreign experts so).
+    """
+    device = expert_ids_TK.device
+    pairs = plan.placement
+    order_D = np.lexsort((pairs.pair_host_D, pairs.pair_expert_D))
+    assigned = torch.from_numpy(plan.assigned_WD[rank, order_D]).to(device)
+    by_expert_N = torch.argsort(expert_ids_TK.flatten(), stable=True)
+    num_assigned = int(plan.assigned_WD[rank].sum())
+    pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
+    choice_N = by_expert_N[:num_assigned]
+    if plan.num_dropped:
+        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan, rank)
+        choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
+    order_R = torch.argsort(pair_N, stable=True)
+    choice_R = choice_N[order_R]
+    rows_TK = torch.full_like(expert_ids_TK, -1, dtype=torch.int64)
+    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device)
+    counts_D = _count(pair_N, len(pairs.pair_host_D))
+    return SourceRows(choice_R, rows_TK, counts_D)
+
+
+def _keep_best(score_N: Tensor, pair_N: Tensor, plan: DispatchPlan, rank: int) -> Tensor:
+    """Ascending places, in N, of the choices that survive: in each budget the best scores, ties to the earlier one."""
+    budget_N = torch.from_numpy(plan.budget_of_pair_D).to(pair_N.device)[pair_N]
+    best_first_N = torch.argsort(score_N, descending=True, stable=True)
+    order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
+    budget_N = budget_N[order_N]
+    sizes_B = _count(budget_N, plan.kept_WB.shape[1])
+    place_N = torch.arange(len(order_N), device=pair_N.device) - (sizes_B.cumsum(0) - sizes_B)[budget_N]
+    kept_B = torch.from_numpy(np.ascontiguousarray(plan.kept_WB[rank])).to(pair_N.device)
+    return order_N[place_N < kept_B[budget_N]].sort().values
+
+
+def _count(group_N: Tensor, num_groups: int) -> Tensor:
+    """[num_groups] int64: how often each group occurs. (`bincount` would wait for a GPU.)"""
+    counts = torch.zeros(num_groups, dtype=torch.int64, device=group_N.device)
+    return counts.scatter_add_(0, group_N, torch.ones_like(group_N))
+
+
+class TokenDispatcher:
+    """The way of one forward's tokens to their experts' hosts and back."""
+
+    def __init__(self, hosting: ExpertHosting, plan: DispatchPlan, source: SourceRows) -> None:
+        self._hosting, self._plan, self._source = hosting, plan, source
+        self._send_splits = plan.rows_WW[hosting.rank].tolist()
+        self._receive_splits = plan.rows_WW[:, hosting.rank].tolist()
+
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> ([M, D] rows sorted by this rank's experts, [s] int32 ends of each slot's rows)."""
+        rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
+        arrived_MD = self._hosting.exchange_rows(rows_RD, self._send_splits, self._receive_splits)
+        counts_Wd = self._received_counts()
+        num_local = counts_Wd.shape[1]
+        expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
+        expert_M = expert_M.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_MD))
+        self._sorted_M = torch.argsort(expert_M, stable=True)
+        self._arrival_M = torch.empty_like(self._sorted_M)
+        self._arrival_M[self._sorted_M] = torch.arange(len(arrived_MD), device=x_TD.device)
+        ends_s = counts_Wd.sum(0).cumsum(0).to(torch.int32)
+        unused = self._plan.placement.slots_per_rank - num_local
+        ends_s = torch.cat([ends_s, ends_s[-1:].expand(unused)])
+        return permute(arrived_MD, self._sorted_M, self._arrival_M.unsqueeze(1)), ends_s
+
+    def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
+        """[M, D] expert outputs -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
+        arrived_MD = permute(y_MD, self._arrival_M, self._sorted_M.unsqueeze(1))
+        rows_RD = self._hosting.exchange_rows(arrived_MD, self._receive_splits, self._send_splits)
+        return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
+
+    def _received_counts(self) -> Tensor:
+        """[W, d] int64: rows from each source for each expert hosted here."""
+        placement, rank = self._plan.placement, self._hosting.rank
+        counts_D = self._source.counts_D
+        if self._plan.num_dropped == 0:
+            columns = self._plan.assigned_WD[:, placement.pair_host_D == rank]
+            return torch.from_numpy(np.ascontiguousarray(columns)).to(counts_D.device)
+        # Which experts lost how much depends on the scores, which only the sources know.
+        num_hosted = placement.num_hosted_W.tolist()
+        here = [num_hosted[rank]] * placement.world_size
+        return self._hosting.exchange_rows(counts_D, num_hosted, here).view(placement.world_size, num_hosted[rank])

@@ -1,0 +1,178 @@
+"""The experts of one MoE layer, with the parameter names and call signature of Hugging Face transformers v5.
+
+T tokens, D model dim, F hidden dim, E experts, K top-k, M rows computed here, s slots of this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.config import check_choice
+from swiftmoe_lightning.kernels import ACTIVATIONS, expert_mlp
+from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
+from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
+from swiftmoe_lightning.modules.initialise import fill_rows_uniform
+from swiftmoe_lightning.modules.load import ExpertLoad, OnceInBackward, TrainedLoad
+from swiftmoe_lightning.placement import Capacity, plan_dispatch
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsOutput:
+    """What one forward found.
+
+    hidden_TD: [T, D], the experts' weighted sum for each token.
+    load: token-choices of all ranks in this forward.
+    world_size: ranks that took part.
+    """
+
+    hidden_TD: Tensor
+    load: ExpertLoad
+    world_size: int
+
+
+class Experts(nn.Module):
+    """E feed-forward experts; each token's choices are computed where a replica lives and summed by router weight.
+
+    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`, and with `bias=True`
+    `..._bias [E, 2F or F]`, `down_proj_bias [E, D]`. On one device this is a plain MoE. Under an engine the same
+    names are masters, cut by rows over the ranks, and forward computes with the slots of this rank.
+
+    capacity: None computes every choice.
+
+    Raises ValueError for a size below 1 or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        capacity: Capacity | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_choice("activation", activation, ACTIVATIONS)
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, dim, hidden_dim
+        self.activation, self.capacity = activation, capacity
+        up_name, up_rows = ("gate_up_proj", 2 * hidden_dim) if activation == "swiglu" else ("up_proj", hidden_dim)
+        shapes: dict[str, tuple[int, ...]] = {up_name: (up_rows, dim), "down_proj": (dim, hidden_dim)}
+        if bias:
+            shapes |= {f"{up_name}_bias": (up_rows,), "down_proj_bias": (dim,)}
+        for name, shape in shapes.items():
+            empty = torch.empty(num_experts, *shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+        self.hosting: ExpertHosting = LocalHosting(self)
+        self.trained_load = TrainedLoad(self.hosting.placement)
+        if not self.is_meta:
+            self.reset_parameters()
+
+    @property
+    def is_meta(self) -> bool:
+        return any(p.is_meta for p in self.parameters())
+
+    def expert_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Name -> parameter [E, rows, ...]; on masters the global tensors."""
+        return {name: p for name, p in self.named_parameters(recurse=False)}
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does."""
+        seed = int(torch.randint(2**31, ()).item())
+        for name, parameter in self.expert_parameters().items():
+            self.initialise_rows(name, parameter.data, 0, seed)
+
+    def initialise_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
+        """Fill `rows` [E, r, ...], rows first_row.. of parameter `name`, with what `seed` gives them on any cut."""
+        fan_in = self.intermediate_dim if name.startswith("down_proj") else self.hidden_dim
+        offset = sorted(self.expert_parameters()).index(name)
+        fill_rows_uniform(rows, first_row, seed + offset, 1 / math.sqrt(fan_in))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
+
+        Raises ValueError for an input whose last dim is not D, FloatingPointError for non-finite router weights.
+        """
+        return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
+
+    # Splits are host integers that change every step; a graph of its own keeps torch.compile from recompiling.
+    @torch.compiler.disable
+    def run(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, scores_finite: Tensor | None = None
+    ) -> ExpertsOutput:
+        """One forward, phase by phase: count, plan, dispatch, experts, combine.
+
+        scores_finite: [] bool; None looks at `weights_TK`.
+        """
+        self._check_input(x_TD)
+        hosting, out_dtype = self.hosting, x_TD.dtype
+        x_TD = x_TD.to(_compute_dtype(x_TD))
+        if scores_finite is None:
+            scores_finite = weights_TK.isfinite().all()
+        counts_E = self._count(expert_ids_TK)
+        counts_WE = hosting.gather_counts(counts_E, scores_finite, x_TD.dtype)
+        placement = hosting.placement
+        plan = plan_dispatch(counts_WE, placement, hosting.split, self.capacity, hosting.ranks_per_node)
+        source = choose_rows(expert_ids_TK, weights_TK, plan, hosting.rank)
+        dispatcher = TokenDispatcher(hosting, plan, source)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            rows_MD, ends_s = dispatcher.dispatch(x_TD)
+            weights = {name: w.to(x_TD.dtype) for name, w in hosting.weights().items()}
+            y_MD = expert_mlp(rows_MD, weights, ends_s, self.activation)
+            out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
+        load = ExpertLoad.of(counts_WE.sum(0), plan)
+
+        def on_backward() -> None:
+            self.trained_load.add(load, placement)
+            hosting.on_backward()
+
+        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), load, placement.world_size)
+
+    def _count(self, expert_ids_TK: Tensor) -> Tensor:
+        """[E] int64: this rank's choices of each expert; ids outside 0..E-1 are nobody's."""
+        ids_N = expert_ids_TK.flatten().clamp(max=self.num_experts)
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids_N.device)
+        return counts.scatter_add_(0, ids_N.to(torch.int64), torch.ones_like(ids_N, dtype=torch.int64))[:-1]
+
+    def _check_input(self, x_TD: Tensor) -> None:
+        if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_dim:
+            raise ValueError(
+                f"Experts take [tokens, dim={self.hidden_dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "
+                f"or build the layer with dim={x_TD.shape[-1]}."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (EMA's, a pickle's) holds parameters only: groups, slots and engines belong to the original.
+        return {k: v for k, v in self.__dict__.items() if k not in ("hosting", "trained_load")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.hosting = LocalHosting(self)
+        self.trained_load = TrainedLoad(self.hosting.placement)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {self.activation}"
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for a size that is not a whole number of 1 or more."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matmul of `x` would run in here: autocast's, if it is on."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype

@@ -1,0 +1,77 @@
+"""Where a layer's experts live, as the layer sees it: everything here (one device), or over the ranks (engine).
+
+W ranks, E experts, s slots of this rank, R rows, D model dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.placement import Placement
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.modules.experts import Experts
+
+NON_FINITE_SCORES = (
+    "the router gave non-finite scores in {where}. Training has diverged, or its input holds inf or nan: lower the "
+    "learning rate, clip gradients, or add a z-loss (MoE(z_loss_coef=1e-3))."
+)
+
+
+class ExpertHosting(ABC):
+    """What `Experts.forward` asks of its surroundings."""
+
+    rank: int
+    split: str
+    ranks_per_node: int
+    placement: Placement
+
+    @abstractmethod
+    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        """[E] int64 of this rank -> [W, E] int64 of all. Afterwards `weights` and `placement` are up to date.
+
+        scores_finite: [] bool, whether the router's scores are. dtype: of the rows to come.
+        Raises FloatingPointError, on every rank, if any rank's scores are not finite.
+        """
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """Each tensor as [s, ...]; row i is the i-th of `placement.experts_of(rank)`, rows after that are unused."""
+
+    @abstractmethod
+    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """Rows to their ranks, differentiable."""
+
+    @abstractmethod
+    def on_backward(self) -> None:
+        """Called once when backward reaches the layer."""
+
+
+class LocalHosting(ExpertHosting):
+    """One device holds every expert: a plain MoE."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+        self.rank, self.split, self.ranks_per_node = 0, "even", 1
+        self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
+
+    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        numbers = torch.cat([counts_E, scores_finite.view(1)]).cpu().numpy()
+        if not numbers[-1]:
+            raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
+        return numbers[None, :-1]
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self._experts.expert_parameters()
+
+    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        return rows_RD
+
+    def on_backward(self) -> None:
+        pass

@@ -1,0 +1,97 @@
+"""Counters of what a layer's experts were given; they only grow, so any number of readers can take differences.
+
+W ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from swiftmoe_lightning.placement import DispatchPlan, Placement
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoad:
+    """Token-choices of all ranks: the same numbers on every rank.
+
+    popularity_E: [E] int64, token-choices routed to each expert.
+    load_W: [W] int64, token-choices that each rank computed.
+    num_dropped: token-choices over capacity.
+    """
+
+    popularity_E: np.ndarray
+    load_W: np.ndarray
+    num_dropped: int
+
+    @staticmethod
+    def zero(num_experts: int, world_size: int) -> ExpertLoad:
+        return ExpertLoad(np.zeros(num_experts, np.int64), np.zeros(world_size, np.int64), 0)
+
+    def __add__(self, other: ExpertLoad) -> ExpertLoad:
+        return ExpertLoad(
+            self.popularity_E + other.popularity_E, self.load_W + other.load_W, self.num_dropped + other.num_dropped
+        )
+
+    def __sub__(self, other: ExpertLoad) -> ExpertLoad:
+        return ExpertLoad(
+            self.popularity_E - other.popularity_E, self.load_W - other.load_W, self.num_dropped - other.num_dropped
+        )
+
+    @staticmethod
+    def of(popularity_E: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
+        return ExpertLoad(popularity_E, plan.load_W, plan.num_dropped)
+
+    @property
+    def num_choices(self) -> int:
+        """Token-choices routed, all ranks."""
+        return int(self.popularity_E.sum())
+
+    @property
+    def imbalance(self) -> float:
+        """Largest load of a rank over the mean load; 1.0 is perfect (and the value when nothing was computed)."""
+        total = int(self.load_W.sum())
+        return float(self.load_W.max() * len(self.load_W) / total) if total else 1.0
+
+    @property
+    def token_survival_rate(self) -> float:
+        """Share of token-choices that were computed, 0..1."""
+        return 1.0 - self.num_dropped / self.num_choices if self.num_choices else 1.0
+
+
+class TrainedLoad:
+    """A layer's load since it was built: `total`, and the placement that the last trained step ran with."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.total = ExpertLoad.zero(placement.num_experts, placement.world_size)
+
+    def add(self, load: ExpertLoad, placement: Placement) -> None:
+        self.placement = placement
+        self.total = self.total + load
+
+
+class OnceInBackward:
+    """Calls `action` the first time that backward reaches `mark(out)`.
+
+    Activation checkpointing runs forward twice, and validation never runs backward: so what is counted here is
+    counted once for each trained token-choice.
+    """
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+
+    def mark(self, out: Tensor) -> Tensor:
+        """`out` itself, with the action tied to its gradient."""
+        if out.requires_grad:
+            out.register_hook(self._run)
+        return out
+
+    def _run(self, _: Any) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()

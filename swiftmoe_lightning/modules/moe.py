@@ -1,0 +1,140 @@
+"""The MoE block: router, experts, shared experts. D model dim, T tokens, K top-k."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, check_sizes
+from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter, load_balancing_loss, z_loss
+from swiftmoe_lightning.placement import Capacity
+
+
+class MoE(nn.Module):
+    """Mixture-of-Experts feed-forward: [..., dim] -> [..., dim].
+
+    dim, hidden_dim: D, and the inner width F of each expert.
+    num_experts, top_k: E, and how many of them each token chooses.
+    activation: "swiglu", "gelu" or "relu2" (squared ReLU).
+    router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
+    capacity_factor: None computes every choice (dropless). Otherwise a budget of token-choices, this many times
+        the mean load; over budget the lowest router scores go first, and a dropped choice adds zero.
+    capacity: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each slot.
+    num_shared_experts: experts that every token goes through, as one dense feed-forward of F * num_shared_experts.
+    aux_loss_coef, z_loss_coef: weights of the two router losses in `auxiliary_loss(module)`.
+    bias: give the routed experts biases.
+
+    Raises ValueError for sizes below 1, top_k outside 1..E, capacity_factor <= 0, or an unknown choice.
+    """
+
+    def __init__(  # noqa: PLR0913 - the block's public options, DESIGN's signature
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "swiglu",
+        router: nn.Module | None = None,
+        capacity_factor: float | None = None,
+        capacity: str = "rank",
+        num_shared_experts: int = 0,
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.top_k = dim, top_k
+        self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
+        # Checked even when no factor uses it: a misspelt capacity should not wait for the day it does.
+        limit = Capacity(1.0 if capacity_factor is None else capacity_factor, capacity)
+        self.experts = Experts(
+            num_experts,
+            dim,
+            hidden_dim,
+            activation=activation,
+            bias=bias,
+            capacity=None if capacity_factor is None else limit,
+            device=device,
+            dtype=dtype,
+        )
+        self.router = router or TopKRouter(dim, num_experts, top_k, device=device, dtype=dtype)
+        self.shared: nn.Module | None = None
+        if num_shared_experts:
+            check_sizes(num_shared_experts=num_shared_experts)
+            self.shared = DenseMLP(dim, hidden_dim * num_shared_experts, activation, device, dtype)
+        self.last_router_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D].
+
+        Raises ValueError for another last dim, FloatingPointError, on every rank, for non-finite router scores.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
+        x_TD = x.reshape(-1, self.dim)
+        routed: RouterOutput = self.router(x_TD)
+        finite = routed.logits_TE.isfinite().all()
+        result = self.experts.run(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
+        self.last_router_loss = self._router_loss(routed, result)
+        out_TD = result.hidden_TD
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return out_TD.reshape(x.shape)
+
+    def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:
+        """The block's weighted router losses; None where there are none to train with."""
+        if not torch.is_grad_enabled() or not (self.aux_loss_coef or self.z_loss_coef):
+            return None
+        top_k = routed.expert_ids_TK.shape[1]
+        loss = routed.logits_TE.new_zeros(())
+        if self.aux_loss_coef:
+            balance = load_balancing_loss(routed.probs_TE, result.load.popularity_E, result.world_size, top_k)
+            loss = loss + self.aux_loss_coef * balance
+        if self.z_loss_coef:
+            num_tokens = result.load.num_choices / top_k
+            loss = loss + self.z_loss_coef * z_loss(routed.logits_TE, num_tokens, result.world_size)
+        return loss
+
+
+class DenseMLP(nn.Module):
+    """A dense feed-forward with the experts' activation: what every token goes through (shared experts)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        rows = 2 * hidden_dim if activation == "swiglu" else hidden_dim
+        self.up_proj = nn.Linear(dim, rows, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        hidden_TF: Tensor = self.up_proj(x_TD)
+        if self.activation == "swiglu":
+            gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
+            hidden_TF = F.silu(gate_TF) * up_TF
+        else:
+            hidden_TF = F.gelu(hidden_TF) if self.activation == "gelu" else F.relu(hidden_TF).square()
+        out_TD: Tensor = self.down_proj(hidden_TF)
+        return out_TD
+
+
+def auxiliary_loss(module: nn.Module) -> Tensor:
+    """[] float: the sum of all MoE blocks' own router losses of their last forward, each already weighted.
+
+    Add it to the task loss. Zero where no block has one (no coefficient set, or no gradients wanted).
+    """
+    losses = [m.last_router_loss for m in module.modules() if isinstance(m, MoE) and m.last_router_loss is not None]
+    if losses:
+        return torch.stack(losses).sum()
+    return torch.zeros((), device=next((p.device for p in module.parameters()), None))

@@ -1,0 +1,126 @@
+"""Token -> top-k experts, and the losses that keep the choice balanced.
+
+T tokens, D model dim, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftmoe_lightning.config import check_choice
+from swiftmoe_lightning.modules.experts import check_sizes
+
+SCORES: Final = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True, eq=False)
+class RouterOutput:
+    """What a router decides. A router of your own returns this, too.
+
+    expert_ids_TK: [T, K] int64, different experts for each token.
+    weights_TK: [T, K] floating, what each choice counts in the token's sum.
+    logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
+    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss).
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor
+    probs_TE: Tensor
+
+
+class TopKRouter(nn.Module):
+    """Linear scores in float32, the K best experts of each token, their scores as weights.
+
+    score: "softmax" over the experts, or "sigmoid" of each.
+    renormalise: divide a token's K weights by their sum.
+    bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the weights),
+        and every optimizer step moves it by this much towards less popular experts: balance without an auxiliary
+        loss (arXiv 2408.15664). The engine calls `update_bias`.
+
+    Raises ValueError if top_k is not in 1..E, or for an unknown score.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: str = "softmax",
+        renormalise: bool = True,
+        bias_update_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(dim=dim, num_experts=num_experts)
+        check_choice("score", score, SCORES)
+        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be in 1..num_experts={num_experts}, got {top_k!r}.")
+        self.top_k, self.score, self.renormalise, self.bias_update_rate = top_k, score, renormalise, bias_update_rate
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias_update_rate else None
+        self.register_buffer("expert_bias", bias)
+        if not self.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 0.02), the bias to zero."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def forward(self, x_TD: Tensor) -> RouterOutput:
+        """[T, D] -> the choice of each token. Scores are computed in float32 (float64 for float64 weights)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+        choice_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
+        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(-1, expert_ids_TK)
+        if self.renormalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        probs_TE = scores_TE
+        if self.score == "sigmoid":
+            # Shares, not raw scores: else the loss falls when all scores do, balanced or not.
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+        return RouterOutput(expert_ids_TK, weights_TK, logits_TE, probs_TE)
+
+    @torch.no_grad()
+    def update_bias(self, popularity_E: np.ndarray) -> None:
+        """Move `expert_bias` towards experts with less than the mean popularity. popularity_E: [E], one step."""
+        if self.expert_bias is not None:
+            step_E = torch.from_numpy(np.sign(popularity_E.mean() - popularity_E))
+            self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)
+
+
+def load_balancing_loss(probs_TE: Tensor, popularity_E: np.ndarray, world_size: int, top_k: int) -> Tensor:
+    """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
+
+    f_e is expert e's share of the token-choices of ALL ranks, P_e the mean share of its score. Ranks share the
+    global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
+
+    probs_TE: [T, E] of this rank. popularity_E: [E] int64 of all ranks.
+    """
+    num_choices = max(int(popularity_E.sum()), 1)
+    share_E = torch.from_numpy(popularity_E / num_choices).to(probs_TE)
+    mean_prob_E = probs_TE.sum(0) * (world_size * top_k / num_choices)
+    return len(popularity_E) * (share_E * mean_prob_E).sum()
+
+
+def z_loss(logits_TE: Tensor, num_tokens: float, world_size: int) -> Tensor:
+    """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), over the tokens of all ranks.
+
+    num_tokens: of all ranks. The mean over ranks is the loss of the global batch, as above.
+    """
+    return logits_TE.logsumexp(-1).square().sum() * (world_size / max(num_tokens, 1))

@@ -1,0 +1,28 @@
+"""Pure maths of where experts live and which tokens go where. No torch, no processes."""
+
+from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.policies import (
+    PackedPolicy,
+    PlacementPolicy,
+    StaticPolicy,
+    SymiPolicy,
+    make_policy,
+)
+from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, plan_dispatch
+from swiftmoe_lightning.placement.transfer import TransferPlan, plan_collection, plan_distribution, shard_rows
+
+__all__ = [
+    "Capacity",
+    "DispatchPlan",
+    "PackedPolicy",
+    "Placement",
+    "PlacementPolicy",
+    "StaticPolicy",
+    "SymiPolicy",
+    "TransferPlan",
+    "make_policy",
+    "plan_collection",
+    "plan_dispatch",
+    "plan_distribution",
+    "shard_rows",
+]

@@ -1,0 +1,100 @@
+"""Which expert each slot holds, for one layer and one step.
+
+W ranks, s slots of a rank, S = W * s slots, E experts, D hosted (rank, expert) pairs. The paper writes N for W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Slots -> experts. Slot i lives on rank i // s; several slots of one rank may hold the same expert.
+
+    slot_to_expert_S: [S] int64, the expert in each slot.
+    num_experts: E. Every expert is in at least one slot.
+    world_size: W; S is a multiple of it.
+
+    Raises ValueError for a table that does not fit W, holds an unknown expert, or leaves an expert without a slot.
+    """
+
+    slot_to_expert_S: np.ndarray
+    num_experts: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        table = np.asarray(self.slot_to_expert_S, dtype=np.int64)
+        object.__setattr__(self, "slot_to_expert_S", table)
+        if table.ndim != 1 or table.size == 0 or table.size % self.world_size:
+            raise ValueError(
+                f"slot_to_expert_S must be one row of world_size x slots_per_rank entries, got shape {table.shape} "
+                f"for {self.world_size} ranks. Give every rank the same number of slots."
+            )
+        if table.min() < 0 or table.max() >= self.num_experts:
+            raise ValueError(
+                f"slot_to_expert_S holds experts {table.min()}..{table.max()}, but there are {self.num_experts}: "
+                f"use ids 0..{self.num_experts - 1}."
+            )
+        if not self.replica_counts_E.all():
+            missing = np.flatnonzero(self.replica_counts_E == 0).tolist()
+            raise ValueError(f"experts {missing} have no slot. Every expert needs at least one replica.")
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.slot_to_expert_S.size // self.world_size
+
+    @cached_property
+    def replica_counts_E(self) -> np.ndarray:
+        """[E] int64: slots that hold each expert."""
+        return np.bincount(self.slot_to_expert_S, minlength=self.num_experts)
+
+    @cached_property
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        host_S = np.repeat(np.arange(self.world_size), self.slots_per_rank)
+        return np.unique(host_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
+
+    @property
+    def pair_host_D(self) -> np.ndarray:
+        """[D] int64: the rank of each hosted pair; pairs are ordered by (rank, expert)."""
+        return self._pairs[0] // self.num_experts
+
+    @property
+    def pair_expert_D(self) -> np.ndarray:
+        """[D] int64: the expert of each hosted pair."""
+        return self._pairs[0] % self.num_experts
+
+    @property
+    def pair_slots_D(self) -> np.ndarray:
+        """[D] int64: how many slots of that rank hold that expert; they sum to S."""
+        return self._pairs[1]
+
+    @cached_property
+    def num_hosted_W(self) -> np.ndarray:
+        """[W] int64: different experts on each rank, d_k; they sum to D."""
+        return np.bincount(self.pair_host_D, minlength=self.world_size)
+
+    @cached_property
+    def _experts_of_rank(self) -> list[np.ndarray]:
+        return np.split(self.pair_expert_D, np.cumsum(self.num_hosted_W)[:-1])
+
+    def experts_of(self, rank: int) -> np.ndarray:
+        """[d_k] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""
+        return self._experts_of_rank[rank]
+
+    def num_moved(self, later: Placement) -> int:
+        """Hosted pairs of `later` that are not hosted here: the replicas that arrive on a new rank."""
+        return int(np.isin(later._pairs[0], self._pairs[0], invert=True).sum())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Placement)
+            and (self.num_experts, self.world_size) == (other.num_experts, other.world_size)
+            and np.array_equal(self.slot_to_expert_S, other.slot_to_expert_S)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.slot_to_expert_S.tobytes(), self.num_experts, self.world_size))

@@ -1,0 +1,127 @@
+"""Popularity of the last step -> placements of the next, for all layers at once.
+
+L layers, E experts, W ranks, s slots of a rank, S = W * s slots, D hosted (rank, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Final
+
+import numpy as np
+
+from swiftmoe_lightning.config import PLACEMENTS, check_choice
+from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.replication import (
+    minmax_replica_counts,
+    symi_replica_counts,
+    uniform_replica_counts,
+)
+
+
+class PlacementPolicy(ABC):
+    """A rule for the next placements: deterministic and pure, so that every rank finds the same answer alone.
+
+    world_size, slots_per_rank: W and s, fixed for a run.
+    """
+
+    def __init__(self, world_size: int, slots_per_rank: int) -> None:
+        self.world_size = world_size
+        self.slots_per_rank = slots_per_rank
+
+    @property
+    def num_slots(self) -> int:
+        return self.world_size * self.slots_per_rank
+
+    @abstractmethod
+    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+        """[L, E] int64 token-choices of one step -> [L, S] int64, the expert of every slot, each expert present."""
+
+    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+        """One `Placement` a layer. popularity_LE: [L, E] int64 token-choices, all ranks, one step; zeros are allowed.
+
+        Raises ValueError when E experts do not fit the slots.
+        """
+        popularity_LE = np.asarray(popularity_LE)
+        tables_LS = self.slot_tables(popularity_LE)
+        return [Placement(table_S, popularity_LE.shape[1], self.world_size) for table_S in tables_LS]
+
+
+class StaticPolicy(PlacementPolicy):
+    """The same number of replicas for every expert, laid out expert by expert, for ever."""
+
+    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+        num_layers, num_experts = popularity_LE.shape
+        counts_E = uniform_replica_counts(num_experts, self.num_slots)
+        return np.tile(np.repeat(np.arange(num_experts), counts_E), (num_layers, 1))
+
+
+class SymiPolicy(PlacementPolicy):
+    """The paper's: replicas in proportion to popularity, laid out expert by expert (Algorithm 1)."""
+
+    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+        counts_LE = symi_replica_counts(popularity_LE, self.num_slots)
+        experts_E = np.arange(popularity_LE.shape[1])
+        return np.stack([np.repeat(experts_E, counts_E) for counts_E in counts_LE])
+
+
+class PackedPolicy(PlacementPolicy):
+    """Replicas that even out their loads, at most one of an expert on a rank, hot packed with cold.
+
+    Replicas are dealt in s rounds of W, by falling load: each round gives its heaviest replica to the rank that
+    carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
+    """
+
+    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+        num_layers, num_experts = popularity_LE.shape
+        if self.slots_per_rank >= num_experts:
+            # Every rank can host every expert; the slots left over repeat them.
+            one_rank = np.arange(self.slots_per_rank) % num_experts
+            return np.tile(one_rank, (num_layers, self.world_size))
+        counts_LE = minmax_replica_counts(popularity_LE, self.num_slots, max_replicas=self.world_size)
+        share_LE = popularity_LE / counts_LE
+        order_LE = np.argsort(-share_LE, axis=1, kind="stable")
+        dealt_LS = np.stack([np.repeat(order, counts[order]) for order, counts in zip(order_LE, counts_LE, strict=True)])
+        return self._deal(dealt_LS, share_LE)
+
+    def _deal(self, dealt_LS: np.ndarray, share_LE: np.ndarray) -> np.ndarray:
+        """Replicas by falling load -> slots: round i fills the i-th slot of every rank, lightest rank first."""
+        num_layers, world_size = len(dealt_LS), self.world_size
+        rows_L1 = np.arange(num_layers)[:, None]
+        load_LW = np.zeros((num_layers, world_size))
+        table_LWs = np.empty((num_layers, world_size, self.slots_per_rank), dtype=np.int64)
+        previous_LW = np.full((num_layers, world_size), -1)
+        for slot, expert_LW in enumerate(np.split(dealt_LS, self.slots_per_rank, axis=1)):
+            # An expert whose replicas straddle two rounds must not meet a rank that it was dealt in the round before.
+            straddler_L1 = expert_LW[:, :1]
+            num_straddling_L1 = (expert_LW == straddler_L1).sum(1, keepdims=True)
+            has_straddler_LW = previous_LW == straddler_L1
+            order_LW = np.lexsort((load_LW, has_straddler_LW))
+            served_LW = np.zeros((num_layers, world_size), dtype=bool)
+            served_LW[rows_L1, order_LW] = np.arange(world_size) < num_straddling_L1
+            order_LW = np.lexsort((load_LW, ~served_LW))
+            previous_LW = np.empty_like(expert_LW)
+            previous_LW[rows_L1, order_LW] = expert_LW
+            load_LW += share_LE[rows_L1, previous_LW]
+            table_LWs[:, :, slot] = previous_LW
+        return table_LWs.reshape(num_layers, -1)
+
+
+_POLICIES: Final[dict[str, type[PlacementPolicy]]] = {
+    "static": StaticPolicy,
+    "symi": SymiPolicy,
+    "packed": PackedPolicy,
+}
+
+
+def make_policy(placement: str | type[PlacementPolicy], world_size: int, slots_per_rank: int) -> PlacementPolicy:
+    """The policy of that name, or of that class, for W ranks of s slots.
+
+    Raises ValueError for an unknown name, TypeError for anything that is neither a name nor a policy class.
+    """
+    if isinstance(placement, str):
+        check_choice("placement", placement, PLACEMENTS)
+        placement = _POLICIES[placement]
+    if not (isinstance(placement, type) and issubclass(placement, PlacementPolicy)):
+        raise TypeError(f"placement must be a name or a subclass of PlacementPolicy, got {placement!r}.")
+    return placement(world_size, slots_per_rank)

@@ -1,0 +1,86 @@
+"""Popularity -> how many replicas each expert gets. L layers, E experts, S slots; vectorised over layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
+    """[E] int64 summing to `num_slots`, any two of which differ by at most one; earlier experts get the extra one."""
+    _check_slots(num_experts, num_slots)
+    return num_slots // num_experts + (np.arange(num_experts) < num_slots % num_experts)
+
+
+def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray:
+    """Replicas in proportion to popularity (SYMI, arXiv 2504.19925, Algorithm 1).
+
+    popularity_LE: [L, E] int64 token-choices. A layer without any counts as uniform (the paper would divide by 0).
+    Returns [L, E] int64, every entry >= 1, rows summing to `num_slots`.
+    Raises ValueError if num_slots < E (the paper's loop would not end).
+    """
+    num_layers, num_experts = popularity_LE.shape
+    _check_slots(num_experts, num_slots)
+    goal_LE = _positive_rows(popularity_LE)
+    goal_LE = goal_LE / goal_LE.sum(1, keepdims=True) * num_slots
+    counts_LE = np.floor(np.maximum(goal_LE, 1)).astype(np.int64)
+    diff_LE = counts_LE - goal_LE
+    surplus_L = counts_LE.sum(1) - num_slots
+    while (over := np.flatnonzero(surplus_L > 0)).size:
+        expert = diff_LE[over].argmax(1)
+        removable = counts_LE[over, expert] > 1
+        counts_LE[over, expert] -= removable
+        surplus_L[over] -= removable
+        # Falls also where nothing was removed: this is what moves the argmax on and ends the loop.
+        diff_LE[over, expert] -= 1
+    while (under := np.flatnonzero(surplus_L < 0)).size:
+        expert = diff_LE[under].argmin(1)
+        counts_LE[under, expert] += 1
+        diff_LE[under, expert] += 1
+        surplus_L[under] += 1
+    return counts_LE
+
+
+def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replicas: int) -> np.ndarray:
+    """Replicas that make the largest load of a replica, popularity / count, as small as it can be.
+
+    It is the divisor method: count = ceil(popularity / load) for the least `load` whose counts fit; the slots
+    left over go, one by one, to the largest remaining popularity / count (as in EPLB's replication).
+
+    popularity_LE: [L, E] int64 token-choices. A layer without any counts as uniform.
+    max_replicas: the most an expert may have. E * max_replicas must reach num_slots.
+    Returns [L, E] int64, entries in 1..max_replicas, rows summing to `num_slots`.
+    """
+    num_layers, num_experts = popularity_LE.shape
+    _check_slots(num_experts, num_slots)
+    assert num_experts * max_replicas >= num_slots, (num_experts, max_replicas, num_slots)
+    load_LE = _positive_rows(popularity_LE)
+
+    def counts_at(limit_L: np.ndarray) -> np.ndarray:
+        return np.clip(np.ceil(load_LE / limit_L[:, None]), 1, max_replicas).astype(np.int64)
+
+    low_L, high_L = np.zeros(num_layers), load_LE.max(1)
+    for _ in range(40):
+        middle_L = (low_L + high_L) / 2
+        fits_L = counts_at(np.maximum(middle_L, 1e-12)).sum(1) <= num_slots
+        low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
+    counts_LE = counts_at(high_L)
+    spare_L = num_slots - counts_LE.sum(1)
+    while (open_layers := np.flatnonzero(spare_L > 0)).size:
+        counts = counts_LE[open_layers]
+        share = np.where(counts < max_replicas, load_LE[open_layers] / counts, -1.0)
+        counts_LE[open_layers, share.argmax(1)] += 1
+        spare_L[open_layers] -= 1
+    return counts_LE
+
+
+def _positive_rows(popularity_LE: np.ndarray) -> np.ndarray:
+    empty_L1 = popularity_LE.sum(1, keepdims=True) == 0
+    return np.where(empty_L1, 1, popularity_LE).astype(np.float64)
+
+
+def _check_slots(num_experts: int, num_slots: int) -> None:
+    if num_slots < num_experts:
+        raise ValueError(
+            f"{num_slots} slots cannot hold {num_experts} experts, and every expert keeps at least one replica. "
+            f"Use at least {num_experts} slots in all."
+        )

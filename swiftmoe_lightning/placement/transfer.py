@@ -1,0 +1,63 @@
+"""Integer tables of the two weight phases: who sends how many elements to whom.
+
+An expert's tensors are cut by rows over all ranks (DTensor `Shard(1)` of [E, rows, ...]): rank j owns rows
+`shard_rows(rows, W)[j]` of every expert. Collect sends rank j's rows of each hosted gradient to rank j; distribute
+sends rank j's rows of each expert to the hosts of that expert. W ranks, D hosted (rank, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swiftmoe_lightning.placement.placement import Placement
+
+
+def shard_rows(num_rows: int, world_size: int) -> list[tuple[int, int]]:
+    """First and last-plus-one row of each rank's shard, as `torch.chunk` cuts: equal parts, the last ones shorter."""
+    size = -(-num_rows // world_size)
+    return [(min(j * size, num_rows), min((j + 1) * size, num_rows)) for j in range(world_size)]
+
+
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """Elements per rank pair of one layer's exchange.
+
+    elements_WW: [W, W] int64, [source, destination]; the diagonal stays on its rank.
+    """
+
+    elements_WW: np.ndarray
+
+    def send_splits(self, rank: int) -> list[int]:
+        return self.elements_WW[rank].tolist()
+
+    def receive_splits(self, rank: int) -> list[int]:
+        return self.elements_WW[:, rank].tolist()
+
+    def elements_sent(self, rank: int) -> int:
+        """Elements that `rank` puts on the wire (what it keeps for itself does not count)."""
+        return int(self.elements_WW[rank].sum() - self.elements_WW[rank, rank])
+
+
+def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
+    """Gradients from hosts to the owners of their rows.
+
+    row_elements: for each tensor of an expert, its rows and the elements of one row.
+    When W divides the rows, all ranks together send G * (D - D / W), G elements in one expert.
+    """
+    return TransferPlan(np.outer(placement.num_hosted_W, shard_elements(row_elements, placement.world_size)))
+
+
+def plan_distribution(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
+    """Weights from the owners of their rows to the hosts of `placement`: the collection, turned round."""
+    return TransferPlan(plan_collection(placement, row_elements).elements_WW.T)
+
+
+def shard_elements(row_elements: Sequence[tuple[int, int]], world_size: int) -> np.ndarray:
+    """[W] int64: elements of one expert that each rank owns, over all its tensors."""
+    owned_W = np.zeros(world_size, dtype=np.int64)
+    for num_rows, elements in row_elements:
+        owned_W += [(stop - start) * elements for start, stop in shard_rows(num_rows, world_size)]
+    return owned_W
