@@ -7,6 +7,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.modules import Experts, MoE, RouterOutput, TopKRouter, auxiliary_loss
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
+from swiftmoe_lightning.strategies import SwiftMoEStrategy, register
 
 __all__ = [
     "Experts",
@@ -16,6 +17,9 @@ __all__ = [
     "RouterOutput",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
+    "SwiftMoEStrategy",
     "TopKRouter",
     "auxiliary_loss",
 ]
+
+register()

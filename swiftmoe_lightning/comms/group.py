@@ -87,7 +87,9 @@ class _ExchangeRows(torch.autograd.Function):
     """Forward: all-to-all of rows. Backward: all-to-all of their gradients with the splits turned round."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: ExpertGroup, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, group: ExpertGroup, send_splits: list[int], receive_splits: list[int]
+    ) -> Tensor:
         ctx.group, ctx.splits = group, (send_splits, receive_splits)
         return group.start_all_to_all(rows.contiguous(), send_splits, receive_splits).wait()
 

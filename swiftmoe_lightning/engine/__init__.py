@@ -1,6 +1,5 @@
 """One training step over masters and slots, and what hosts need around it."""
 
-from swiftmoe_lightning.engine.checkpoint import full_state, load_checkpoint_directory, save_checkpoint_directory
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ignore_expert_parameters
 from swiftmoe_lightning.engine.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
@@ -13,8 +12,5 @@ __all__ = [
     "SwiftMoEEngine",
     "clip_grad_norm",
     "clip_grad_value",
-    "full_state",
     "ignore_expert_parameters",
-    "load_checkpoint_directory",
-    "save_checkpoint_directory",
 ]

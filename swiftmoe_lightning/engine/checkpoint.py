@@ -18,19 +18,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import full_tensor, is_master
+from swiftmoe_lightning.modules import shape_message
 
-META_FILE: Final = "meta.pt"
+_META_FILE: Final = "meta.pt"
 
 
 def full_state(value: Any, keep: bool) -> Any:
     """`value` (tensors in dicts, lists and tuples) with every master gathered whole, on the CPU. A collective.
 
-    keep: False drops what was gathered, master by master, so that only the rank that writes holds it all; those
-        entries become None.
+    keep: False drops what was gathered, master by master (it becomes None), so that only the rank that writes
+        holds it all.
     """
     if isinstance(value, dict):
         return type(value)((k, full_state(v, keep)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(full_state(v, keep) for v in value)
     if isinstance(value, Tensor) and is_master(value):
         whole = full_tensor(value)
@@ -38,13 +39,18 @@ def full_state(value: Any, keep: bool) -> Any:
     return value
 
 
-def save_checkpoint_directory(
+def is_checkpoint_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory of `save_directory`."""
+    return (Path(path) / _META_FILE).is_file()
+
+
+def save_directory(
     path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer], meta: dict[str, Any], rank: int
 ) -> None:
-    """Write a DCP directory, each rank its own shards, and `meta` beside it. A collective.
+    """Write a DCP directory, each rank its own shards, and `meta` (plain types and tensors) beside it. A collective.
 
-    The model stands under "model", where Lightning's `consolidate_checkpoint` looks, and optimizer i under
-    "optimizer_i", by parameter name.
+    The model stands under "model", where Lightning's `consolidate_checkpoint` looks for it, and the i-th optimizer
+    under "optimizer_i", by parameter name.
     """
     state = {"model": get_model_state_dict(module)}
     for i, optimizer in enumerate(optimizers):
@@ -52,39 +58,33 @@ def save_checkpoint_directory(
     Path(path).mkdir(parents=True, exist_ok=True)
     dcp.save(state, checkpoint_id=path)
     if rank == 0:
-        torch.save(meta, Path(path) / META_FILE)
+        torch.save(meta, Path(path) / _META_FILE)
 
 
-def load_checkpoint_directory(
-    path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer], strict: bool = True
-) -> dict[str, Any]:
-    """Read a directory of `save_checkpoint_directory` into module and optimizers, at any world size. A collective.
-
-    Returns its `meta`. Raises ValueError, naming the key, when a shape differs.
-    """
-    state: dict[str, Any] = {"model": get_model_state_dict(module)}
-    for i, optimizer in enumerate(optimizers):
-        state[f"optimizer_{i}"] = get_optimizer_state_dict(module, optimizer)
-    _check_shapes(path, state["model"])
-    dcp.load(state, checkpoint_id=path)
-    set_model_state_dict(module, state["model"])
-    for i, optimizer in enumerate(optimizers):
-        set_optimizer_state_dict(module, optimizer, state[f"optimizer_{i}"])
-    meta: dict[str, Any] = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True)
+def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `meta` of a directory."""
+    meta: dict[str, Any] = torch.load(Path(path) / _META_FILE, map_location="cpu", weights_only=True)
     return meta
 
 
-def _check_shapes(path: str | os.PathLike[str], model_state: dict[str, Any]) -> None:
+def load_model(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Read the model of a directory, written at any world size. A collective.
+
+    Raises ValueError, naming the key, where a shape differs.
+    """
+    state = {"model": get_model_state_dict(module)}
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for name, value in model_state.items():
+    for name, value in state["model"].items():
         size = getattr(saved.get(f"model.{name}"), "size", None)
         if isinstance(value, Tensor) and size is not None and size != value.shape:
             raise ValueError(shape_message(name, size, value.shape))
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(module, state["model"])
 
 
-def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
-    """What to say when a checkpoint holds `name` with another shape."""
-    return (
-        f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
-        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
-    )
+def load_optimizers(path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Read the optimizers of a directory, written at any world size. A collective."""
+    for i, optimizer in enumerate(optimizers):
+        state = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
+        dcp.load(state, checkpoint_id=path)
+        set_optimizer_state_dict(module, optimizer, state[f"optimizer_{i}"])

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.comms import ExpertGroup, is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.agreement import Agreement
+from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
 from swiftmoe_lightning.engine.layer import ShardedLayer
@@ -229,6 +230,11 @@ class SwiftMoEEngine:
             return torch.amp.GradScaler(device, **options)
         return ShardedGradScaler(self.group, self._updates, device, **options)
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The module's state dict with every expert whole, on the CPU, on every rank. A collective."""
+        state: dict[str, Any] = full_state(dict(self.module.state_dict()), keep=True)
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: popularity and placement of each layer; loads with
         `weights_only=True`."""
@@ -249,5 +255,3 @@ class SwiftMoEEngine:
 
 def _device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-
-

@@ -21,7 +21,6 @@ from swiftmoe_lightning.comms import (
     shard_from_rank_zero,
 )
 from swiftmoe_lightning.engine.agreement import Agreement, CallRows
-from swiftmoe_lightning.engine.checkpoint import shape_message
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
 from swiftmoe_lightning.modules import ExpertHosting, Experts
 from swiftmoe_lightning.placement import Placement
@@ -55,19 +54,18 @@ class ShardedLayer(ExpertHosting):
         """Let `load_state_dict` take whole experts, on the spread module, without communication."""
         self.experts.register_load_state_dict_pre_hook(self._shard_loaded)
 
-    def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        error_messages = rest[-1]
+    def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, master in experts.expert_parameters().items():
             value = state.get(prefix + name)
-            if not isinstance(value, Tensor) or is_master(value):
-                continue
-            if value.shape != master.shape:
-                error_messages.append(shape_message(prefix + name, value.shape, master.shape))
-                del state[prefix + name]
-                continue
-            first, last = local_rows(master.shape, self._group)
-            state[prefix + name] = master_from_local(value[:, first:last].to(master.device), master.shape, self._group)
+            if isinstance(value, Tensor) and not is_master(value) and value.shape == master.shape:
+                first, last = local_rows(master.shape, self._group)
+                rows = value[:, first:last].to(master.device)
+                state[prefix + name] = master_from_local(rows, master.shape, self._group)
         self.stale = True
+
+    def __deepcopy__(self, _: Any) -> ShardedLayer:
+        # Copies of a module (EMA's) carry the load hook, and load like the original.
+        return self
 
     @property
     def placement(self) -> Placement:  # type: ignore[override]

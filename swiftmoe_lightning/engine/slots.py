@@ -102,9 +102,7 @@ class ExpertSlots:
         self.collection_bytes += pending.bytes_sent
         return PendingCollection(pending, self.placement, names)
 
-    def _host_parts(
-        self, buffer: Tensor, names: list[str], num_local: int
-    ) -> Iterator[tuple[Tensor, str, int, int]]:
+    def _host_parts(self, buffer: Tensor, names: list[str], num_local: int) -> Iterator[tuple[Tensor, str, int, int]]:
         """The pieces of a host-side buffer: ([d, elements] view, tensor name, first row, last-plus-one row)."""
         offset = 0
         rows_of = {name: shard_rows(self.weights[name].shape[1], self._group.world_size) for name in names}

@@ -74,6 +74,7 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(empty))
         self.hosting: ExpertHosting = LocalHosting(self)
         self.trained_load = TrainedLoad(self.hosting.placement)
+        self.register_load_state_dict_pre_hook(_check_loaded_shapes)
         if not self.is_meta:
             self.reset_parameters()
 
@@ -161,6 +162,22 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {self.activation}"
+
+
+def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Beside torch's own words on a shape that differs, say which settings to look at."""
+    for name, parameter in experts.expert_parameters().items():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            rest[-1].append(shape_message(prefix + name, value.shape, parameter.shape))
+
+
+def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
+    """What to say when a checkpoint holds `name` with another shape."""
+    return (
+        f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
+        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
+    )
 
 
 def check_sizes(**sizes: int) -> None:

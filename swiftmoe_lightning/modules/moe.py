@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +86,10 @@ class MoE(nn.Module):
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return out_TD.reshape(x.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The loss of the last forward belongs to its graph, not to a copy of the block.
+        return {**self.__dict__, "last_router_loss": None}
 
     def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:
         """The block's weighted router losses; None where there are none to train with."""

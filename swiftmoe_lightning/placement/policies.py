@@ -81,7 +81,9 @@ class PackedPolicy(PlacementPolicy):
         counts_LE = minmax_replica_counts(popularity_LE, self.num_slots, max_replicas=self.world_size)
         share_LE = popularity_LE / counts_LE
         order_LE = np.argsort(-share_LE, axis=1, kind="stable")
-        dealt_LS = np.stack([np.repeat(order, counts[order]) for order, counts in zip(order_LE, counts_LE, strict=True)])
+        dealt_LS = np.stack(
+            [np.repeat(order, counts[order]) for order, counts in zip(order_LE, counts_LE, strict=True)]
+        )
         return self._deal(dealt_LS, share_LE)
 
     def _deal(self, dealt_LS: np.ndarray, share_LE: np.ndarray) -> np.ndarray:

@@ -1,0 +1,5 @@
+"""Hosts: siblings that map a framework's hooks to the engine."""
+
+from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy, register
+
+__all__ = ["SwiftMoEStrategy", "register"]

@@ -1,0 +1,332 @@
+"""`Trainer(strategy="swiftmoe")`: maps Lightning's hooks to the engine's phases; no training logic of its own."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
+from swiftmoe_lightning.engine import checkpoint as checkpoints
+from swiftmoe_lightning.placement import PlacementPolicy
+
+_STATE_KEY = "swiftmoe"
+_DIRECTORY_KEY = "swiftmoe_directory"
+
+
+class SwiftMoEStrategy(DDPStrategy):
+    """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
+
+    Dense parameters train as under DDP. Every option is JSON-able, for LightningCLI.
+
+    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split:
+        see `SwiftMoEConfig`.
+    save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
+        of one plain file. Either kind loads, whatever this is.
+    ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
+
+    Raises ValueError for a setting out of range.
+    """
+
+    strategy_name = "swiftmoe"
+
+    def __init__(
+        self,
+        slots_per_rank: int | None = None,
+        placement: str | type[PlacementPolicy] = "packed",
+        replace_every: int = 1,
+        param_dtype: str | None = None,
+        reduce_dtype: str = "float32",
+        offload_optimizer: bool = False,
+        token_split: str = "local",
+        save_distributed_checkpoint: bool = False,
+        **ddp_options: Any,
+    ) -> None:
+        self.config = SwiftMoEConfig(
+            slots_per_rank=slots_per_rank,
+            placement=placement,
+            replace_every=replace_every,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            offload_optimizer=offload_optimizer,
+            token_split=token_split,
+        )
+        super().__init__(**ddp_options)
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._engine: SwiftMoEEngine | None = None
+        self._evaluating: bool | None = None
+
+    @property
+    def engine(self) -> SwiftMoEEngine:
+        """The engine of the module being run.
+
+        Raises RuntimeError before `Trainer.fit`, `validate`, `test` or `predict` has set it up.
+        """
+        if self._engine is None:
+            raise RuntimeError("SwiftMoEStrategy.engine exists once the Trainer runs a module: call trainer.fit first.")
+        return self._engine
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # Before the setup hooks: callbacks that copy the module there (EMA) then copy masters.
+        self._attach()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._evaluating = None
+        if not any(isinstance(callback, _JoinEvaluation) for callback in trainer.callbacks):
+            # First, so that a rank out of batches serves the others before any callback talks to them.
+            trainer.callbacks.insert(0, _JoinEvaluation())
+        super().setup(trainer)
+
+    @override
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        # Again: configure_model may have added layers, and the precision plugin may have cast masters.
+        self._attach()
+
+    @override
+    def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        ignored = set(self.lightning_module._ddp_params_and_buffers_to_ignore)
+        if any(p.requires_grad for name, p in self.lightning_module.named_parameters() if name not in ignored):
+            super().configure_ddp()
+        else:
+            # DDP refuses a module of which it has nothing to reduce.
+            _sync_module_states(self.lightning_module)
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return ExpertDataParallel(
+            model, self.engine, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
+        )
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            self.engine.prepare_optimizer(optimizer)
+
+    def _attach(self) -> None:
+        """Spread the module's experts, all that are there by now. Repeatable."""
+        module = self.lightning_module
+        assert module is not None
+        if self._engine is None or self._engine.module is not module:
+            self._engine = SwiftMoEEngine(
+                module, self.config, device=self.root_device, ranks_per_node=self.num_processes
+            )
+            self._adopt_precision()
+        else:
+            self._engine.attach(module)
+        if self._engine.layers and self._start_method != "popen":
+            raise ValueError(
+                f"strategy='swiftmoe' cannot start its processes with start_method={self._start_method!r}: expert "
+                "shards do not travel back through it. Use start_method='popen' (the default), or torchrun."
+            )
+        ignore_expert_parameters(module)
+
+    def _adopt_precision(self) -> None:
+        """Let the precision plugin clip and scale gradients of which each rank holds a part."""
+        plugin, engine = self.precision_plugin, self.engine
+        if engine.group is None:
+            return
+        plugin.clip_grad_by_norm = functools.partial(_clip_by_norm, self)  # type: ignore[method-assign]
+        plugin.clip_grad_by_value = functools.partial(_clip_by_value, self)  # type: ignore[method-assign]
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            plugin.scaler = engine.grad_scaler(
+                plugin.device,
+                init_scale=plugin.scaler.get_scale(),
+                growth_factor=plugin.scaler.get_growth_factor(),
+                backoff_factor=plugin.scaler.get_backoff_factor(),
+                growth_interval=plugin.scaler.get_growth_interval(),
+                enabled=plugin.scaler.is_enabled(),
+            )
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        with super().block_backward_sync(), self.engine.no_sync():
+            yield
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._enter(evaluating=False)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._enter(evaluating=True)
+        with self.precision_plugin.val_step_context():
+            return self._module.validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._enter(evaluating=True)
+        with self.precision_plugin.test_step_context():
+            return self._module.test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter(evaluating=True)
+        with self.precision_plugin.predict_step_context():
+            return self._module.predict_step(*args, **kwargs)
+
+    @property
+    def _module(self) -> LightningModule:
+        # Evaluation goes round DDP: its buffer broadcasts in every forward would need equally many batches.
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _enter(self, evaluating: bool) -> None:
+        """EMA and the like write masters between training and evaluation: slots are fetched again at each change."""
+        if self._evaluating is not None and self._evaluating != evaluating:
+            self.engine.mark_stale()
+        self._evaluating = evaluating
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        checkpoint = {**checkpoint, _STATE_KEY: self.engine.state_dict()}
+        if not self._save_distributed_checkpoint:
+            # Here, after all hooks have put into it what they want (EMA adds a second model).
+            whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+            super().save_checkpoint(whole, filepath, storage_options)
+            return
+        if "current_model_state" in checkpoint:
+            raise ValueError(
+                "save_distributed_checkpoint=True does not hold the averaged weights of WeightAveraging. Use plain "
+                "checkpoints (save_distributed_checkpoint=False)."
+            )
+        optimizers = self.optimizers if "optimizer_states" in checkpoint else []
+        # Lightning only asks whether states are there; their values are read when their owners exist.
+        meta = {k: type(v)() if k in ("state_dict", "optimizer_states") else v for k, v in checkpoint.items()}
+        checkpoints.save_directory(self.broadcast(filepath), self._module, optimizers, meta, self.global_rank)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {} if self._save_distributed_checkpoint else super().optimizer_state(optimizer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        error: Exception | None = None
+        try:
+            if checkpoints.is_checkpoint_directory(checkpoint_path):
+                checkpoint = {**checkpoints.load_meta(checkpoint_path), _DIRECTORY_KEY: checkpoint_path}
+            else:
+                checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        except Exception as caught:
+            error = caught
+        if not self.reduce_boolean_decision(error is None):
+            here = f"{type(error).__name__}: {error}" if error else "another rank could not read it"
+            raise ValueError(
+                f"cannot read the checkpoint {str(checkpoint_path)!r} ({here}). It may be missing, cut off or corrupt, "
+                "or hold objects that need Trainer.fit(..., weights_only=False): check the path, or use an older one."
+            ) from error
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Layers of configure_model may still be on the meta device, where a load would be lost.
+        self._attach()
+        if _DIRECTORY_KEY in checkpoint:
+            checkpoints.load_model(checkpoint[_DIRECTORY_KEY], self._module)
+            self.engine.mark_stale()
+        else:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        if _STATE_KEY in checkpoint and self._module.trainer.state.fn == TrainerFn.FITTING:
+            self.engine.load_state_dict(checkpoint[_STATE_KEY])
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if _DIRECTORY_KEY in checkpoint:
+            checkpoints.load_optimizers(checkpoint[_DIRECTORY_KEY], self._module, self.optimizers)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    @override
+    def teardown(self) -> None:
+        if self._engine is None or self._engine.group is None:
+            super().teardown()
+            return
+        # As ModelParallelStrategy: masters stay on their mesh's device, or they could not be gathered after fit.
+        if self._layer_sync and self.model is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
+            self._layer_sync.revert(self._module)
+        self.model = self._module
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        vars(self.precision_plugin).pop("clip_grad_by_value", None)
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class _JoinEvaluation(Callback):
+    """A rank that is out of evaluation batches serves the others' expert layers until all are."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._join(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._join(trainer)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._join(trainer)
+
+    @staticmethod
+    def _join(trainer: Trainer) -> None:
+        assert isinstance(trainer.strategy, SwiftMoEStrategy)
+        trainer.strategy.engine.join()
+
+
+def _clip_by_norm(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
+    parameters = strategy.precision_plugin.main_params(optimizer)
+    strategy.engine.clip_grad_norm_(clip_val, parameters=parameters)
+
+
+def _clip_by_value(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
+    parameters = strategy.precision_plugin.main_params(optimizer)
+    strategy.engine.clip_grad_value_(clip_val, parameters=parameters)
+
+
+class _WrongPackage:
+    """What `pytorch_lightning` finds under our name: its classes are not those of `lightning`."""
+
+    def __init__(self, **_: Any) -> None:
+        raise TypeError(
+            "strategy='swiftmoe' works with the package `lightning`, and this Trainer is `pytorch_lightning`'s, a "
+            "separate copy. Write `import lightning as L` and use L.Trainer and L.LightningModule throughout."
+        )
+
+
+def register() -> None:
+    """Make `strategy="swiftmoe"` known to Lightning's Trainer."""
+    description = "Data parallel, with experts replicated by popularity anew every step"
+    StrategyRegistry.register("swiftmoe", SwiftMoEStrategy, description=description, override=True)
+    if "pytorch_lightning" in sys.modules:
+        registry: Callable[..., Any] = sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register
+        registry("swiftmoe", _WrongPackage, description=description, override=True)
+
+

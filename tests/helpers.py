@@ -1,0 +1,124 @@
+"""Run a function on W gloo ranks, as torchrun would start them."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.preload"])
+
+
+class RankFailure(AssertionError):
+    """At least one rank raised; `errors[rank]` is its traceback, or None."""
+
+    def __init__(self, errors: list[str | None]) -> None:
+        super().__init__("\n".join(f"--- rank {rank}:\n{e}" for rank, e in enumerate(errors) if e))
+        self.errors = errors
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = True, timeout_s: int = 60) -> list[Any]:
+    """Call module-level `fn(*args)` in `world_size` processes; returns what each rank returned (torch-saveable).
+
+    init: start the default gloo group first. False leaves that to the function (a Trainer does it), with
+        torchrun's environment set either way.
+    Raises RankFailure with every rank's traceback if any rank raised, AssertionError if one hung or died.
+    """
+    with TemporaryDirectory() as folder:
+        port = _free_port()
+        ranks = [
+            _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder, init, timeout_s))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(2 * timeout_s)
+        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for rank in hung:
+            ranks[rank].kill()
+            ranks[rank].join()
+        results = [Path(folder, f"{rank}.pt") for rank in range(world_size)]
+        died = [rank for rank, path in enumerate(results) if not path.exists() and rank not in hung]
+        outcomes = [torch.load(path, weights_only=False) if path.exists() else ("?", None) for path in results]
+        if any(kind == "error" for kind, _ in outcomes):
+            raise RankFailure([value if kind == "error" else None for kind, value in outcomes])
+        assert not hung, f"ranks {hung} hung for {2 * timeout_s} s"
+        assert not died, f"ranks {died} died without a word: {[ranks[r].exitcode for r in died]}"
+        assert all(p.exitcode == 0 for p in ranks), [p.exitcode for p in ranks]
+        return [value for _, value in outcomes]
+
+
+def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:
+    """The tracebacks of all ranks of a call in which every rank must raise."""
+    try:
+        run_ranks(fn, world_size, *args, **options)
+    except RankFailure as failure:
+        missing = [rank for rank, error in enumerate(failure.errors) if error is None]
+        assert not missing, f"ranks {missing} did not raise; the others: {failure}"
+        return [error for error in failure.errors if error is not None]
+    raise AssertionError("no rank raised")
+
+
+def _rank_main(
+    fn: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, folder: str, init: bool, timeout_s: int
+) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    for ignored in _THIRD_PARTY_WARNINGS:
+        warnings.filterwarnings("ignore", message=ignored)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    try:
+        if init and world_size > 1:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        outcome = ("ok", fn(*args))
+    except BaseException:
+        outcome = ("error", traceback.format_exc())
+    torch.save(outcome, f"{folder}/{rank}.partial")
+    os.rename(f"{folder}/{rank}.partial", f"{folder}/{rank}.pt")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+    # A gloo worker thread that outlives the interpreter would abort the process.
+    os._exit(0)
+
+
+# Each is about code that is not ours, and names it.
+_THIRD_PARTY_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*num_workers.*",
+    ".*isn't writing.*",
+    ".*GPU available but not used.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
