@@ -39,12 +39,13 @@ class TopKRouter(nn.Module):
     """Linear scores in float32, the K best experts of each token, their scores as weights.
 
     score: "softmax" over the experts, or "sigmoid" of each.
-    renormalise: divide a token's K weights by their sum.
+    renormalise: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
+        1, and the router would learn nothing from the task.)
     bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the weights),
         and every optimizer step moves it by this much towards less popular experts: balance without an auxiliary
         loss (arXiv 2408.15664). The engine calls `update_bias`.
 
-    Raises ValueError if top_k is not in 1..E, or for an unknown score.
+    Raises ValueError if top_k is not in 1..E, for an unknown score, or for renormalise=True with top_k=1.
     """
 
     expert_bias: Tensor | None
@@ -56,7 +57,7 @@ class TopKRouter(nn.Module):
         top_k: int,
         *,
         score: str = "softmax",
-        renormalise: bool = True,
+        renormalise: bool | None = None,
         bias_update_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -66,7 +67,13 @@ class TopKRouter(nn.Module):
         check_choice("score", score, SCORES)
         if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in 1..num_experts={num_experts}, got {top_k!r}.")
-        self.top_k, self.score, self.renormalise, self.bias_update_rate = top_k, score, renormalise, bias_update_rate
+        if renormalise and top_k == 1:
+            raise ValueError(
+                "renormalise=True with top_k=1 makes every weight 1, and the router learns nothing from the task. "
+                "Leave renormalise unset, or choose top_k=2 or more."
+            )
+        self.top_k, self.score, self.bias_update_rate = top_k, score, bias_update_rate
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias_update_rate else None
         self.register_buffer("expert_bias", bias)
