@@ -27,7 +27,7 @@ class Placement:
     world_size: int
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.slot_to_expert_S, dtype=np.int64)
+        table = np.array(self.slot_to_expert_S, dtype=np.int64)
         object.__setattr__(self, "slot_to_expert_S", table)
         if table.ndim != 1 or table.size == 0 or table.size % self.world_size:
             raise ValueError(

@@ -40,10 +40,15 @@ class PlacementPolicy(ABC):
     def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
         """One `Placement` a layer. popularity_LE: [L, E] int64 token-choices, all ranks, one step; zeros are allowed.
 
-        Raises ValueError when E experts do not fit the slots.
+        Raises ValueError when E experts do not fit the slots, or the policy's tables are not [L, S].
         """
         popularity_LE = np.asarray(popularity_LE)
-        tables_LS = self.slot_tables(popularity_LE)
+        tables_LS = np.asarray(self.slot_tables(popularity_LE))
+        if tables_LS.shape != (len(popularity_LE), self.num_slots):
+            raise ValueError(
+                f"{type(self).__name__}.slot_tables must return the expert of every slot of every layer, "
+                f"{[len(popularity_LE), self.num_slots]}, got {list(tables_LS.shape)}."
+            )
         return [Placement(table_S, popularity_LE.shape[1], self.world_size) for table_S in tables_LS]
 
 

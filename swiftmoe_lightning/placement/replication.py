@@ -53,7 +53,8 @@ def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replica
     num_layers, num_experts = popularity_LE.shape
     _check_slots(num_experts, num_slots)
     assert num_experts * max_replicas >= num_slots, (num_experts, max_replicas, num_slots)
-    load_LE = _positive_rows(popularity_LE)
+    # Just above zero: slots that only cold experts can take are shared evenly among them.
+    load_LE = np.maximum(_positive_rows(popularity_LE), 1e-9)
 
     def counts_at(limit_L: np.ndarray) -> np.ndarray:
         return np.clip(np.ceil(load_LE / limit_L[:, None]), 1, max_replicas).astype(np.int64)

@@ -23,16 +23,17 @@ class Capacity:
     per: "rank", one budget of ceil(factor * N / W) for each rank, pooled over its slots; or "slot", the paper's
         ceil(factor * N / S) for each slot, N being the token-choices of all ranks.
 
-    Raises ValueError for a factor that is not above 0 or an unknown `per`.
+    Raises ValueError for a factor that is not a number above 0, or an unknown `per`.
     """
 
     factor: float
     per: str = "rank"
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
+        if not 0 < self.factor < float("inf"):
             raise ValueError(
-                f"capacity_factor must be above 0, got {self.factor!r}. Use 1.0 or more, or None to drop no tokens."
+                f"capacity_factor must be a number above 0, got {self.factor!r}. Use 1.0 or more, or None to drop no "
+                "tokens."
             )
         check_choice("capacity", self.per, ("rank", "slot"))
 

@@ -1,0 +1,163 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftmoe_lightning import Placement
+from swiftmoe_lightning.placement import Capacity, plan_dispatch
+from swiftmoe_lightning.placement.token_split import split_tokens
+from tests.placement.cases import counts_of, placements
+
+
+def pairs_of(placement):
+    return list(zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True))
+
+
+# Rank 0 hosts experts 0, 1; rank 1 hosts 0 twice; rank 2 hosts 1, 2. Pairs: (0,0) (0,1) (1,0) (2,1) (2,2).
+PLACEMENT = Placement([0, 1, 0, 0, 1, 2], 3, 3)
+COUNTS_WE = np.array([[6, 0, 1], [0, 5, 1], [3, 2, 0]])
+
+
+def test_even_split_cuts_each_experts_line_into_equal_shares_a_slot():
+    # Expert 0: 9 choices of ranks 0,0,0,0,0,0,2,2,2; one slot of rank 0 takes 3 and two slots of rank 1 take 6.
+    assert split_tokens(COUNTS_WE, PLACEMENT, "even").tolist() == [
+        [3, 0, 3, 0, 1],
+        [0, 3, 0, 2, 1],
+        [0, 0, 3, 2, 0],
+    ]
+
+
+def test_local_split_serves_a_ranks_own_tokens_first_within_the_same_shares():
+    counts_WE = np.array([[2, 0, 0], [4, 6, 0], [3, 1, 1]])
+    # Shares of expert 0: 3, 6; of expert 1: 3, 4. Rank 0 keeps its 2, rank 1 its 4; rank 2 fills what is left.
+    assert split_tokens(counts_WE, PLACEMENT, "local").tolist() == [
+        [2, 0, 0, 0, 0],
+        [0, 3, 4, 3, 0],
+        [1, 0, 2, 1, 1],
+    ]
+
+
+def test_local_split_prefers_the_same_node_to_another():
+    # Four ranks, one expert everywhere, nodes of two. Rank 1's surplus goes to rank 0, rank 2's to rank 3.
+    placement = Placement([0, 0, 0, 0], 1, 4)
+    counts_WE = np.array([[1], [3], [4], [0]])
+    assert split_tokens(counts_WE, placement, "local", ranks_per_node=2).tolist() == [
+        [1, 0, 0, 0],
+        [1, 2, 0, 0],
+        [0, 0, 2, 2],
+        [0, 0, 0, 0],
+    ]
+
+
+def test_rank_budget_is_pooled_over_a_ranks_experts():
+    placement = Placement([0, 1, 2, 3], 4, 2)
+    counts_WE = np.array([[4, 1, 0, 1], [3, 0, 1, 2]])
+    plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "rank"))
+    assert plan.assigned_WD.tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
+    # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
+    assert plan.kept_WB.tolist() == [[3, 1], [3, 3]]
+    assert plan.num_dropped == 2
+    assert plan.load_W.tolist() == [6, 4]
+
+
+def test_slot_budget_is_each_slots_own():
+    placement = Placement([0, 0, 1, 2], 3, 2)
+    counts_WE = np.array([[5, 4, 0], [5, 2, 0]])
+    plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "slot"))
+    # 16 choices on 4 slots: 4 a slot. Expert 0 has 8 for its 10 choices, expert 1 has 4 for its 6.
+    assert plan.kept_WB.tolist() == [[4, 2, 0], [4, 2, 0]]
+    assert plan.rows_WW.tolist() == [[4, 2], [4, 2]]
+    assert plan.num_dropped == 4
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
+def test_capacity_factors_that_are_no_positive_number_are_refused(factor):
+    with pytest.raises(ValueError, match="capacity_factor must be a number above 0, got .* or None to drop no tokens"):
+        Capacity(factor)
+
+
+def test_unknown_capacity_and_split_are_refused():
+    with pytest.raises(ValueError, match="capacity must be one of 'rank', 'slot', got 'expert'"):
+        Capacity(1.0, "expert")
+    with pytest.raises(ValueError, match="token_split must be one of 'local', 'even', got 'flow'"):
+        plan_dispatch(COUNTS_WE, PLACEMENT, "flow")
+
+
+@st.composite
+def cases(draw):
+    placement = draw(placements())
+    return placement, draw(counts_of(placement)), draw(st.integers(1, 4))
+
+
+@given(cases(), st.sampled_from(["even", "local"]))
+@settings(max_examples=120, deadline=None)
+def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, split):
+    placement, counts_WE, ranks_per_node = case
+    assigned_WD = split_tokens(counts_WE, placement, split, ranks_per_node)
+    assert assigned_WD.min() >= 0
+    total_WE = np.zeros_like(counts_WE)
+    for column, (_, expert) in zip(assigned_WD.T, pairs_of(placement), strict=True):
+        total_WE[:, expert] += column
+    assert total_WE.tolist() == counts_WE.tolist()
+
+
+@given(cases(), st.sampled_from(["even", "local"]))
+@settings(max_examples=80, deadline=None)
+def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
+    placement, counts_WE, ranks_per_node = case
+    taken_D = split_tokens(counts_WE, placement, split, ranks_per_node).sum(0)
+    load_E = counts_WE.sum(0)
+    for taken, slots, (_, expert) in zip(taken_D, placement.pair_slots_D, pairs_of(placement), strict=True):
+        assert abs(taken - load_E[expert] * slots / placement.replica_counts_E[expert]) < 1
+
+
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_even(case):
+    placement, counts_WE, ranks_per_node = case
+    even_WD = split_tokens(counts_WE, placement, "even")
+    local_WD = split_tokens(counts_WE, placement, "local", ranks_per_node)
+    assert local_WD.sum(0).tolist() == even_WD.sum(0).tolist()
+    for d, (host, expert) in enumerate(pairs_of(placement)):
+        assert local_WD[host, d] == min(counts_WE[host, expert], even_WD[:, d].sum())
+        assert local_WD[host, d] >= even_WD[host, d]
+
+
+@given(cases(), st.sampled_from([0.1, 0.5, 1.0, 1.3, 4.0]), st.sampled_from(["rank", "slot"]))
+@settings(max_examples=150, deadline=None)
+def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case, factor, per):
+    placement, counts_WE, _ = case
+    plan = plan_dispatch(counts_WE, placement, "local", Capacity(factor, per))
+    parts = placement.world_size if per == "rank" else placement.slot_to_expert_S.size
+    budget = math.ceil(factor * counts_WE.sum() / parts)
+    wanted_WB = np.zeros_like(plan.kept_WB)
+    np.add.at(wanted_WB.T, plan.budget_of_pair_D, plan.assigned_WD.T)
+    budgets_B = np.full(placement.world_size, budget) if per == "rank" else budget * placement.pair_slots_D
+    assert (plan.kept_WB >= 0).all()
+    assert (plan.kept_WB <= wanted_WB).all()
+    assert plan.kept_WB.sum(0).tolist() == np.minimum(wanted_WB.sum(0), budgets_B).tolist()
+    assert plan.num_dropped == counts_WE.sum() - plan.kept_WB.sum()
+    assert plan.load_W.sum() == plan.kept_WB.sum()
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case):
+    placement, counts_WE, _ = case
+    plan = plan_dispatch(counts_WE, placement, "even", Capacity(0.5, "rank"))
+    wanted_WB = np.zeros_like(plan.kept_WB)
+    np.add.at(wanted_WB.T, plan.budget_of_pair_D, plan.assigned_WD.T)
+    total_B = wanted_WB.sum(0)
+    fair_WB = wanted_WB * plan.kept_WB.sum(0) / np.maximum(total_B, 1)
+    assert (np.abs(plan.kept_WB - fair_WB) < 1).all()
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_without_a_capacity_nothing_is_dropped(case):
+    placement, counts_WE, _ = case
+    plan = plan_dispatch(counts_WE, placement, "local")
+    assert plan.num_dropped == 0
+    assert plan.rows_WW.sum(1).tolist() == counts_WE.sum(1).tolist()

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftmoe_lightning import Placement
+from swiftmoe_lightning.placement import plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement.transfer import shard_elements
+from tests.placement.cases import placements
+
+
+def test_rows_are_cut_in_equal_parts_with_the_last_ones_shorter():
+    assert shard_rows(8, 4) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert shard_rows(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    assert shard_rows(5, 4) == [(0, 2), (2, 4), (4, 5), (5, 5)]
+    assert shard_rows(1, 3) == [(0, 1), (1, 1), (1, 1)]
+
+
+@given(st.integers(1, 200), st.integers(1, 70))
+@settings(max_examples=80, deadline=None)
+def test_rows_are_cut_where_torch_chunk_cuts(num_rows, world_size):
+    chunks = [c.tolist() for c in torch.arange(num_rows).chunk(world_size)]
+    chunks += [[]] * (world_size - len(chunks))
+    assert [list(range(first, last)) for first, last in shard_rows(num_rows, world_size)] == chunks
+
+
+# Rank 0 hosts experts 0 and 1, rank 1 hosts 1 in both its slots.
+PLACEMENT = Placement([0, 1, 1, 1], 2, 2)
+# A matrix of 3 rows of 10 elements and a bias of 2: rank 0 owns 2 * 10 + 1 of them, rank 1 owns 10 + 1.
+ROW_ELEMENTS = [(3, 10), (2, 1)]
+
+
+def test_collection_sends_every_hosted_gradients_rows_to_their_owners():
+    assert shard_elements(ROW_ELEMENTS, 2).tolist() == [21, 11]
+    plan = plan_collection(PLACEMENT, ROW_ELEMENTS)
+    assert plan.elements_WW.tolist() == [[42, 22], [21, 11]]
+    assert plan.send_splits(0) == [42, 22]
+    assert plan.receive_splits(0) == [42, 21]
+    assert [plan.elements_sent(rank) for rank in (0, 1)] == [22, 21]
+
+
+def test_distribution_is_the_collection_turned_round():
+    plan = plan_distribution(PLACEMENT, ROW_ELEMENTS)
+    assert plan.elements_WW.tolist() == [[42, 21], [22, 11]]
+    assert plan.send_splits(1) == [22, 11]
+    assert plan.receive_splits(1) == [21, 11]
+
+
+@pytest.mark.parametrize("plan_of", [plan_collection, plan_distribution])
+@given(placement=placements(), rows=st.integers(1, 4), elements=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_bytes_on_the_wire_are_what_the_design_says_when_ranks_divide_the_rows(plan_of, placement, rows, elements):
+    world_size = placement.world_size
+    expert_elements = rows * world_size * elements
+    plan = plan_of(placement, [(rows * world_size, elements)])
+    num_pairs = len(placement.pair_host_D)
+    on_the_wire = sum(plan.elements_sent(rank) for rank in range(world_size))
+    assert on_the_wire * world_size == expert_elements * (num_pairs * world_size - num_pairs)
+
+
+@given(placements(), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_every_rank_receives_its_rows_of_every_hosted_pair_and_every_host_whole_experts(placement, row_elements):
+    owned_W = shard_elements(row_elements, placement.world_size)
+    whole = sum(rows * elements for rows, elements in row_elements)
+    assert owned_W.sum() == whole
+    collection, distribution = plan_collection(placement, row_elements), plan_distribution(placement, row_elements)
+    num_pairs = len(placement.pair_host_D)
+    for rank in range(placement.world_size):
+        assert sum(collection.receive_splits(rank)) == num_pairs * owned_W[rank]
+        assert sum(distribution.receive_splits(rank)) == placement.num_hosted_W[rank] * whole
+    assert np.array_equal(collection.elements_WW, distribution.elements_WW.T)

@@ -1,0 +1,76 @@
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftmoe_lightning import SwiftMoEConfig
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "world_size", "expected"),
+    [
+        (16, 16, 2),
+        (16, 4, 5),
+        (32, 16, 3),
+        (8, 2, 5),
+        (5, 4, 3),
+        (64, 2, 40),
+        (8, 1, 8),
+        (1, 4, 1),
+        (2, 4, 2),
+        (3, 1, 3),
+    ],
+)
+def test_slots_per_rank_of_none_leaves_room_for_a_quarter_more_replicas(num_experts, world_size, expected):
+    assert SwiftMoEConfig().resolve_slots_per_rank(num_experts, world_size) == expected
+
+
+def test_given_slots_per_rank_are_taken_as_they_are():
+    assert SwiftMoEConfig(slots_per_rank=4).resolve_slots_per_rank(8, 2) == 4
+    assert SwiftMoEConfig(slots_per_rank=7).resolve_slots_per_rank(3, 2) == 7
+
+
+@given(num_experts=st.integers(1, 300), world_size=st.integers(1, 1500))
+@settings(max_examples=100, deadline=None)
+def test_default_slots_hold_every_expert_and_some_replicas(num_experts, world_size):
+    slots = SwiftMoEConfig().resolve_slots_per_rank(num_experts, world_size)
+    assert slots <= num_experts
+    if world_size == 1 or num_experts == 1:
+        assert slots == num_experts
+        return
+    wanted = max(math.ceil(5 * num_experts / (4 * world_size)), math.ceil(num_experts / world_size) + 1)
+    assert slots == min(wanted, num_experts)
+    assert slots * world_size > num_experts
+
+
+def test_too_few_slots_for_the_experts_say_how_many_it_takes():
+    with pytest.raises(ValueError, match=r"2 ranks x 3 slots = 6 slots cannot hold 8 experts.*Set slots_per_rank to 4"):
+        SwiftMoEConfig(slots_per_rank=3).resolve_slots_per_rank(8, 2)
+
+
+@pytest.mark.parametrize("name", ["slots_per_rank", "replace_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
+def test_counts_below_one_or_not_whole_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of 1 or more, got .* Set {name}=1"):
+        SwiftMoEConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("placement", "'packed', 'symi', 'static'"),
+        ("token_split", "'local', 'even'"),
+        ("reduce_dtype", "'float32', 'bfloat16'"),
+        ("param_dtype", "'float32', 'bfloat16'"),
+    ],
+)
+def test_unknown_choice_lists_the_known_ones(name, choices):
+    with pytest.raises(ValueError, match=rf"{name} must be one of {choices}.*, got 'nonsense'"):
+        SwiftMoEConfig(**{name: "nonsense"})
+
+
+def test_config_cannot_change_once_made():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SwiftMoEConfig().slots_per_rank = 2
