@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """At least one rank raised; `errors[rank]` is its traceback, or None."""
 
     def __init__(self, errors: list[str | None]) -> None:
@@ -35,7 +36,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
 
     init: start the default gloo group first. False leaves that to the function (a Trainer does it), with
         torchrun's environment set either way.
-    Raises RankFailure with every rank's traceback if any rank raised, AssertionError if one hung or died.
+    Raises RankError with every rank's traceback if any rank raised, AssertionError if one hung or died.
     """
     with TemporaryDirectory() as folder:
         port = _free_port()
@@ -55,7 +56,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
         died = [rank for rank, path in enumerate(results) if not path.exists() and rank not in hung]
         outcomes = [torch.load(path, weights_only=False) if path.exists() else ("?", None) for path in results]
         if any(kind == "error" for kind, _ in outcomes):
-            raise RankFailure([value if kind == "error" else None for kind, value in outcomes])
+            raise RankError([value if kind == "error" else None for kind, value in outcomes])
         assert not hung, f"ranks {hung} hung for {2 * timeout_s} s"
         assert not died, f"ranks {died} died without a word: {[ranks[r].exitcode for r in died]}"
         assert all(p.exitcode == 0 for p in ranks), [p.exitcode for p in ranks]
@@ -64,13 +65,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
 
 def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:
     """The tracebacks of all ranks of a call in which every rank must raise."""
-    try:
+    with pytest.raises(RankError) as caught:
         run_ranks(fn, world_size, *args, **options)
-    except RankFailure as failure:
-        missing = [rank for rank, error in enumerate(failure.errors) if error is None]
-        assert not missing, f"ranks {missing} did not raise; the others: {failure}"
-        return [error for error in failure.errors if error is not None]
-    raise AssertionError("no rank raised")
+    missing = [rank for rank, error in enumerate(caught.value.errors) if error is None]
+    assert not missing, f"ranks {missing} did not raise; the others: {caught.value}"
+    return [error for error in caught.value.errors if error is not None]
 
 
 def _rank_main(

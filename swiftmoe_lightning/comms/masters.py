@@ -28,12 +28,18 @@ def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
 
 def local_shard(value: Tensor) -> Tensor:
     """The rows of a DTensor that live here, sharing its storage; any other tensor as it is."""
-    return value.detach().to_local() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    local: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """A DTensor's whole value on every rank (a collective); any other tensor as it is."""
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    whole: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def is_master(value: object) -> bool:

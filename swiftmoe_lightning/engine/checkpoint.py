@@ -52,7 +52,7 @@ def save_directory(
     The model stands under "model", where Lightning's `consolidate_checkpoint` looks for it, and the i-th optimizer
     under "optimizer_i", by parameter name.
     """
-    state = {"model": get_model_state_dict(module)}
+    state: dict[str, Any] = {"model": get_model_state_dict(module)}
     for i, optimizer in enumerate(optimizers):
         state[f"optimizer_{i}"] = get_optimizer_state_dict(module, optimizer)
     Path(path).mkdir(parents=True, exist_ok=True)

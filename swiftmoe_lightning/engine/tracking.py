@@ -113,7 +113,7 @@ class TrackedLayer:
         return LayerStep(
             popularity_E=self._step.popularity_E,
             load_W=self._step.load_W,
-            num_dropped=self._step.num_dropped,
+            num_dropped_tokens=self._step.num_dropped_tokens,
             name=self.name,
             replica_counts_E=now.replica_counts_E,
             num_moved=0 if later is None else now.num_moved(later),
@@ -155,7 +155,7 @@ def track_layers(
     """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective."""
     router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
     known_by_id = {id(t.experts): t for t in known}
-    tracked = []
+    tracked: list[TrackedLayer] = []
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
             t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))

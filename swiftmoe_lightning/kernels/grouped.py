@@ -6,7 +6,7 @@ R rows, s slots, D model dim, F hidden dim, O / I out and in features of one mat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,23 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
     """[R, I] -> [R, O], as `reference.grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes."""
     if not _fits_grouped_mm(x_RI, weight_sOI):
         return reference.grouped_linear(x_RI, weight_sOI, ends_s, bias_sO)
-    y_RO = F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s)
+    y_RO: Tensor = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
     if bias_sO is None:
         return y_RO
     slot_R = torch.searchsorted(ends_s, torch.arange(len(x_RI), device=x_RI.device, dtype=torch.int32), right=True)
     return y_RO + bias_sO[slot_R]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Forward: nothing. Backward: an expanded gradient (as of `y.sum()`) gets real strides, which grouped_mm needs."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _fits_grouped_mm(x_RI: Tensor, weight_sOI: Tensor) -> bool:

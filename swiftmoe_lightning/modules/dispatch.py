@@ -43,7 +43,7 @@ def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, r
     num_assigned = int(plan.assigned_WD[rank].sum())
     pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
     choice_N = by_expert_N[:num_assigned]
-    if plan.num_dropped:
+    if plan.num_dropped_tokens:
         kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan, rank)
         choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
     order_R = torch.argsort(pair_N, stable=True)
@@ -106,7 +106,7 @@ class TokenDispatcher:
         """[W, d] int64: rows from each source for each expert hosted here."""
         placement, rank = self._plan.placement, self._hosting.rank
         counts_D = self._source.counts_D
-        if self._plan.num_dropped == 0:
+        if self._plan.num_dropped_tokens == 0:
             columns = self._plan.assigned_WD[:, placement.pair_host_D == rank]
             return torch.from_numpy(np.ascontiguousarray(columns)).to(counts_D.device)
         # Which experts lost how much depends on the scores, which only the sources know.

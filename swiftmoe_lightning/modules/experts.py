@@ -48,7 +48,7 @@ class Experts(nn.Module):
     Raises ValueError for a size below 1 or an unknown activation.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public options
         self,
         num_experts: int,
         dim: int,
@@ -84,7 +84,7 @@ class Experts(nn.Module):
 
     def expert_parameters(self) -> Mapping[str, nn.Parameter]:
         """Name -> parameter [E, rows, ...]; on masters the global tensors."""
-        return {name: p for name, p in self.named_parameters(recurse=False)}
+        return dict(self.named_parameters(recurse=False))
 
     def reset_parameters(self) -> None:
         """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does."""

@@ -21,12 +21,12 @@ class ExpertLoad:
 
     popularity_E: [E] int64, token-choices routed to each expert.
     load_W: [W] int64, token-choices that each rank computed.
-    num_dropped: token-choices over capacity.
+    num_dropped_tokens: token-choices over capacity.
     """
 
     popularity_E: np.ndarray
     load_W: np.ndarray
-    num_dropped: int
+    num_dropped_tokens: int
 
     @staticmethod
     def zero(num_experts: int, world_size: int) -> ExpertLoad:
@@ -34,17 +34,21 @@ class ExpertLoad:
 
     def __add__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
-            self.popularity_E + other.popularity_E, self.load_W + other.load_W, self.num_dropped + other.num_dropped
+            self.popularity_E + other.popularity_E,
+            self.load_W + other.load_W,
+            self.num_dropped_tokens + other.num_dropped_tokens,
         )
 
     def __sub__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
-            self.popularity_E - other.popularity_E, self.load_W - other.load_W, self.num_dropped - other.num_dropped
+            self.popularity_E - other.popularity_E,
+            self.load_W - other.load_W,
+            self.num_dropped_tokens - other.num_dropped_tokens,
         )
 
     @staticmethod
     def of(popularity_E: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
-        return ExpertLoad(popularity_E, plan.load_W, plan.num_dropped)
+        return ExpertLoad(popularity_E, plan.load_W, plan.num_dropped_tokens)
 
     @property
     def num_choices(self) -> int:
@@ -60,7 +64,7 @@ class ExpertLoad:
     @property
     def token_survival_rate(self) -> float:
         """Share of token-choices that were computed, 0..1."""
-        return 1.0 - self.num_dropped / self.num_choices if self.num_choices else 1.0
+        return 1.0 - self.num_dropped_tokens / self.num_choices if self.num_choices else 1.0
 
 
 class TrainedLoad:

@@ -30,7 +30,7 @@ class MoE(nn.Module):
     Raises ValueError for sizes below 1, top_k outside 1..E, capacity_factor <= 0, or an unknown choice.
     """
 
-    def __init__(  # noqa: PLR0913 - the block's public options, DESIGN's signature
+    def __init__(  # noqa: PLR0913 - public options
         self,
         dim: int,
         hidden_dim: int,

@@ -50,7 +50,7 @@ class TopKRouter(nn.Module):
 
     expert_bias: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public options
         self,
         dim: int,
         num_experts: int,

@@ -53,7 +53,7 @@ class DispatchPlan:
     budget_of_pair_D: np.ndarray
 
     @property
-    def num_dropped(self) -> int:
+    def num_dropped_tokens(self) -> int:
         """Token-choices over budget, all ranks."""
         return int(self.assigned_WD.sum() - self.kept_WB.sum())
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -19,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from swiftmoe_lightning.comms import is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
+from swiftmoe_lightning.strategies.joining import JoinRanks
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
@@ -44,7 +45,7 @@ class SwiftMoEStrategy(DDPStrategy):
 
     strategy_name = "swiftmoe"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public options
         self,
         slots_per_rank: int | None = None,
         placement: str | type[PlacementPolicy] = "packed",
@@ -91,9 +92,7 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         self._evaluating = None
-        if not any(isinstance(callback, _JoinEvaluation) for callback in trainer.callbacks):
-            # First, so that a rank out of batches serves the others before any callback talks to them.
-            trainer.callbacks.insert(0, _JoinEvaluation())
+        JoinRanks.add_to(trainer)
         super().setup(trainer)
 
     @override
@@ -105,8 +104,7 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
-        ignored = set(self.lightning_module._ddp_params_and_buffers_to_ignore)
-        if any(p.requires_grad for name, p in self.lightning_module.named_parameters() if name not in ignored):
+        if any(p.requires_grad and not is_master(p) for p in self.lightning_module.parameters()):
             super().configure_ddp()
         else:
             # DDP refuses a module of which it has nothing to reduce.
@@ -114,9 +112,7 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        return ExpertDataParallel(
-            model, self.engine, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
-        )
+        return ExpertDataParallel(model, self.engine, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -283,24 +279,6 @@ class SwiftMoEStrategy(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-class _JoinEvaluation(Callback):
-    """A rank that is out of evaluation batches serves the others' expert layers until all are."""
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._join(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._join(trainer)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._join(trainer)
-
-    @staticmethod
-    def _join(trainer: Trainer) -> None:
-        assert isinstance(trainer.strategy, SwiftMoEStrategy)
-        trainer.strategy.engine.join()
-
-
 def _clip_by_norm(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
     parameters = strategy.precision_plugin.main_params(optimizer)
     strategy.engine.clip_grad_norm_(clip_val, parameters=parameters)
@@ -309,24 +287,3 @@ def _clip_by_norm(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: fl
 def _clip_by_value(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
     parameters = strategy.precision_plugin.main_params(optimizer)
     strategy.engine.clip_grad_value_(clip_val, parameters=parameters)
-
-
-class _WrongPackage:
-    """What `pytorch_lightning` finds under our name: its classes are not those of `lightning`."""
-
-    def __init__(self, **_: Any) -> None:
-        raise TypeError(
-            "strategy='swiftmoe' works with the package `lightning`, and this Trainer is `pytorch_lightning`'s, a "
-            "separate copy. Write `import lightning as L` and use L.Trainer and L.LightningModule throughout."
-        )
-
-
-def register() -> None:
-    """Make `strategy="swiftmoe"` known to Lightning's Trainer."""
-    description = "Data parallel, with experts replicated by popularity anew every step"
-    StrategyRegistry.register("swiftmoe", SwiftMoEStrategy, description=description, override=True)
-    if "pytorch_lightning" in sys.modules:
-        registry: Callable[..., Any] = sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register
-        registry("swiftmoe", _WrongPackage, description=description, override=True)
-
-

@@ -58,7 +58,7 @@ def test_rank_budget_is_pooled_over_a_ranks_experts():
     assert plan.assigned_WD.tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
     # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
     assert plan.kept_WB.tolist() == [[3, 1], [3, 3]]
-    assert plan.num_dropped == 2
+    assert plan.num_dropped_tokens == 2
     assert plan.load_W.tolist() == [6, 4]
 
 
@@ -69,7 +69,7 @@ def test_slot_budget_is_each_slots_own():
     # 16 choices on 4 slots: 4 a slot. Expert 0 has 8 for its 10 choices, expert 1 has 4 for its 6.
     assert plan.kept_WB.tolist() == [[4, 2, 0], [4, 2, 0]]
     assert plan.rows_WW.tolist() == [[4, 2], [4, 2]]
-    assert plan.num_dropped == 4
+    assert plan.num_dropped_tokens == 4
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
@@ -138,7 +138,7 @@ def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case,
     assert (plan.kept_WB >= 0).all()
     assert (plan.kept_WB <= wanted_WB).all()
     assert plan.kept_WB.sum(0).tolist() == np.minimum(wanted_WB.sum(0), budgets_B).tolist()
-    assert plan.num_dropped == counts_WE.sum() - plan.kept_WB.sum()
+    assert plan.num_dropped_tokens == counts_WE.sum() - plan.kept_WB.sum()
     assert plan.load_W.sum() == plan.kept_WB.sum()
 
 
@@ -159,5 +159,5 @@ def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case)
 def test_without_a_capacity_nothing_is_dropped(case):
     placement, counts_WE, _ = case
     plan = plan_dispatch(counts_WE, placement, "local")
-    assert plan.num_dropped == 0
+    assert plan.num_dropped_tokens == 0
     assert plan.rows_WW.sum(1).tolist() == counts_WE.sum(1).tolist()

@@ -1,0 +1,30 @@
+"""`strategy="swiftmoe"`, for the Trainer that knows our base classes, and an answer for the one that does not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy
+
+
+class _WrongPackage:
+    """What `pytorch_lightning` finds under our name: its classes are not those of `lightning`."""
+
+    def __init__(self, **_: Any) -> None:
+        raise TypeError(
+            "strategy='swiftmoe' works with the package `lightning`, and this Trainer is `pytorch_lightning`'s, a "
+            "separate copy. Write `import lightning as L` and use L.Trainer and L.LightningModule throughout."
+        )
+
+
+def register() -> None:
+    """Make `strategy="swiftmoe"` known to Lightning's Trainer."""
+    description = "Data parallel, with experts replicated by popularity anew every step"
+    StrategyRegistry.register("swiftmoe", SwiftMoEStrategy, description=description, override=True)
+    if "pytorch_lightning" in sys.modules:
+        registry: Callable[..., Any] = sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register
+        registry("swiftmoe", _WrongPackage, description=description, override=True)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swiftmoe_lightning.kernels import combine, permute
+from tests.kernels.cases import assert_close, gradients, leaves, rows_of
+
+
+def test_permute_copies_each_choices_token_to_its_row():
+    x_TD = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    # Token 0 chose twice and one choice was dropped; rows: token 1's 2nd, token 0's 1st, token 1's 1st.
+    choice_R, rows_TK = torch.tensor([3, 0, 2]), torch.tensor([[1, -1], [2, 0]])
+    assert permute(x_TD, choice_R, rows_TK).tolist() == [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
+
+
+def test_combine_sums_each_tokens_rows_by_weight_and_skips_dropped_choices():
+    y_RD = torch.tensor([[10.0, 0.0], [1.0, 2.0], [0.0, 100.0]])
+    weights_TK = torch.tensor([[0.5, 9.0], [2.0, 1.0]])
+    choice_R, rows_TK = torch.tensor([3, 0, 2]), torch.tensor([[1, -1], [2, 0]])
+    assert combine(y_RD, weights_TK, choice_R, rows_TK).tolist() == [[0.5, 1.0], [10.0, 200.0]]
+
+
+def loop_permute(x_TD, choice_R, top_k):
+    rows = [x_TD[choice // top_k] for choice in choice_R.tolist()]
+    return torch.stack(rows) if rows else x_TD[:0]
+
+
+def loop_combine(y_RD, weights_TK, rows_TK):
+    out = []
+    for weights_K, rows_K in zip(weights_TK, rows_TK.tolist(), strict=True):
+        total = y_RD.new_zeros(y_RD.shape[1])
+        for weight, row in zip(weights_K, rows_K, strict=True):
+            if row >= 0:
+                total = total + weight * y_RD[row]
+        out.append(total)
+    return torch.stack(out) if out else y_RD.new_zeros(0, y_RD.shape[1])
+
+
+@st.composite
+def masks(draw):
+    num_tokens, top_k = draw(st.integers(0, 7)), draw(st.integers(1, 3))
+    kept = draw(st.lists(st.booleans(), min_size=num_tokens * top_k, max_size=num_tokens * top_k))
+    return torch.tensor(kept, dtype=torch.bool).view(num_tokens, top_k)
+
+
+@given(masks(), st.integers(1, 5), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_permute_and_its_gradient_equal_a_loop_over_choices(kept_TK, dim, dtype):
+    choice_R, rows_TK = rows_of(kept_TK)
+    x = {"x": torch.randn(len(kept_TK), dim, generator=torch.Generator().manual_seed(1))}
+    fast, slow = leaves(x, dtype), leaves({"x": x["x"].to(dtype)}, torch.float64)
+    out, expected = permute(fast["x"], choice_R, rows_TK), loop_permute(slow["x"], choice_R, kept_TK.shape[1])
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    assert_close(gradients(out, fast)["x"], gradients(expected, slow)["x"])
+
+
+@given(masks(), st.integers(1, 5), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_combine_and_its_gradients_equal_a_loop_over_tokens(kept_TK, dim, dtype):
+    choice_R, rows_TK = rows_of(kept_TK)
+    generator = torch.Generator().manual_seed(2)
+    values = {
+        "y": torch.randn(len(choice_R), dim, generator=generator).to(dtype),
+        "weights": torch.randn(kept_TK.shape, generator=generator).to(dtype),
+    }
+    fast, slow = leaves(values), leaves(values, torch.float64)
+    out = combine(fast["y"], fast["weights"], choice_R, rows_TK)
+    expected = loop_combine(slow["y"], slow["weights"], rows_TK)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    if len(choice_R):
+        slow_gradients = gradients(expected, slow)
+        for name, gradient in gradients(out, fast).items():
+            assert_close(gradient, slow_gradients[name])
+
+
+def test_weights_may_be_wider_than_the_rows():
+    kept_TK = torch.ones(3, 2, dtype=torch.bool)
+    choice_R, rows_TK = rows_of(kept_TK)
+    y_RD = torch.randn(6, 4).bfloat16().requires_grad_()
+    weights_TK = torch.rand(3, 2, requires_grad=True)
+    out = combine(y_RD, weights_TK, choice_R, rows_TK)
+    out.sum().backward()
+    assert (out.dtype, y_RD.grad.dtype, weights_TK.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def test_gradients_pass_gradcheck():
+    choice_R, rows_TK = rows_of(torch.tensor([[True, False], [True, True], [False, False]]))
+    x_TD, y_RD, weights_TK = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(3, 2)] * 3)
+    assert torch.autograd.gradcheck(lambda x: permute(x, choice_R, rows_TK), x_TD)
+    assert torch.autograd.gradcheck(lambda y, w: combine(y, w, choice_R, rows_TK), (y_RD, weights_TK))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_in_a_row_reaches_only_the_tokens_that_own_it(poison):
+    # Row 0, the one that stands in for "no row", belongs to token 0 and is poisoned; token 1 has a dropped choice.
+    choice_R, rows_TK = torch.tensor([0, 2]), torch.tensor([[0, -1], [1, -1]])
+    y_RD = torch.tensor([[poison, poison], [1.0, 2.0]], requires_grad=True)
+    weights_TK = torch.tensor([[0.5, poison], [0.5, poison]], requires_grad=True)
+    out_TD = combine(y_RD, weights_TK, choice_R, rows_TK)
+    assert out_TD[1].tolist() == [0.5, 1.0]
+    out_TD[1].sum().backward()
+    assert y_RD.grad[1].tolist() == [0.5, 0.5]
+    assert weights_TK.grad[1].tolist() == [3.0, 0.0]
+
+
+def test_poison_in_a_rows_gradient_reaches_only_its_own_token():
+    choice_R, rows_TK = torch.tensor([0, 2]), torch.tensor([[0, -1], [1, -1]])
+    x_TD = torch.ones(2, 2, requires_grad=True)
+    permute(x_TD, choice_R, rows_TK).backward(torch.tensor([[float("nan")] * 2, [1.0, 2.0]]))
+    assert x_TD.grad[1].tolist() == [1.0, 2.0]

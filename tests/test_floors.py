@@ -1,0 +1,90 @@
+"""The structure of the package: imports go down only, each library has its home, and no file or function is long."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = ["config", "placement", "kernels", "comms", "modules", "engine", "strategies", "callbacks report", "cli"]
+FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names.split()}
+
+HOMES = {
+    "triton": {"kernels"},
+    "torch.distributed": {"comms", "engine", "strategies"},
+    "lightning": {"strategies", "callbacks", "cli"},
+    "accelerate": {"strategies"},
+    "matplotlib": {"report"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+}
+WITHOUT_TORCH = {"config", "placement"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The dotted name of everything a file imports, wherever it does so; from-imports down to the name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def faults(room: str, source: str) -> list[str]:
+    """What a file in `room` imports against the rules."""
+    found = []
+    for name in imports(ast.parse(source)):
+        if name.startswith("swiftmoe_lightning."):
+            other = name.split(".")[1]
+            if other in FLOOR_OF and FLOOR_OF[other] >= FLOOR_OF[room] and other != room:
+                found.append(f"{room} (floor {FLOOR_OF[room]}) imports {name} (floor {FLOOR_OF[other]})")
+        for library, homes in HOMES.items():
+            if (name == library or name.startswith(f"{library}.")) and room not in homes:
+                found.append(f"{library} is at home in {sorted(homes)}, not in {room}")
+        if name.split(".")[0] == "torch" and room in WITHOUT_TORCH:
+            found.append(f"{room} must work without torch")
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room_of(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_go_down_and_libraries_stay_at_home(path: Path) -> None:
+    assert room_of(path) in FLOOR_OF, f"{room_of(path)} has no floor: add it to FLOORS or move the file"
+    assert not faults(room_of(path), path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("placement", "import torch"),
+        ("placement", "from swiftmoe_lightning.kernels import permute"),
+        ("modules", "import torch.distributed as dist"),
+        ("modules", "from swiftmoe_lightning.engine import SwiftMoEEngine"),
+        ("engine", "from lightning.pytorch import Trainer"),
+        ("callbacks", "from swiftmoe_lightning.report import draw"),
+        ("kernels", "def late():\n    from swiftmoe_lightning.comms import ExpertGroup"),
+    ],
+)
+def test_a_wrong_import_is_found(room: str, line: str) -> None:
+    assert faults(room, line)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
