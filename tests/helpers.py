@@ -44,14 +44,16 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
             _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder, init, timeout_s))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(2 * timeout_s)
-        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        for rank in hung:
-            ranks[rank].kill()
-            ranks[rank].join()
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join(2 * timeout_s)
+            hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
         results = [Path(folder, f"{rank}.pt") for rank in range(world_size)]
         died = [rank for rank, path in enumerate(results) if not path.exists() and rank not in hung]
         outcomes = [torch.load(path, weights_only=False) if path.exists() else ("?", None) for path in results]

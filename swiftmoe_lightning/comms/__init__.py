@@ -7,6 +7,7 @@ from swiftmoe_lightning.comms.masters import (
     local_rows,
     local_shard,
     master_from_local,
+    mix_with_plain_tensors,
     shard_from_rank_zero,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "local_rows",
     "local_shard",
     "master_from_local",
+    "mix_with_plain_tensors",
     "shard_from_rank_zero",
 ]

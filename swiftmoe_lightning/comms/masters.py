@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from swiftmoe_lightning.comms.group import ExpertGroup
 from swiftmoe_lightning.placement import shard_rows
@@ -19,6 +23,19 @@ def master_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> D
     """This rank's rows as a piece of the master of global `shape`. No communication."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, group.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+
+
+@functools.cache
+def mix_with_plain_tensors() -> ExitStack:
+    """For the rest of the process, let masters stand in one list with plain tensors, which count as replicated.
+
+    Dense parameters are equal on all ranks, so this is what stock code means that walks over all parameters at once:
+    averaged weights, `torch.nn.utils.clip_grad_norm_`, norms to log.
+    """
+    stack = ExitStack()
+    stack.enter_context(implicit_replication())
+    # Kept by the cache: to drop it would end the context.
+    return stack
 
 
 def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:

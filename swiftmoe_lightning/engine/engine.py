@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master
+from swiftmoe_lightning.comms import ExpertGroup, is_master, mix_with_plain_tensors
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
@@ -92,6 +92,7 @@ class SwiftMoEEngine:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
+            mix_with_plain_tensors()
         self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked)
         if self.group is not None and self.layers:
             widest = max(layer.experts.num_experts for layer in self.layers)

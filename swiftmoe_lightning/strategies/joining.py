@@ -1,6 +1,8 @@
-"""The end of every epoch, where ranks may arrive with different numbers of batches."""
+"""The end of every loop, where ranks may arrive with different numbers of batches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -11,7 +13,13 @@ class JoinRanks(Callback):
 
     At the end of a training epoch there is nothing to serve: a rank that trains on gets an error that says so, on
     every rank, where it would otherwise wait for the others for ever.
+
+    Ranks join once a loop: after the last batch, before metrics are reduced; at the end of the epoch if the last
+    batch was not known to be it; and after the run if this rank had no batch at all.
     """
+
+    def __init__(self) -> None:
+        self._joined = False
 
     @classmethod
     def add_to(cls, trainer: Trainer) -> None:
@@ -20,22 +28,52 @@ class JoinRanks(Callback):
         if not any(isinstance(callback, cls) for callback in callbacks):
             callbacks.insert(0, cls())
 
+    def _join(self, trainer: Trainer) -> None:
+        if not self._joined:
+            self._joined = True
+            trainer.strategy.engine.join()  # type: ignore[attr-defined]
+
+    def _join_after_last(self, trainer: Trainer, progress: Any) -> None:
+        if progress.is_last_batch:
+            self._join(trainer)
+
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._joined = False
         self._join(trainer)
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._joined = False
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        fitting = trainer.state.fn == "fit"
+        loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+        self._join_after_last(trainer, loop.batch_progress)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._join(trainer)
 
     @override
+    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._join_after_last(trainer, trainer.test_loop.batch_progress)
+
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._join(trainer)
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._join_after_last(trainer, trainer.predict_loop.batch_progress)
 
     @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._join(trainer)
 
-    @staticmethod
-    def _join(trainer: Trainer) -> None:
-        trainer.strategy.engine.join()  # type: ignore[attr-defined]
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self._join(trainer)
+        self._joined = False
