@@ -5,12 +5,14 @@ Importing it registers `strategy="swiftmoe"` with Lightning.
 
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
-from swiftmoe_lightning.modules import Experts, MoE, RouterOutput, TopKRouter, auxiliary_loss
+from swiftmoe_lightning.modules import Experts, LayerLoad, LoadReader, MoE, RouterOutput, TopKRouter, auxiliary_loss
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEStrategy, register
 
 __all__ = [
     "Experts",
+    "LayerLoad",
+    "LoadReader",
     "MoE",
     "Placement",
     "PlacementPolicy",

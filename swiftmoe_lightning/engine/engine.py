@@ -20,7 +20,7 @@ from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
 from swiftmoe_lightning.engine.layer import ShardedLayer
-from swiftmoe_lightning.engine.tracking import LayerStep, TrackedLayer, track_layers
+from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, make_policy
 
@@ -55,7 +55,6 @@ class SwiftMoEEngine:
     ) -> None:
         self.module = module
         self.config = config or SwiftMoEConfig()
-        self.last_step: list[LayerStep] = []
         self.group: ExpertGroup | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
         self._ranks_per_node = ranks_per_node
@@ -123,13 +122,15 @@ class SwiftMoEEngine:
         if id(optimizer) in self._updates:
             return optimizer
         held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
-        mine = [t for t in self._tracked if any(id(p) in held for p in t.step_parameters())]
+        mine = [t for t in self._tracked if t.takes_part_in(optimizer, held)]
+
+        def after_step(*_: Any) -> None:
+            self.publish([t for t in mine if t.ends_step(optimizer)])
+
         if self.group is not None and any(is_master(p) for g in optimizer.param_groups for p in g["params"]):
-            self._updates[id(optimizer)] = ShardedUpdate(
-                optimizer, self.group, self._name_of, lambda: self.publish(mine)
-            )
+            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self.group, self._name_of, after_step)
         else:
-            optimizer.register_step_post_hook(lambda *_: self.publish(mine))
+            optimizer.register_step_post_hook(after_step)
         return optimizer
 
     @contextmanager
@@ -185,8 +186,6 @@ class SwiftMoEEngine:
             popularity_LE = np.stack([t.take_popularity() for t in layers])
             for t, placement in zip(layers, policy.next_placements(popularity_LE), strict=True):
                 placements[t.index] = placement
-        steps = [t.finish_step(placements.get(t.index)) for t in self._tracked]
-        self.last_step = [step for step in steps if step is not None]
         return placements
 
     def distribute(self, tracked: list[TrackedLayer], placements: dict[int, Placement]) -> None:

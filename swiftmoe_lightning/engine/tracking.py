@@ -6,13 +6,11 @@ W ranks, E experts.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import ExpertGroup
@@ -20,21 +18,8 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
 from swiftmoe_lightning.engine.slots import ExpertSlots
-from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter
+from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import Placement, make_policy
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStep(ExpertLoad):
-    """What one MoE layer did in one optimizer step; equal on all ranks.
-
-    name: of the `Experts` module. replica_counts_E: [E] int64, slots of each expert during the step.
-    num_moved: hosted (rank, expert) pairs of the next placement that are new.
-    """
-
-    name: str
-    replica_counts_E: np.ndarray
-    num_moved: int
 
 
 class TrackedLayer:
@@ -46,6 +31,7 @@ class TrackedLayer:
         self.num_steps = 0
         self._closed = self._placed = experts.trained_load.total
         self._step: ExpertLoad | None = None
+        self._expert_optimizers: list[Optimizer] = []
         self._replaced: list[weakref.ref[nn.Parameter]] = []
 
     def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device) -> None:
@@ -66,8 +52,7 @@ class TrackedLayer:
                 getattr(torch, config.reduce_dtype),
             )
             self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split)
-            self.experts.trained_load = type(self.experts.trained_load)(first)
-            self._closed = self._placed = self.experts.trained_load.total
+            self.experts.trained_load = TrainedLoad(first)
             self.experts.hosting = self.sharded
             self.sharded.accept_full_state_dicts()
         self.sharded.stale = True
@@ -81,16 +66,21 @@ class TrackedLayer:
         replaced = {id(p) for ref in self._replaced if (p := ref()) is not None}
         return any(id(p) in replaced for group in optimizer.param_groups for p in group["params"])
 
-    def step_parameters(self) -> Iterator[Tensor]:
-        """Parameters whose update ends a step of this layer: the experts', and its router's."""
-        yield from self.experts.parameters()
-        if self.router is not None:
-            yield from self.router.parameters()
+    def takes_part_in(self, optimizer: Optimizer, held: set[int]) -> bool:
+        """Whether an optimizer that holds the parameters of these ids updates this layer's experts or router."""
+        if any(id(p) in held for p in self.experts.parameters()):
+            self._expert_optimizers.append(optimizer)
+            return True
+        return self.router is not None and any(id(p) in held for p in self.router.parameters())
+
+    def ends_step(self, optimizer: Optimizer) -> bool:
+        """Whether its `step()` ends a step of this layer: it updates the experts, or nobody does (they are frozen)."""
+        return not self._expert_optimizers or any(o is optimizer for o in self._expert_optimizers)
 
     def close_step(self) -> bool:
         """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
-        total = self.experts.trained_load.total
-        load, self._closed = total - self._closed, total
+        trained = self.experts.trained_load
+        load, self._closed = trained.since(self._closed), trained.total
         if load.num_choices == 0:
             return False
         self.num_steps += 1
@@ -101,23 +91,9 @@ class TrackedLayer:
 
     def take_popularity(self) -> np.ndarray:
         """[E] int64: token-choices since the last placement."""
-        total = self.experts.trained_load.total
-        load, self._placed = total - self._placed, total
+        trained = self.experts.trained_load
+        load, self._placed = trained.since(self._placed), trained.total
         return load.popularity_E
-
-    def finish_step(self, later: Placement | None) -> LayerStep | None:
-        """The record of the last closed step, given the placement that follows it."""
-        if self._step is None:
-            return None
-        now = self.experts.trained_load.placement
-        return LayerStep(
-            popularity_E=self._step.popularity_E,
-            load_W=self._step.load_W,
-            num_dropped_tokens=self._step.num_dropped_tokens,
-            name=self.name,
-            replica_counts_E=now.replica_counts_E,
-            num_moved=0 if later is None else now.num_moved(later),
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size."""

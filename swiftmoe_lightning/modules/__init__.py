@@ -4,6 +4,7 @@ from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_mes
 from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.load import ExpertLoad, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
+from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "ExpertLoad",
     "Experts",
     "ExpertsOutput",
+    "LayerLoad",
+    "LoadReader",
     "LocalHosting",
     "MoE",
     "RouterOutput",

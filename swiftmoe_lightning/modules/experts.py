@@ -130,7 +130,7 @@ class Experts(nn.Module):
             weights = {name: w.to(x_TD.dtype) for name, w in hosting.weights().items()}
             y_MD = expert_mlp(rows_MD, weights, ends_s, self.activation)
             out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
-        load = ExpertLoad.of(counts_WE.sum(0), plan)
+        load = ExpertLoad.of(counts_WE, plan)
 
         def on_backward() -> None:
             self.trained_load.add(load, placement)

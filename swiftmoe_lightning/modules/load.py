@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,40 +20,45 @@ from swiftmoe_lightning.placement import DispatchPlan, Placement
 class ExpertLoad:
     """Token-choices of all ranks: the same numbers on every rank.
 
-    popularity_E: [E] int64, token-choices routed to each expert.
+    counts_WE: [W, E] int64, token-choices of each rank's tokens for each expert.
     load_W: [W] int64, token-choices that each rank computed.
     num_dropped_tokens: token-choices over capacity.
     """
 
-    popularity_E: np.ndarray
+    counts_WE: np.ndarray
     load_W: np.ndarray
     num_dropped_tokens: int
 
     @staticmethod
     def zero(num_experts: int, world_size: int) -> ExpertLoad:
-        return ExpertLoad(np.zeros(num_experts, np.int64), np.zeros(world_size, np.int64), 0)
+        return ExpertLoad(np.zeros((world_size, num_experts), np.int64), np.zeros(world_size, np.int64), 0)
+
+    @staticmethod
+    def of(counts_WE: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
+        return ExpertLoad(counts_WE, plan.load_W, plan.num_dropped_tokens)
 
     def __add__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
-            self.popularity_E + other.popularity_E,
+            self.counts_WE + other.counts_WE,
             self.load_W + other.load_W,
             self.num_dropped_tokens + other.num_dropped_tokens,
         )
 
     def __sub__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
-            self.popularity_E - other.popularity_E,
+            self.counts_WE - other.counts_WE,
             self.load_W - other.load_W,
             self.num_dropped_tokens - other.num_dropped_tokens,
         )
 
-    @staticmethod
-    def of(popularity_E: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
-        return ExpertLoad(popularity_E, plan.load_W, plan.num_dropped_tokens)
+    @cached_property
+    def popularity_E(self) -> np.ndarray:
+        """[E] int64: token-choices routed to each expert."""
+        return self.counts_WE.sum(0)
 
     @property
     def num_choices(self) -> int:
-        """Token-choices routed, all ranks."""
+        """Token-choices routed."""
         return int(self.popularity_E.sum())
 
     @property
@@ -77,6 +83,10 @@ class TrainedLoad:
     def add(self, load: ExpertLoad, placement: Placement) -> None:
         self.placement = placement
         self.total = self.total + load
+
+    def since(self, earlier: ExpertLoad) -> ExpertLoad:
+        """What was trained after `earlier`, an earlier `total`; everything, if the ranks were others then."""
+        return self.total - earlier if earlier.load_W.shape == self.total.load_W.shape else self.total
 
 
 class OnceInBackward:

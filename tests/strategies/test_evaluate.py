@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import swiftmoe_lightning as sml
 from tests.helpers import rank_errors, run_ranks
-from tests.strategies.cases import DIM, GLOBAL_BATCH, Model, Noise, assert_close, loader, trainer, whole
+from tests.strategies.cases import GLOBAL_BATCH, Model, Noise, assert_close, loader, trainer, whole
 
 
 def evaluate(world_size: int, strategy: str) -> dict[str, Any]:
@@ -145,7 +145,9 @@ def test_validation_sees_averaged_weights_and_training_goes_on_with_its_own() ->
 def fit_swa(world_size: int, strategy: str) -> dict[str, Tensor]:
     model = Model()
     averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
-    trainer(world_size, strategy, callbacks=[averaging], max_epochs=3).fit(model, loader(world_size), loader(world_size))
+    trainer(world_size, strategy, callbacks=[averaging], max_epochs=3).fit(
+        model, loader(world_size), loader(world_size)
+    )
     return whole(model)
 
 

@@ -1,0 +1,54 @@
+"""What every MoE layer of a module did since it was last looked at. E experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from swiftmoe_lightning.modules.experts import Experts
+from swiftmoe_lightning.modules.load import ExpertLoad
+from swiftmoe_lightning.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLoad(ExpertLoad):
+    """What one MoE layer trained on between two reads; equal on all ranks.
+
+    placement: where the experts were in the last step.
+    num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
+    """
+
+    placement: Placement
+    num_moved: int
+
+    @property
+    def replica_counts_E(self) -> np.ndarray:
+        """[E] int64: slots of each expert in the last step."""
+        return self.placement.replica_counts_E
+
+
+class LoadReader:
+    """Reads the counters of all `Experts` layers of a module; readers do not disturb each other.
+
+    Validation is not counted, and activation checkpointing counts once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
+        self._seen = {name: experts.trained_load.total for name, experts in self._layers.items()}
+        self._placements = {name: experts.trained_load.placement for name, experts in self._layers.items()}
+
+    def read(self) -> dict[str, LayerLoad]:
+        """Layer name -> its load since the last read, or since the reader was made; layers without any are left out."""
+        found = {}
+        for name, experts in self._layers.items():
+            trained = experts.trained_load
+            load = trained.since(self._seen[name])
+            if load.num_choices:
+                before, now = self._placements[name], trained.placement
+                moved = before.num_moved(now) if before.world_size == now.world_size else 0
+                found[name] = LayerLoad(load.counts_WE, load.load_W, load.num_dropped_tokens, now, moved)
+            self._seen[name], self._placements[name] = trained.total, trained.placement
+        return found
