@@ -3,6 +3,7 @@
 Importing it registers `strategy="swiftmoe"` with Lightning.
 """
 
+from swiftmoe_lightning.callbacks import ExpertPopularityMonitor
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.modules import Experts, LayerLoad, LoadReader, MoE, RouterOutput, TopKRouter, auxiliary_loss
@@ -10,6 +11,7 @@ from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEStrategy, register
 
 __all__ = [
+    "ExpertPopularityMonitor",
     "Experts",
     "LayerLoad",
     "LoadReader",

@@ -40,6 +40,11 @@ class LoadReader:
         self._seen = {name: experts.trained_load.total for name, experts in self._layers.items()}
         self._placements = {name: experts.trained_load.placement for name, experts in self._layers.items()}
 
+    @property
+    def num_experts(self) -> dict[str, int]:
+        """Layer name -> E, in the module's order."""
+        return {name: experts.num_experts for name, experts in self._layers.items()}
+
     def read(self) -> dict[str, LayerLoad]:
         """Layer name -> its load since the last read, or since the reader was made; layers without any are left out."""
         found = {}

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers.logger import Logger
+
+import swiftmoe_lightning as sml
+from tests.helpers import run_ranks
+from tests.strategies.cases import GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer
+
+
+class Memory(Logger):
+    """Keeps what is logged: key -> {step: value}."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, dict[int, float]] = defaultdict(dict)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.values[key][step or 0] = value
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def fit(world_size: int, strategy: Any, moe: dict[str, Any], max_keys: int, **options: Any) -> dict[str, Any]:
+    """What the monitor logs, and what a reader of our own adds up to over the same fit."""
+    model, logger = Model(**moe), Memory()
+    runner = trainer(world_size, strategy, logger=logger, callbacks=[sml.ExpertPopularityMonitor(max_keys)], **options)
+    reader = sml.LoadReader(model)
+    runner.fit(model, loader(world_size), loader(world_size, GLOBAL_BATCH))
+    load = reader.read()["moe.experts"]
+    return {
+        "logged": {k: v for k, v in logger.values.items() if k.startswith("moe/")},
+        "callback_metrics": {k: float(v) for k, v in runner.callback_metrics.items() if k.startswith("moe/")},
+        "popularity": load.popularity_E.tolist(),
+        "num_dropped_tokens": load.num_dropped_tokens,
+        "steps": runner.global_step,
+    }
+
+
+def run(world_size: int, strategy: Any = "swiftmoe", max_keys: int = 500, moe: Any = None, **options: Any) -> Any:
+    fit_with_options = _Fit(world_size, strategy, moe or {}, max_keys, options)
+    return run_ranks(fit_with_options, world_size, init=False)
+
+
+class _Fit:
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __call__(self) -> dict[str, Any]:
+        return fit(*self.args[:-1], **self.args[-1])
+
+
+def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() -> None:
+    found = run(2, moe={"capacity_factor": 1.0}, log_every_n_steps=3)[0]
+    logged, steps = found["logged"], found["steps"]
+    assert steps == 2 * NUM_BATCHES == 8
+    totals = ["imbalance", "imbalance_max", "token_survival_rate", "num_dropped_tokens", "num_replicas_moved"]
+    experts = [f"moe.experts/{column}/{e}" for column in ("popularity", "replicas") for e in range(5)]
+    expected_keys = [*totals, *(f"moe.experts/{key}" for key in totals), *experts]
+    assert sorted(logged) == sorted(f"moe/{key}" for key in expected_keys)
+    assert all(sorted(by_step) == [3, 6, 8] for by_step in logged.values())
+
+    choices = [3 * GLOBAL_BATCH * 2, 3 * GLOBAL_BATCH * 2, 2 * GLOBAL_BATCH * 2]
+    dropped = list(logged["moe/num_dropped_tokens"].values())
+    assert sum(dropped) == found["num_dropped_tokens"] > 0
+    survival = list(logged["moe/token_survival_rate"].values())
+    assert survival == pytest.approx([1 - d / n for d, n in zip(dropped, choices, strict=True)])
+    for e, popularity in enumerate(found["popularity"]):
+        shares = logged[f"moe/moe.experts/popularity/{e}"].values()
+        assert sum(s * n for s, n in zip(shares, choices, strict=True)) == pytest.approx(popularity)
+    for step in (3, 6, 8):
+        # 2 ranks of 4 slots: max(ceil(1.25 * 5 / 2), ceil(5 / 2) + 1).
+        assert sum(logged[f"moe/moe.experts/replicas/{e}"][step] for e in range(5)) == 8
+        assert 1 <= logged["moe/imbalance"][step] <= logged["moe/imbalance_max"][step] <= 2
+    assert found["callback_metrics"].keys() == {f"moe/{key}" for key in totals}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "swiftmoe"])
+def test_one_device_is_always_balanced_and_drops_nothing(strategy: str) -> None:
+    (found,) = run(1, strategy, log_every_n_steps=1)
+    assert set(found["logged"]["moe/imbalance"].values()) == {1.0}
+    assert set(found["logged"]["moe/num_dropped_tokens"].values()) == {0.0}
+    assert sorted(found["logged"]["moe/imbalance"]) == list(range(1, 9))
+
+
+def test_accumulated_batches_count_as_one_step() -> None:
+    (found,) = run(1, "auto", log_every_n_steps=1, accumulate_grad_batches=NUM_BATCHES)
+    assert sorted(found["logged"]["moe/imbalance"]) == [1, 2]
+    assert sum(found["popularity"]) == 2 * NUM_BATCHES * GLOBAL_BATCH * 2
+
+
+def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> None:
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 1 of the 1 MoE layers.*max_keys=19"):
+        run(1, "auto", max_keys=19, log_every_n_steps=1)
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=9"):
+        run(1, "auto", max_keys=9, log_every_n_steps=1)
+    (found,) = run(1, "auto", max_keys=20, log_every_n_steps=1)
+    assert len(found["logged"]) == 20
+
+
+def test_too_few_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_keys must be 5 or more, got 4"):
+        sml.ExpertPopularityMonitor(4)
