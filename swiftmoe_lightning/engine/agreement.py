@@ -19,7 +19,7 @@ from swiftmoe_lightning.modules import NON_FINITE_SCORES
 _HEADER: Final = 5
 _DONE: Final = -1
 _SAME_STEPS: Final = (
-    "Every rank must run the same MoE layers in the same order, as many times: give all ranks equally many training "
+    "every rank must run the same MoE layers in the same order, as many times: give all ranks equally many training "
     "batches (drop_last=True, or limit_train_batches)."
 )
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,8 +55,8 @@ class Agreement:
             rows = CallRows(self._group.all_gather(row).cpu().numpy())
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self._group.rank} {self._describe(row.cpu().numpy())}, and the other ranks did not follow "
-                f"({error}). {_SAME_STEPS} If another rank raised an error of its own, look at that one first."
+                f"rank {self._group.rank} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
+                f"{error}. If another rank raised an error of its own, that one comes first. Else: {_SAME_STEPS}"
             ) from error
         self._check(rows)
         return rows
@@ -68,7 +68,7 @@ class Agreement:
             raise RuntimeError(
                 "ranks are in different forward passes: "
                 + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
-                + f". {_SAME_STEPS}"
+                + f"; {_SAME_STEPS}"
             )
         bad_ranks = np.flatnonzero(rows.table[:, 4] == 0).tolist()
         if bad_ranks:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -44,6 +46,13 @@ def is_checkpoint_directory(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / _META_FILE).is_file()
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make room for `save_directory`, in place of the checkpoint that may be there. For one rank, before all save."""
+    if is_checkpoint_directory(path):
+        shutil.rmtree(path)
+    Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def save_directory(
     path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer], meta: dict[str, Any], rank: int
 ) -> None:
@@ -55,7 +64,6 @@ def save_directory(
     state: dict[str, Any] = {"model": get_model_state_dict(module)}
     for i, optimizer in enumerate(optimizers):
         state[f"optimizer_{i}"] = get_optimizer_state_dict(module, optimizer)
-    Path(path).mkdir(parents=True, exist_ok=True)
     dcp.save(state, checkpoint_id=path)
     if rank == 0:
         torch.save(meta, Path(path) / _META_FILE)
@@ -78,7 +86,7 @@ def load_model(path: str | os.PathLike[str], module: nn.Module) -> None:
         size = getattr(saved.get(f"model.{name}"), "size", None)
         if isinstance(value, Tensor) and size is not None and size != value.shape:
             raise ValueError(shape_message(name, size, value.shape))
-    dcp.load(state, checkpoint_id=path)
+    _load(path, state)
     set_model_state_dict(module, state["model"])
 
 
@@ -86,5 +94,20 @@ def load_optimizers(path: str | os.PathLike[str], module: nn.Module, optimizers:
     """Read the optimizers of a directory, written at any world size. A collective."""
     for i, optimizer in enumerate(optimizers):
         state = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
-        dcp.load(state, checkpoint_id=path)
+        _load(path, state)
         set_optimizer_state_dict(module, optimizer, state[f"optimizer_{i}"])
+
+
+def _load(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(unreadable(path, f"{error}: {error.failures}")) from error
+
+
+def unreadable(path: str | os.PathLike[str], reason: str) -> str:
+    """What to say of a checkpoint that cannot be read."""
+    return (
+        f"cannot read the checkpoint {str(path)!r} ({reason}). It may be missing, cut off or corrupt, or hold objects "
+        "that need Trainer.fit(..., weights_only=False): check the path, or use an older one."
+    )

@@ -119,13 +119,15 @@ class ShardedUpdate:
         return {**state_dict, "state": state}
 
     def _shard_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """State of whole experts, or DTensors, or local shards -> local shards."""
-        parameters = self._parameters()
+        """State of whole experts, or DTensors, or local shards -> local shards.
+
+        As torch does, it goes by position in the groups: keys may be numbers or names.
+        """
+        saved_keys = [key for param_group in state_dict["param_groups"] for key in param_group["params"]]
+        masters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_master(p)}
         state = {
-            index: {key: self._shard_value(parameters[index], key, v) for key, v in values.items()}
-            if index < len(parameters) and is_master(parameters[index])
-            else values
-            for index, values in state_dict["state"].items()
+            key: {k: self._shard_value(masters[key], k, v) for k, v in values.items()} if key in masters else values
+            for key, values in state_dict["state"].items()
         }
         return {**state_dict, "state": state}
 

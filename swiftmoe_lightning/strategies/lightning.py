@@ -216,7 +216,11 @@ class SwiftMoEStrategy(DDPStrategy):
         optimizers = self.optimizers if "optimizer_states" in checkpoint else []
         # Lightning only asks whether states are there; their values are read when their owners exist.
         meta = {k: type(v)() if k in ("state_dict", "optimizer_states") else v for k, v in checkpoint.items()}
-        checkpoints.save_directory(self.broadcast(filepath), self._module, optimizers, meta, self.global_rank)
+        filepath = self.broadcast(filepath)
+        if self.is_global_zero:
+            checkpoints.make_directory(filepath)
+        self.barrier()
+        checkpoints.save_directory(filepath, self._module, optimizers, meta, self.global_rank)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -234,10 +238,7 @@ class SwiftMoEStrategy(DDPStrategy):
             error = caught
         if not self.reduce_boolean_decision(error is None):
             here = f"{type(error).__name__}: {error}" if error else "another rank could not read it"
-            raise ValueError(
-                f"cannot read the checkpoint {str(checkpoint_path)!r} ({here}). It may be missing, cut off or corrupt, "
-                "or hold objects that need Trainer.fit(..., weights_only=False): check the path, or use an older one."
-            ) from error
+            raise ValueError(checkpoints.unreadable(checkpoint_path, here)) from error
         return checkpoint
 
     @override
