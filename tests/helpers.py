@@ -116,6 +116,7 @@ _THIRD_PARTY_WARNINGS = (
     ".*GPU available but not used.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*\\.grad attribute of a Tensor that is not a leaf Tensor.*",
 )
 
 

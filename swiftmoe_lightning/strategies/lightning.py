@@ -67,6 +67,11 @@ class SwiftMoEStrategy(DDPStrategy):
             token_split=token_split,
         )
         super().__init__(**ddp_options)
+        if self._start_method != "popen":
+            raise ValueError(
+                f"strategy='swiftmoe' cannot start its processes with start_method={self._start_method!r}: expert "
+                "shards do not travel back through it. Use start_method='popen' (the default), or torchrun."
+            )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._engine: SwiftMoEEngine | None = None
         self._evaluating: bool | None = None
@@ -131,11 +136,6 @@ class SwiftMoEStrategy(DDPStrategy):
             self._adopt_precision()
         else:
             self._engine.attach(module)
-        if self._engine.layers and self._start_method != "popen":
-            raise ValueError(
-                f"strategy='swiftmoe' cannot start its processes with start_method={self._start_method!r}: expert "
-                "shards do not travel back through it. Use start_method='popen' (the default), or torchrun."
-            )
         ignore_expert_parameters(module)
 
     def _adopt_precision(self) -> None:

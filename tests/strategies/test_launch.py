@@ -1,0 +1,202 @@
+"""Scripts as users start them: popen, torchrun, LightningCLI by name and by class path; and what cannot be started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import swiftmoe_lightning as sml
+from swiftmoe_lightning.strategies import registration
+from tests.helpers import rank_errors
+from tests.strategies.cases import Model, loader, trainer
+
+SCRIPT = """
+import lightning as L, torch
+from torch import nn
+from torch.utils.data import DataLoader
+import swiftmoe_lightning as sml
+
+class Model(L.LightningModule):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.moe = sml.MoE(width, 16, 4)
+    def training_step(self, batch, _):
+        return self.moe(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.randn(32, 8), batch_size=4)
+
+class Report(L.Callback):
+    def on_train_end(self, trainer, module):
+        engine = trainer.strategy.engine
+        text = f"rank {trainer.global_rank} of {trainer.world_size}, {len(engine.layers)} layers, "
+        text += f"{trainer.global_step} steps, {type(module.moe.experts.down_proj.data).__name__}"
+        open(f"report-{trainer.global_rank}", "w").write(text)
+
+options = dict(accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False)
+"""
+
+FIT = (
+    SCRIPT
+    + """
+if __name__ == "__main__":
+    L.Trainer(strategy="swiftmoe", callbacks=[Report()], **options).fit(Model(), Data())
+"""
+)
+
+CLI = (
+    SCRIPT
+    + """
+from lightning.pytorch.cli import LightningCLI
+if __name__ == "__main__":
+    LightningCLI(Model, Data, trainer_defaults={**options, "callbacks": [Report()]}, save_config_callback=None)
+"""
+)
+
+CLASS_PATH = "swiftmoe_lightning.SwiftMoEStrategy"
+
+
+def start(folder: Path, source: str, *command: str) -> None:
+    (folder / "script.py").write_text(source)
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    environment = {**keep, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        expected = f"rank {rank} of 2, 1 layers, 4 steps, DTensor"
+        assert (folder / f"report-{rank}").read_text() == expected
+
+
+def test_a_script_starts_its_own_processes(tmp_path: Path) -> None:
+    start(tmp_path, FIT, "script.py")
+
+
+def test_torchrun_starts_the_script(tmp_path: Path) -> None:
+    start(tmp_path, FIT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py")
+
+
+def test_lightning_cli_takes_the_strategy_by_name(tmp_path: Path) -> None:
+    start(tmp_path, CLI, "script.py", "fit", "--trainer.strategy=swiftmoe")
+
+
+def test_lightning_cli_takes_the_strategy_by_class_path_without_an_import_and_its_options(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        f"""trainer:
+  strategy:
+    class_path: {CLASS_PATH}
+    init_args: {{slots_per_rank: 3, placement: symi, replace_every: 2, reduce_dtype: bfloat16}}
+"""
+    )
+    check = "\n        assert module.trainer.strategy.config.slots_per_rank == 3\n        engine = trainer"
+    source = CLI.replace("\n        engine = trainer", check)
+    start(tmp_path, source, "script.py", "fit", "--config", "config.yaml")
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_start_methods_that_cannot_bring_shards_back_are_refused(start_method: Any) -> None:
+    with pytest.raises(ValueError, match=f"start_method='{start_method}'.*Use start_method='popen'.*or torchrun"):
+        sml.SwiftMoEStrategy(start_method=start_method)
+
+
+def test_the_other_package_gets_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+    registration.register()
+    with pytest.raises(TypeError, match="Write `import lightning as L` and use L.Trainer and L.LightningModule"):
+        other.Trainer(strategy="swiftmoe", accelerator="cpu", devices=1, logger=False)
+
+
+def test_a_trainer_takes_the_strategy_by_name_in_any_case() -> None:
+    for name in ("swiftmoe", "SwiftMoE"):
+        runner = L.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False, enable_checkpointing=False)
+        assert isinstance(runner.strategy, sml.SwiftMoEStrategy)
+
+
+def test_the_engine_is_there_only_once_a_module_runs() -> None:
+    with pytest.raises(RuntimeError, match="call trainer.fit first"):
+        _ = sml.SwiftMoEStrategy().engine
+
+
+def too_few_slots() -> None:
+    trainer(2, sml.SwiftMoEStrategy(slots_per_rank=2)).fit(Model(), loader(2), loader(2))
+
+
+def test_too_few_slots_are_an_error_on_every_rank() -> None:
+    for error in rank_errors(too_few_slots, 2, init=False):
+        assert "2 ranks x 2 slots = 4 slots cannot hold 5 experts" in error
+        assert "Set slots_per_rank to 3 or more" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots_per_rank": 0}, "slots_per_rank must be a whole number of 1 or more, got 0"),
+        ({"replace_every": 0}, "replace_every must be a whole number of 1 or more, got 0"),
+        ({"placement": "best"}, "placement must be one of .*'packed'.*, got 'best'"),
+        ({"token_split": "x"}, "token_split must be one of .*, got 'x'"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype must be one of .*, got 'int8'"),
+        ({"param_dtype": "half"}, "param_dtype must be one of .*, got 'half'"),
+    ],
+)
+def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sml.SwiftMoEStrategy(**options)
+
+
+class Optimizer(Model):
+    def __init__(self, make: Any) -> None:
+        super().__init__(bias=True)
+        self.make = make
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+class Factored(torch.optim.Optimizer):
+    """An optimizer that nobody has heard of, which scales by whole-tensor norms."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad / p.grad.norm())
+        return loss
+
+
+def adafactor(parameters: Any) -> Any:
+    return torch.optim.Adafactor(parameters, lr=1e-2)
+
+
+def muon(parameters: Any) -> Any:
+    # Weights of experts are 3-D, which Muon refuses by itself; their biases are matrices to it.
+    return torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=1e-2)
+
+
+def lbfgs(parameters: Any) -> Any:
+    return torch.optim.LBFGS(parameters)
+
+
+def fit_optimizer(make: Any) -> None:
+    trainer(2).fit(Optimizer(make), loader(2), loader(2))
+
+
+@pytest.mark.parametrize("make", [adafactor, muon, lbfgs, Factored])
+def test_optimizers_that_look_at_whole_tensors_are_refused_on_every_rank(make: Any) -> None:
+    for error in rank_errors(fit_optimizer, 2, make, init=False):
+        assert "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...)" in error

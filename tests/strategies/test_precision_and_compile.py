@@ -1,0 +1,164 @@
+"""Precisions train as on one process; a compiled module does not recompile from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import swiftmoe_lightning as sml
+from tests.engine import models
+from tests.helpers import run_ranks
+from tests.strategies.cases import GLOBAL_BATCH, Model, assert_close, assert_same_fit, loader, trainer, whole
+
+
+class Sgd(Model):
+    """No division by tiny second moments: what precision changes stays in proportion."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Cast(Sgd):
+    """Takes its batches in the dtype of the module."""
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = (t.to(self.inner.weight.dtype) for t in batch)
+        return F.mse_loss(self(x), y)
+
+
+def test_64_bit() -> None:
+    assert_same_fit(Cast, 1e-12, precision="64-true")
+
+
+# A token's expert may change with a score's last bit, so these differ by more than rounding alone would make them.
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_16_bit(precision: str) -> None:
+    assert_same_fit(Cast, 3e-2, precision=precision)
+
+
+def dtypes(precision: str) -> dict[str, torch.dtype]:
+    """Dtypes of masters, slots, wire and optimizer state after a step."""
+    model = Cast()
+    runner = trainer(2, precision=precision, max_steps=1, max_epochs=-1)
+    runner.fit(model, loader(2), loader(2, GLOBAL_BATCH))
+    (layer,) = runner.strategy.engine.layers  # type: ignore[attr-defined]
+    state = next(iter(runner.optimizers[0].state.values()))
+    return {
+        "masters": model.moe.experts.down_proj.dtype,
+        "slots": layer.slots.weights["down_proj"].dtype,
+        "state": state["momentum_buffer"].dtype,
+    }
+
+
+def test_mixed_precision_keeps_masters_in_full_and_true_precision_does_not() -> None:
+    full, half = torch.float32, torch.bfloat16
+    assert run_ranks(dtypes, 2, "bf16-mixed", init=False)[0] == {"masters": full, "slots": full, "state": full}
+    assert run_ranks(dtypes, 2, "bf16-true", init=False)[0] == {"masters": half, "slots": half, "state": half}
+
+
+def train_with_half_slots() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = sml.MoE(8, 16, 4)
+    engine = sml.SwiftMoEEngine(model, sml.SwiftMoEConfig(param_dtype="bfloat16", reduce_dtype="bfloat16"))
+    optimizer = engine.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = engine.data_parallel()(torch.randn(32, 8, generator=torch.Generator().manual_seed(1))).square().mean()
+    loss.backward()
+    (layer,) = engine.layers
+    assert layer.slots.weights["down_proj"].dtype == torch.bfloat16
+    assert model.experts.down_proj.dtype == torch.float32
+    optimizer.step()
+    return engine.full_state_dict()
+
+
+def test_slots_and_wire_may_be_narrower_than_the_masters() -> None:
+    torch.manual_seed(0)
+    model = sml.MoE(8, 16, 4)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.randn(32, 8, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+    optimizer.step()
+    for state in run_ranks(train_with_half_slots, 2):
+        for name, value in model.state_dict().items():
+            change, expected = state[name] - start[name], value - start[name]
+            assert float((change - expected).norm() / expected.norm()) < 0.05, name
+
+
+def train_scaled(world_size: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float]]:
+    """Four steps under a loss scaler; in the second one rank's gradient overflows."""
+    rank = torch.distributed.get_rank() if world_size > 1 else 0
+    module = models.build()
+    engine = sml.SwiftMoEEngine(module)
+    model = engine.data_parallel()
+    optimizer = engine.prepare_optimizer(torch.optim.AdamW(module.parameters(), lr=1e-2))
+    scaler = engine.grad_scaler("cpu", init_scale=256.0, growth_interval=2)
+    scales = []
+    for step in range(4):
+        x, target = (models.my_part(t, rank, world_size) for t in models.dense.batch(step, 0, dtype))
+        loss = F.mse_loss(model(x), target)
+        if step == 1 and rank == world_size - 1:
+            # Only the experts of this rank's own tokens see it.
+            loss = loss + (model(x) * 1e38).sum() * 1e38
+        elif step == 1:
+            loss = loss + 0 * model(x).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        engine.clip_grad_norm_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return engine.full_state_dict(), scales
+
+
+def test_all_ranks_skip_the_step_in_which_one_overflowed() -> None:
+    ((expected, scales),) = run_ranks(train_scaled, 1, 1, torch.float32)
+    assert scales == [256.0, 128.0, 128.0, 256.0]
+    for state, found_scales in run_ranks(train_scaled, 2, 2, torch.float32):
+        assert found_scales == scales
+        assert_close(state, expected)
+
+
+class Graphs:
+    """A backend that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+def fit_compiled(world_size: int, strategy: str, whole_module: bool) -> tuple[dict[str, Tensor], list[int]]:
+    """End state of a fit of a compiled module, and how many graphs there were after each batch."""
+    backend = Graphs()
+    model = Model(aux_loss_coef=0.1, z_loss_coef=0.01)
+    counts = []
+
+    class Count(sml.ExpertPopularityMonitor):
+        def on_train_batch_end(self, *args: Any) -> None:
+            counts.append(backend.count)
+
+    if not whole_module:
+        model.moe = torch.compile(model.moe, backend=backend)  # type: ignore[assignment]
+    compiled = torch.compile(model, backend=backend) if whole_module else model
+    runner = trainer(world_size, strategy, callbacks=[Count()])
+    runner.fit(compiled, loader(world_size), loader(world_size))  # type: ignore[arg-type]
+    return whole(model), counts
+
+
+@pytest.mark.parametrize("whole_module", [True, False])
+def test_a_compiled_module_trains_the_same_without_recompiling_at_every_step(whole_module: bool) -> None:
+    ((expected, expected_counts),) = run_ranks(fit_compiled, 1, 1, "auto", whole_module, init=False)
+    for state, counts in run_ranks(fit_compiled, 2, 2, "swiftmoe", whole_module, init=False, timeout_s=120):
+        assert_close(state, expected)
+        assert counts[0] > 0
+        # Lightning's own logging compiles again after the first validation, and on one process just the same.
+        assert counts == expected_counts
+        assert counts[1] == counts[3]
+        assert counts[4] == counts[-1]
