@@ -53,7 +53,7 @@ def test_too_few_slots_for_the_experts_say_how_many_it_takes():
 @pytest.mark.parametrize("name", ["slots_per_rank", "replace_every"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
 def test_counts_below_one_or_not_whole_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must be a whole number of 1 or more, got .* Set {name}=1"):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of 1 or more, got "):
         SwiftMoEConfig(**{name: value})
 
 

@@ -21,13 +21,11 @@ def clip_grad_norm(
     max_norm: float,
     group: ExpertGroup | None,
     norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
 ) -> Tensor:
     """Scale all gradients so that their total norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
     Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows. A
     collective when there are masters. Returns [] the norm before clipping, equal on all ranks.
-    Raises RuntimeError, on all ranks, if it is not finite and `error_if_nonfinite`.
     """
     dense, shards = _split_gradients(parameters)
     norm_type = float(norm_type)
@@ -40,11 +38,6 @@ def clip_grad_norm(
             total = torch.maximum(dense_norm, group.all_reduce(shard_norm, dist.ReduceOp.MAX))
         else:
             total = (dense_norm**norm_type + group.all_reduce(shard_norm**norm_type)) ** (1.0 / norm_type)
-    if error_if_nonfinite and not bool(total.isfinite()):
-        raise RuntimeError(
-            f"the total norm of order {norm_type} of all gradients is {total.item()}, so it cannot be clipped. Set "
-            "error_if_nonfinite=False to scale by it anyway."
-        )
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in dense + shards:
         gradient.mul_(factor.to(gradient.device, gradient.dtype))

@@ -106,13 +106,12 @@ class ShardedLayer(ExpertHosting):
     @torch.no_grad()
     def add_to_master_gradients(self, collection: PendingCollection) -> None:
         """Wait for the collected rows and add them to `.grad` of the masters."""
-        total_Ec = collection.wait()
         masters = self.experts.expert_parameters()
-        widths = [local_shard(masters[name])[0].numel() for name in collection.names]
-        for name, part in zip(collection.names, total_Ec.split(widths, dim=1), strict=True):
+        shards = {name: local_shard(masters[name]) for name in collection.names}
+        for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
             master = masters[name]
-            shard = local_shard(master)
-            gradient = part.reshape(shard.shape).to(shard)
+            # Contiguous, too: fused kernels do not look at strides.
+            gradient = total.to(shards[name])
             if master.grad is None:
                 master.grad = master_from_local(gradient, master.shape, self._group)
             else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swiftmoe_lightning.comms import ExpertGroup, PendingExchange, local_shard
-from swiftmoe_lightning.placement import Placement, plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement import Placement, peer_runs, plan_collection, plan_distribution, shard_rows
 
 
 class ExpertSlots:
@@ -52,10 +52,11 @@ class ExpertSlots:
         self.placement = placement
         masters = self._masters()
         self._match_slots(masters)
-        expert_D = torch.from_numpy(placement.pair_expert_D).to(next(iter(masters.values())).device)
         dtype = next(iter(self.weights.values())).dtype
-        pieces = [local_shard(m).flatten(1).index_select(0, expert_D) for m in masters.values()]
-        send = torch.cat(pieces, dim=1).flatten().to(self._device, dtype)
+        # Every expert's rows once to the device and dtype they travel in; then once for each of its hosts.
+        rows_Ec = torch.cat([local_shard(m).flatten(1) for m in masters.values()], dim=1).to(self._device, dtype)
+        expert_D = torch.from_numpy(placement.pair_expert_D).to(self._device)
+        send = rows_Ec.index_select(0, expert_D).flatten()
         plan = plan_distribution(placement, _row_elements(masters))
         rank = self._group.rank
         self._distribution = self._group.start_all_to_all(send, plan.send_splits(rank), plan.receive_splits(rank))
@@ -68,9 +69,8 @@ class ExpertSlots:
             return
         received, self._distribution = self._distribution.wait(), None
         num_local = int(self.placement.num_hosted_W[self._group.rank])
-        for part, name, start, stop in self._host_parts(received, list(self.weights), num_local):
-            slot = self.weights[name]
-            slot[:num_local, start:stop] = part.view(num_local, stop - start, *slot.shape[2:])
+        for part, slots in self._host_parts(received, self.weights, num_local):
+            slots.copy_(part)
 
     @property
     def has_gradients(self) -> bool:
@@ -91,10 +91,9 @@ class ExpertSlots:
         double = self.weights[names[0]].dtype == torch.float64
         wire_dtype = torch.float64 if double else self._wire_dtype
         send = torch.empty(sum(plan.send_splits(self._group.rank)), dtype=wire_dtype, device=self._device)
-        for part, name, start, stop in self._host_parts(send, names, num_local):
-            gradient = self.weights[name].grad
-            assert gradient is not None
-            part.copy_(gradient[:num_local, start:stop].reshape(num_local, -1))
+        gradients = {name: gradient for name in names if (gradient := self.weights[name].grad) is not None}
+        for part, slots in self._host_parts(send, gradients, num_local):
+            part.copy_(slots)
         for name in names:
             self.weights[name].grad = None
         rank = self._group.rank
@@ -102,21 +101,23 @@ class ExpertSlots:
         self.collection_bytes += pending.bytes_sent
         return PendingCollection(pending, self.placement, names)
 
-    def _host_parts(self, buffer: Tensor, names: list[str], num_local: int) -> Iterator[tuple[Tensor, str, int, int]]:
-        """The pieces of a host-side buffer: ([d, elements] view, tensor name, first row, last-plus-one row)."""
-        offset = 0
-        rows_of = {name: shard_rows(self.weights[name].shape[1], self._group.world_size) for name in names}
-        for peer in range(self._group.world_size):
-            widths = {}
-            for name in names:
-                start, stop = rows_of[name][peer]
-                widths[name] = (stop - start) * self.weights[name][0, :1].numel()
-            owned = sum(widths.values())
-            block = buffer[offset : offset + num_local * owned].view(num_local, owned)
-            offset += num_local * owned
-            for name, part in zip(names, block.split(list(widths.values()), dim=1), strict=True):
-                if part.numel():
-                    yield part, name, *rows_of[name][peer]
+    def _host_parts(
+        self, buffer: Tensor, slots: Mapping[str, Tensor], num_local: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces of a host-side buffer and the rows of `slots` they are for: two [peers, d, rows, ...] views."""
+        world_size, offset = self._group.world_size, 0
+        shards = {name: shard_rows(slot.shape[1], world_size) for name, slot in slots.items()}
+        for peers in peer_runs([slot.shape[1] for slot in slots.values()], world_size):
+            rows = {name: shard[peers[0]][1] - shard[peers[0]][0] for name, shard in shards.items()}
+            widths = [rows[name] * slot[0, :1].numel() for name, slot in slots.items()]
+            num_elements = len(peers) * num_local * sum(widths)
+            block = buffer[offset : offset + num_elements].view(len(peers), num_local, sum(widths))
+            offset += num_elements
+            for (name, slot), part in zip(slots.items(), block.split(widths, dim=2), strict=True):
+                if rows[name]:
+                    first, last = shards[name][peers[0]][0], shards[name][peers[-1]][1]
+                    own = slot[:num_local, first:last].unflatten(1, (len(peers), rows[name])).transpose(0, 1)
+                    yield part.unflatten(2, own.shape[2:]), own
 
     def _match_slots(self, masters: Mapping[str, Tensor]) -> None:
         """Make the slots anew when the masters' dtype or sizes no longer fit them."""
@@ -137,21 +138,28 @@ class PendingCollection:
     def __init__(self, exchange: PendingExchange, placement: Placement, names: list[str]) -> None:
         self._exchange, self._placement, self.names = exchange, placement, names
 
-    def wait(self) -> Tensor:
-        """[E, c]: each expert's gradient over this rank's rows of `names`, the mean over ranks as in DDP.
+    def wait(self, shard_shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Name -> [E, this rank's rows, ...]: each expert's gradient, the mean over ranks as in DDP.
 
         Contributions are added in rank order, in float32 or wider, so the sum does not depend on who came first.
+        shard_shapes: what a rank owns of each of `names`.
         """
         received = self._exchange.wait()
-        expert_D, num_experts = self._placement.pair_expert_D, self._placement.num_experts
-        received_Dc = received.view(len(expert_D), -1)
+        expert_D = self._placement.pair_expert_D
         wide = torch.promote_types(received.dtype, torch.float32)
-        total_Ec = torch.zeros(num_experts, received_Dc.shape[1], dtype=wide, device=received.device)
-        for pairs in _pairs_by_turn(expert_D):
-            pair = torch.from_numpy(pairs).to(received.device)
-            expert = torch.from_numpy(expert_D[pairs]).to(received.device)
-            total_Ec[expert] += received_Dc[pair]
-        return total_Ec.div_(self._placement.world_size)
+        turns = [
+            (torch.from_numpy(expert_D[pairs]).to(received.device), torch.from_numpy(pairs).to(received.device))
+            for pairs in _pairs_by_turn(expert_D)
+        ]
+        widths = [shard_shapes[name][1:].numel() for name in self.names]
+        totals = {}
+        for name, part_Dc in zip(self.names, received.view(len(expert_D), -1).split(widths, dim=1), strict=True):
+            shape = shard_shapes[name]
+            total_Ec = torch.zeros(shape[0], shape[1:].numel(), dtype=wide, device=received.device)
+            for expert, pair in turns:
+                total_Ec.index_add_(0, expert, part_Dc.index_select(0, pair).to(wide))
+            totals[name] = total_Ec.div_(self._placement.world_size).view(shape)
+        return totals
 
 
 def _pairs_by_turn(expert_D: np.ndarray) -> list[np.ndarray]:

@@ -39,6 +39,10 @@ class ShardedUpdate:
             masters = [p for p in param_group["params"] if is_master(p)]
             if masters:
                 check_elementwise(optimizer, param_group, local_shard(masters[0]))
+            for master in masters:
+                # What some optimizers (Adagrad) allocate where they are made is shaped like the masters.
+                state = optimizer.state.get(master, {})
+                state.update({key: local_shard(v) for key, v in state.items() if isinstance(v, Tensor)})
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
         optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())

@@ -9,7 +9,13 @@ from swiftmoe_lightning.placement.policies import (
     make_policy,
 )
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, plan_dispatch
-from swiftmoe_lightning.placement.transfer import TransferPlan, plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement.transfer import (
+    TransferPlan,
+    peer_runs,
+    plan_collection,
+    plan_distribution,
+    shard_rows,
+)
 
 __all__ = [
     "Capacity",
@@ -21,6 +27,7 @@ __all__ = [
     "SymiPolicy",
     "TransferPlan",
     "make_policy",
+    "peer_runs",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,17 @@ def shard_rows(num_rows: int, world_size: int) -> list[tuple[int, int]]:
     """First and last-plus-one row of each rank's shard, as `torch.chunk` cuts: equal parts, the last ones shorter."""
     size = -(-num_rows // world_size)
     return [(min(j * size, num_rows), min((j + 1) * size, num_rows)) for j in range(world_size)]
+
+
+def peer_runs(rows_of_tensors: Sequence[int], world_size: int) -> list[range]:
+    """The ranks, cut into runs of neighbours that own equally many rows of every tensor.
+
+    One run where W divides all row counts: such neighbours' pieces move in one strided copy.
+    """
+    shards = [shard_rows(num_rows, world_size) for num_rows in rows_of_tensors]
+    sizes_W = [tuple(stop - start for start, stop in peer) for peer in zip(*shards, strict=True)]
+    starts = [rank for rank in range(world_size) if rank == 0 or sizes_W[rank] != sizes_W[rank - 1]]
+    return [range(start, stop) for start, stop in pairwise([*starts, world_size])]
 
 
 @dataclass(frozen=True, eq=False)

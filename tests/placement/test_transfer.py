@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement
-from swiftmoe_lightning.placement import plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement import peer_runs, plan_collection, plan_distribution, shard_rows
 from swiftmoe_lightning.placement.transfer import shard_elements
 from tests.placement.cases import placements
 
@@ -23,6 +23,14 @@ def test_rows_are_cut_where_torch_chunk_cuts(num_rows, world_size):
     chunks = [c.tolist() for c in torch.arange(num_rows).chunk(world_size)]
     chunks += [[]] * (world_size - len(chunks))
     assert [list(range(first, last)) for first, last in shard_rows(num_rows, world_size)] == chunks
+
+
+def test_neighbours_that_own_equally_many_rows_form_a_run() -> None:
+    assert peer_runs([8, 4], 4) == [range(0, 4)]
+    # 7 rows: 2, 2, 2, 1. 5 rows: 2, 2, 1, 0.
+    assert peer_runs([7], 4) == [range(0, 3), range(3, 4)]
+    assert peer_runs([7, 5], 4) == [range(0, 2), range(2, 3), range(3, 4)]
+    assert peer_runs([2], 4) == [range(0, 2), range(2, 4)]
 
 
 # Rank 0 hosts experts 0 and 1, rank 1 hosts 1 in both its slots.

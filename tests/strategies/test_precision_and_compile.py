@@ -65,8 +65,9 @@ def train_with_half_slots() -> dict[str, Tensor]:
     model = sml.MoE(8, 16, 4)
     engine = sml.SwiftMoEEngine(model, sml.SwiftMoEConfig(param_dtype="bfloat16", reduce_dtype="bfloat16"))
     optimizer = engine.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.5))
+    wrapped = engine.data_parallel()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = engine.data_parallel()(torch.randn(32, 8, generator=torch.Generator().manual_seed(1))).square().mean()
+        loss = wrapped(torch.randn(32, 8, generator=torch.Generator().manual_seed(1))).square().mean()
     loss.backward()
     (layer,) = engine.layers
     assert layer.slots.weights["down_proj"].dtype == torch.bfloat16
