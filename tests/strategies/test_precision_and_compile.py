@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 import swiftmoe_lightning as sml
@@ -38,6 +39,29 @@ def test_64_bit() -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_16_bit(precision: str) -> None:
     assert_same_fit(Cast, 3e-2, precision=precision)
+
+
+def fit_scaled(world_size: int, strategy: str) -> tuple[dict[str, Tensor], float, str]:
+    """float16 under Lightning's own plugin and scaler, with clipping; the scale starts where gradients overflow."""
+    model = Sgd()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=100)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    runner = trainer(world_size, strategy, plugins=[plugin], gradient_clip_val=0.5, max_epochs=6)
+    runner.fit(model, loader(world_size), loader(world_size, GLOBAL_BATCH))
+    assert isinstance(runner.precision_plugin, MixedPrecision)
+    assert runner.precision_plugin.scaler is not None
+    return whole(model), runner.precision_plugin.scaler.get_scale(), type(runner.precision_plugin.scaler).__name__
+
+
+def test_16_mixed_scales_and_skips_as_under_ddp() -> None:
+    # Not as on one process: float16 gradients of a whole batch overflow where those of its halves do not.
+    expected = run_ranks(fit_scaled, 2, 2, "ddp", init=False)
+    assert expected[0][1] < 2.0**30
+    for (state, scale, name), (ddp_state, ddp_scale, _) in zip(
+        run_ranks(fit_scaled, 2, 2, "swiftmoe", init=False), expected, strict=True
+    ):
+        assert (scale, name) == (ddp_scale, "ShardedGradScaler")
+        assert_close(state, ddp_state, 1e-3)
 
 
 def dtypes(precision: str) -> dict[str, torch.dtype]:
