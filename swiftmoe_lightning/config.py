@@ -36,10 +36,9 @@ class SwiftMoEConfig:
     offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("slots_per_rank", "replace_every"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}. Set {name}=1 or more.")
+        check_whole(replace_every=self.replace_every)
+        if self.slots_per_rank is not None:
+            check_whole(slots_per_rank=self.slots_per_rank)
         if isinstance(self.placement, str):
             check_choice("placement", self.placement, PLACEMENTS)
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
@@ -70,3 +69,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`, naming the setting and what it may be."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_whole(minimum: int = 1, **values: int) -> None:
+    """Raise ValueError for a value that is not a whole number of `minimum` or more, by its name."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number of {minimum} or more, got {value!r}.")
+
+
+def check_coefficient(**values: float) -> None:
+    """Raise ValueError for a value that is not a number of 0 or more, by its name."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a number of 0 or more, got {value!r}.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.config import check_choice
+from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.kernels import ACTIVATIONS, expert_mlp
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
@@ -61,7 +61,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_whole(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, dim, hidden_dim
         self.activation, self.capacity = activation, capacity
@@ -178,13 +178,6 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
         f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
         "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
     )
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for a size that is not a whole number of 1 or more."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

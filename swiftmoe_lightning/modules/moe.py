@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, check_sizes
+from swiftmoe_lightning.config import check_coefficient, check_whole
+from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter, load_balancing_loss, z_loss
 from swiftmoe_lightning.placement import Capacity
 
@@ -27,7 +28,8 @@ class MoE(nn.Module):
     aux_loss_coef, z_loss_coef: weights of the two router losses in `auxiliary_loss(module)`.
     bias: give the routed experts biases.
 
-    Raises ValueError for sizes below 1, top_k outside 1..E, capacity_factor <= 0, or an unknown choice.
+    Raises ValueError for sizes below 1, top_k outside 1..E, capacity_factor <= 0, negative coefficients, or an
+    unknown choice.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -49,6 +51,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_whole(0, num_shared_experts=num_shared_experts)
+        check_coefficient(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         self.dim, self.top_k = dim, top_k
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
         # Checked even when no factor uses it: a misspelt capacity should not wait for the day it does.
@@ -66,7 +70,6 @@ class MoE(nn.Module):
         self.router = router or TopKRouter(dim, num_experts, top_k, device=device, dtype=dtype)
         self.shared: nn.Module | None = None
         if num_shared_experts:
-            check_sizes(num_shared_experts=num_shared_experts)
             self.shared = DenseMLP(dim, hidden_dim * num_shared_experts, activation, device, dtype)
         self.last_router_loss: Tensor | None = None
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftmoe_lightning.config import check_choice
-from swiftmoe_lightning.modules.experts import check_sizes
+from swiftmoe_lightning.config import check_choice, check_whole
 
 SCORES: Final = ("softmax", "sigmoid")
 
@@ -63,7 +62,7 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, num_experts=num_experts)
+        check_whole(dim=dim, num_experts=num_experts)
         check_choice("score", score, SCORES)
         if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in 1..num_experts={num_experts}, got {top_k!r}.")
