@@ -1,0 +1,28 @@
+"""Medians with their spread: a number without one is not a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+_RESAMPLES: Final = 2000
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Median, 10th and 90th percentile, and how many values there are."""
+    p10, median, p90 = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90), "count": len(values)}
+
+
+def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """How many times `baseline` `values` are, pair by pair: the i-th of each were measured side by side.
+
+    Returns the spread of the pairs' ratios, and in "low" and "high" where their median lies with 95 % confidence
+    (bootstrap over pairs, always with the same draws).
+    """
+    ratios = np.asarray(values) / np.asarray(baseline)
+    resamples = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
+    return {**spread(ratios), "low": float(low), "high": float(high)}
