@@ -19,15 +19,15 @@ from benchmarks.workload import Sizes, Trainee
 class Effort:
     """How often things are measured.
 
-    ranks: gloo processes. rounds: times that the two runs swap roles. pairs: of blocks in a round. steps: in a block.
-    repeats: of each optimizer's update, and of the steps that are split into phases.
+    ranks: gloo processes. rounds: times that the two runs swap roles. pairs: measured in a round, two blocks of each
+    run. steps: in a block. repeats: pairs of updates by each optimizer, and steps that are split into phases.
     """
 
     ranks: int = 4
     rounds: int = 6
-    pairs: int = 6
+    pairs: int = 4
     steps: int = 2
-    repeats: int = 60
+    repeats: int = 50
 
 
 def measure(sizes: Sizes, effort: Effort) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(sizes: Sizes, effort: Effort) -> dict[str, Any]:
     trainees = Trainee(sizes), Trainee(sizes)
     return {
         **compare_placements(trainees, effort.rounds, effort.pairs, effort.steps),
-        "bytes": check_bytes(trainees[0], effort.steps * effort.pairs),
+        "bytes": check_bytes(trainees[0], effort.repeats),
         "update": time_update(sizes, None, effort.repeats),
         "update_fused": time_update(sizes, True, effort.repeats),
         "phases_ms": time_phases(trainees, effort.repeats),

@@ -17,12 +17,13 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """How many times `baseline` `values` are, pair by pair: the i-th of each were measured side by side.
+    """How many times `baseline` `values` are, when both were measured in turns: value, baseline, baseline, value, ...
 
-    Returns the spread of the pairs' ratios, and in "low" and "high" where their median lies with 95 % confidence
-    (bootstrap over pairs, always with the same draws).
+    Two neighbours of each make one pair, so that being first costs both alike. Returns the spread of the pairs'
+    ratios, and in "low" and "high" where their median lies with 95 % confidence (bootstrap over pairs, always with
+    the same draws).
     """
-    ratios = np.asarray(values) / np.asarray(baseline)
+    ratios = np.reshape(values, (-1, 2)).sum(1) / np.reshape(baseline, (-1, 2)).sum(1)
     resamples = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
     return {**spread(ratios), "low": float(low), "high": float(high)}

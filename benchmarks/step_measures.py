@@ -74,8 +74,8 @@ def compare_placements(trainees: tuple[Trainee, Trainee], rounds: int, pairs: in
     """The cost of a new placement in every step, over keeping one that was made once from the same popularity.
 
     In each round both first adapt for a few steps, then one stops: it keeps a placement as good as the other's. In
-    the next round they swap roles. Blocks of `steps` steps alternate, and so does which of the two comes first. The
-    control is the same with both fixed: how far its ratio is from 1 is how well the machine can tell. A collective.
+    the next round they swap roles. Blocks of `steps` steps take turns. The control is the same with both fixed: how
+    far its ratio is from 1 is how well the machine can tell. A collective.
     """
     results: dict[str, Any] = {}
     for name, adapts in (("adapting", True), ("control", False)):
@@ -89,10 +89,9 @@ def compare_placements(trainees: tuple[Trainee, Trainee], rounds: int, pairs: in
                 trainee.adapt(every_step=goes_on)
                 trainee.step()
                 trainee.settle()
-            for pair in range(pairs):
-                turns = ((run, roles[0]), (baseline, roles[1]))
-                for blocks, trainee in turns if pair % 2 == 0 else turns[::-1]:
-                    blocks.run(trainee, steps)
+            turns = (run, roles[0]), (baseline, roles[1])
+            for blocks, trainee in (*turns, *turns[::-1]) * pairs:
+                blocks.run(trainee, steps)
         results[name] = {
             "wall_ratio": paired_ratio(slowest(run.wall), slowest(baseline.wall)),
             "cpu_ratio": paired_ratio(total(run.cpu), total(baseline.cpu)),
@@ -151,23 +150,27 @@ def time_update(sizes: Sizes, fused: bool | None, repeats: int) -> dict[str, Any
         copy.grad = local_shard(parameter.grad).clone()
         plain.append(copy)
     stock = torch.optim.AdamW(plain, lr=1e-4, fused=fused)
-    optimizers, seconds = (trainee.optimizer, stock), np.zeros((repeats, 2, 2))
+    prepared_ms: list[tuple[float, float]] = []
+    stock_ms: list[tuple[float, float]] = []
     # The update has no communication: one rank can run it alone, and the others leave it the machine.
     with patch.object(trainee.engine, "publish", lambda *_: None):
-        for repeat in range(repeats if dist.get_rank() == 0 else 0):
-            for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+        turns = (trainee.optimizer, prepared_ms), (stock, stock_ms)
+        for optimizer, times in (*turns, *turns[::-1]) * (_WARM_UP_STEPS + repeats):
+            if dist.get_rank() == 0:
                 start = time.perf_counter(), time.thread_time()
-                optimizers[which].step()
-                seconds[repeat, which] = time.perf_counter() - start[0], time.thread_time() - start[1]
+                optimizer.step()
+                times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.thread_time() - start[1])))
     dist.barrier()
     if dist.get_rank():
         return {}
-    prepared, plain_seconds = seconds[_WARM_UP_STEPS:].swapaxes(0, 1)
+    (prepared_wall, prepared_cpu), (stock_wall, stock_cpu) = (
+        np.array(times[2 * _WARM_UP_STEPS :]).T for times in (prepared_ms, stock_ms)
+    )
     return {
-        "wall_ratio": paired_ratio(prepared[:, 0], plain_seconds[:, 0]),
-        "cpu_ratio": paired_ratio(prepared[:, 1], plain_seconds[:, 1]),
-        "prepared_cpu_ms": spread(1e3 * prepared[:, 1]),
-        "stock_cpu_ms": spread(1e3 * plain_seconds[:, 1]),
+        "wall_ratio": paired_ratio(prepared_wall, stock_wall),
+        "cpu_ratio": paired_ratio(prepared_cpu, stock_cpu),
+        "prepared_cpu_ms": spread(prepared_cpu),
+        "stock_cpu_ms": spread(stock_cpu),
         "tensors": len(plain),
         "elements": sum(p.numel() for p in plain),
     }
