@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,28 +147,19 @@ class PendingCollection:
         expert_D = self._placement.pair_expert_D
         wide = torch.promote_types(received.dtype, torch.float32)
         turns = [
-            (torch.from_numpy(expert_D[pairs]).to(received.device), torch.from_numpy(pairs).to(received.device))
-            for pairs in _pairs_by_turn(expert_D)
+            (torch.from_numpy(pairs).to(received.device), torch.from_numpy(expert_D[pairs]).to(received.device))
+            for pairs in self._placement.pairs_by_turn
         ]
         widths = [shard_shapes[name][1:].numel() for name in self.names]
         totals = {}
         for name, part_Dc in zip(self.names, received.view(len(expert_D), -1).split(widths, dim=1), strict=True):
             shape = shard_shapes[name]
-            total_Ec = torch.zeros(shape[0], shape[1:].numel(), dtype=wide, device=received.device)
-            for expert, pair in turns:
+            # The first turn has one pair for each expert.
+            total_Ec = part_Dc.index_select(0, turns[0][0]).to(wide)
+            for pair, expert in turns[1:]:
                 total_Ec.index_add_(0, expert, part_Dc.index_select(0, pair).to(wide))
             totals[name] = total_Ec.div_(self._placement.world_size).view(shape)
         return totals
-
-
-def _pairs_by_turn(expert_D: np.ndarray) -> list[np.ndarray]:
-    """Pairs grouped so that the i-th group holds every expert's i-th host: no expert twice in one group."""
-    order_D = np.argsort(expert_D, kind="stable")
-    counts_E = np.bincount(expert_D)
-    starts_E = np.cumsum(counts_E) - counts_E
-    turn_D = np.empty_like(expert_D)
-    turn_D[order_D] = np.arange(len(expert_D)) - starts_E[expert_D[order_D]]
-    return [np.flatnonzero(turn_D == turn) for turn in range(counts_E.max())]
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:

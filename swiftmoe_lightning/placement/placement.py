@@ -73,6 +73,18 @@ class Placement:
         return self._pairs[1]
 
     @cached_property
+    def pairs_by_turn(self) -> list[np.ndarray]:
+        """Numbers of pairs, in turns: the i-th holds every expert's i-th host, if it has so many, by expert.
+
+        The first turn is a pair for each of the E experts. No expert is in a turn twice.
+        """
+        by_expert_D = np.argsort(self.pair_expert_D, kind="stable")
+        num_hosts_E = np.bincount(self.pair_expert_D, minlength=self.num_experts)
+        first_D = np.repeat(np.cumsum(num_hosts_E) - num_hosts_E, num_hosts_E)
+        turn_D = np.arange(len(by_expert_D)) - first_D
+        return [by_expert_D[turn_D == turn] for turn in range(num_hosts_E.max())]
+
+    @cached_property
     def num_hosted_W(self) -> np.ndarray:
         """[W] int64: different experts on each rank, d_k; they sum to D."""
         return np.bincount(self.pair_host_D, minlength=self.world_size)

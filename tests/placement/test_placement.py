@@ -76,3 +76,9 @@ def test_moved_replicas_are_the_difference_of_the_hosted_sets(data):
     later = data.draw(placements(world_size=before.world_size, num_experts=before.num_experts))
     pairs = [set(zip(p.pair_host_D.tolist(), p.pair_expert_D.tolist(), strict=True)) for p in (before, later)]
     assert before.num_moved(later) == len(pairs[1] - pairs[0])
+
+
+def test_turns_take_every_experts_hosts_one_by_one_in_rank_order() -> None:
+    # Pairs: (0, 0) (0, 1) (1, 0) (2, 1) (2, 2).
+    placement = Placement([0, 1, 0, 0, 1, 2], 3, 3)
+    assert [turn.tolist() for turn in placement.pairs_by_turn] == [[0, 1, 4], [2, 3]]
