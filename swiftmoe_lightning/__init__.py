@@ -3,7 +3,7 @@
 Importing it registers `strategy="swiftmoe"` with Lightning.
 """
 
-from swiftmoe_lightning.callbacks import ExpertPopularityMonitor
+from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.modules import Experts, LayerLoad, LoadReader, MoE, RouterOutput, TopKRouter, auxiliary_loss
@@ -18,6 +18,7 @@ __all__ = [
     "MoE",
     "Placement",
     "PlacementPolicy",
+    "PlacementRecorder",
     "RouterOutput",
     "SwiftMoEConfig",
     "SwiftMoEEngine",

@@ -11,17 +11,28 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = ["config", "placement", "kernels", "comms", "modules", "engine", "strategies", "callbacks report", "cli"]
+FLOORS = [
+    "config",
+    "placement",
+    "kernels",
+    "comms",
+    "modules",
+    "engine",
+    "strategies",
+    "callbacks report",
+    "demo",
+    "cli",
+]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names.split()}
 
 HOMES = {
     "triton": {"kernels"},
     "torch.distributed": {"comms", "engine", "strategies"},
-    "lightning": {"strategies", "callbacks", "cli"},
+    "lightning": {"strategies", "callbacks", "demo"},
     "accelerate": {"strategies"},
     "matplotlib": {"report"},
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"demo"},
 }
 WITHOUT_TORCH = {"config", "placement"}
 

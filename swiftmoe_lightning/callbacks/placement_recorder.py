@@ -1,0 +1,123 @@
+"""Keeps what every MoE layer was given in every step, in one file. S steps, W ranks, L layers, E experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from swiftmoe_lightning.modules import LayerLoad, LoadReader
+
+FORMAT_VERSION: Final = 1
+
+
+class PlacementRecorder(Callback):
+    """Writes popularity and placements of a whole fit to an .npz file, for pictures and replays.
+
+    Rank 0 writes it when training ends or breaks off, over any file of an earlier fit. `np.load(path)` gives, one
+    row an optimizer step (a layer that a step did not use has zeros there):
+
+    `counts`    [S, W, L, E] int64, token-choices of each rank's tokens for each expert
+    `replicas`  [S, L, E] int64, slots of each expert
+    `loads`     [S, L, W] int64, token-choices that each rank computed
+    `dropped`   [S, L] int64, token-choices over capacity
+    `moved`     [S, L] int64, (rank, expert) pairs that became hosts for this step
+    `step`      [S] int64, `trainer.global_step` after the step
+    `metadata`  [] str, JSON: `format_version`, `layers` (names of the `Experts` modules, in the order of L),
+                `world_size`, `slots_per_rank`
+
+    Works with any strategy; under `strategy="swiftmoe"` the numbers are those of all ranks. A fit without a single
+    step writes nothing.
+
+    path: the file; its folder is made.
+
+    Raises ValueError when training starts, for a module without MoE layers or with layers of different E.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._reader: LoadReader | None = None
+        self._rows: list[_Row] = []
+        self._step = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reader = LoadReader(pl_module)
+        sizes = reader.num_experts
+        if not sizes:
+            raise ValueError(f"PlacementRecorder found no MoE layer in {type(pl_module).__name__}: leave it out.")
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"PlacementRecorder keeps layers of one number of experts in one table, got {sizes}. Give all layers "
+                "the same num_experts, or use ExpertPopularityMonitor."
+            )
+        self._rows, self._step = [], trainer.global_step
+        # The numbers are the same on all ranks: one of them keeps them.
+        self._reader = reader if trainer.is_global_zero else None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._reader is None or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if loads := self._reader.read():
+            self._rows.append(_Row(self._step, list(self._reader.num_experts.items()), loads))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        rows, reader = self._rows, self._reader
+        self._rows, self._reader = [], None
+        if reader is None or not rows:
+            return
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "layers": list(reader.num_experts),
+            "world_size": rows[0].world_size,
+            "slots_per_rank": rows[0].slots_per_rank,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # An open file: given a name, numpy would add .npz to one that ends otherwise.
+        with self.path.open("wb") as file:
+            np.savez_compressed(
+                file,
+                counts=np.stack([row.counts_WLE for row in rows]),
+                replicas=np.stack([row.replicas_LE for row in rows]),
+                loads=np.stack([row.loads_LW for row in rows]),
+                dropped=np.stack([row.dropped_L for row in rows]),
+                moved=np.stack([row.moved_L for row in rows]),
+                step=np.array([row.step for row in rows], dtype=np.int64),
+                metadata=np.array(json.dumps(metadata)),
+            )
+
+
+class _Row:
+    """One step of all layers. layers: (name, E), in the order of L; loads: those that the step used."""
+
+    def __init__(self, step: int, layers: list[tuple[str, int]], loads: dict[str, LayerLoad]) -> None:
+        placement = next(iter(loads.values())).placement
+        self.step, self.world_size, self.slots_per_rank = step, placement.world_size, placement.slots_per_rank
+        num_layers, num_experts = len(layers), layers[0][1]
+        self.counts_WLE = np.zeros((self.world_size, num_layers, num_experts), dtype=np.int64)
+        self.replicas_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self.loads_LW = np.zeros((num_layers, self.world_size), dtype=np.int64)
+        self.dropped_L = np.zeros(num_layers, dtype=np.int64)
+        self.moved_L = np.zeros(num_layers, dtype=np.int64)
+        for index, (name, _) in enumerate(layers):
+            if name in loads:
+                load = loads[name]
+                self.counts_WLE[:, index] = load.counts_WE
+                self.replicas_LE[index] = load.replica_counts_E
+                self.loads_LW[index] = load.load_W
+                self.dropped_L[index] = load.num_dropped_tokens
+                self.moved_L[index] = load.num_moved

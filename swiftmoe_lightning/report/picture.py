@@ -1,0 +1,106 @@
+"""A recorded run as one picture. S steps, W ranks, L layers, E experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+_MOST_LAYERS: Final = 6
+_MOST_COLOURS: Final = 12
+
+
+def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
+    """Draw popularity, replicas, imbalance and drops over the steps into the file `path` (.png, .svg, .pdf).
+
+    recording: the arrays that `PlacementRecorder` writes. Of more than 6 layers, 6 are shown, first to last.
+
+    Raises ImportError when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise ImportError(
+            'the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`, or `pip install matplotlib`.'
+        ) from missing
+
+    num_layers = recording["replicas"].shape[1]
+    shown = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round().astype(int))
+    # A figure of its own, not pyplot's: no window, no global state.
+    figure = Figure(figsize=(11, 2.6 + 1.6 * len(shown)), layout="constrained")
+    figure.suptitle(title)
+    heights = [1.0] * len(shown) + [1.3]
+    axes = figure.subplots(len(shown) + 1, 2, sharex=True, height_ratios=heights, squeeze=False)
+    _draw_popularity(figure, axes[:-1, 0], recording, shown)
+    _draw_replicas(figure, axes[:-1, 1], recording, shown)
+    _draw_lines(axes[-1], recording)
+    figure.savefig(path, dpi=130)
+
+
+def imbalance(loads_SLW: np.ndarray) -> np.ndarray:
+    """[S, L, W] token-choices that ranks computed -> [S, L] the most over the mean; 1.0 is perfect."""
+    return loads_SLW.max(-1) / np.maximum(loads_SLW.mean(-1), 1e-9)
+
+
+def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
+    from matplotlib.colors import PowerNorm
+
+    popularity_SLE = recording["counts"].sum(1)
+    share_SLE = popularity_SLE / np.maximum(popularity_SLE.mean(-1, keepdims=True), 1e-9)
+    most = max(float(np.quantile(share_SLE, 0.99)), 1.0)
+    # The root's scale keeps both a collapsed router's peaks and the small differences later on in sight.
+    colours = {"cmap": "cividis", "norm": PowerNorm(0.5, 0, most)}
+    image = _draw_heat_maps(axes, share_SLE, "popularity", recording, shown, **colours)
+    ticks = [0, *(2**i for i in range(10) if 2**i <= most)]
+    figure.colorbar(image, ax=axes, label="popularity, 1 = balanced", extend="max", ticks=ticks)
+
+
+def _draw_replicas(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
+    from matplotlib.colors import BoundaryNorm, Normalize
+
+    replicas_SLE = recording["replicas"]
+    most = max(int(replicas_SLE.max()), 1)
+    few = most <= _MOST_COLOURS
+    norm = BoundaryNorm(np.arange(0.5, most + 1), 256) if few else Normalize(0, most)
+    image = _draw_heat_maps(axes, replicas_SLE, "replicas", recording, shown, cmap="viridis", norm=norm)
+    bar = figure.colorbar(image, ax=axes, label="replicas", ticks=range(1, most + 1) if few else None)
+    bar.minorticks_off()
+
+
+def _draw_heat_maps(
+    axes: np.ndarray,
+    values_SLE: np.ndarray,
+    what: str,
+    recording: Mapping[str, np.ndarray],
+    shown: np.ndarray,
+    **colours: Any,
+) -> Any:
+    """One map below the other: a map for each layer, a line for each expert, a column for each step."""
+    names = json.loads(str(recording["metadata"]))["layers"]
+    steps_S = recording["step"]
+    extent = (steps_S[0] - 0.5, steps_S[-1] + 0.5, values_SLE.shape[-1] - 0.5, -0.5)
+    for axis, layer in zip(axes, shown, strict=True):
+        image = axis.imshow(values_SLE[:, layer].T, aspect="auto", interpolation="nearest", extent=extent, **colours)
+        axis.set_title(f"{what}, {names[layer]}", fontsize=9)
+        axis.set_ylabel("expert")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    return image
+
+
+def _draw_lines(axes: np.ndarray, recording: Mapping[str, np.ndarray]) -> None:
+    """Left the imbalance of the ranks' loads, right the dropped token-choices; thin lines for single layers."""
+    dropped_SL = 100 * recording["dropped"] / np.maximum(recording["counts"].sum((1, 3)), 1)
+    for axis, values_SL, title in (
+        (axes[0], imbalance(recording["loads"]), "imbalance: load of the busiest rank / mean rank"),
+        (axes[1], dropped_SL, "dropped token-choices, %"),
+    ):
+        axis.plot(recording["step"], values_SL, color="#8da0b6", linewidth=0.6)[0].set_label("one layer")
+        axis.plot(recording["step"], values_SL.mean(1), color="#00224e", linewidth=1.6, label="mean of all layers")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylim(bottom=1 if axis is axes[0] else 0)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper right", fontsize=8, frameon=False)

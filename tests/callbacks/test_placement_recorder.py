@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swiftmoe_lightning as sml
+from tests.callbacks.test_popularity_monitor import Memory
+from tests.helpers import run_ranks
+from tests.strategies.cases import DIM, GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer
+
+NUM_STEPS = 2 * NUM_BATCHES
+LAYER = "moe.experts"
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+class Fit:
+    """A fit of `model` with a recorder; returns a reader's totals and what the monitor logs of every step."""
+
+    def __init__(self, path: Path, world_size: int, strategy: Any, model: Any, **options: Any) -> None:
+        self.path, self.world_size, self.strategy, self.model, self.options = path, world_size, strategy, model, options
+
+    def __call__(self) -> dict[str, Any]:
+        model, logger = self.model(), Memory()
+        callbacks = [sml.PlacementRecorder(self.path), sml.ExpertPopularityMonitor()]
+        options = {"logger": logger, "log_every_n_steps": 1, **self.options}
+        reader = sml.LoadReader(model)
+        runner = trainer(self.world_size, self.strategy, callbacks=callbacks, **options)
+        runner.fit(model, loader(self.world_size), loader(self.world_size, GLOBAL_BATCH))
+        load = reader.read()[LAYER]
+        return {
+            "counts": load.counts_WE.tolist(),
+            "load": load.load_W.tolist(),
+            "dropped": load.num_dropped_tokens,
+            "moved": list(logger.values["moe/num_replicas_moved"].values()),
+        }
+
+
+def capped() -> Model:
+    return Model(capacity_factor=1.0)
+
+
+def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "trace.npz"
+    found = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
+    recorded = load(path)
+    assert {name: (a.shape, a.dtype) for name, a in recorded.items() if name != "metadata"} == {
+        "counts": ((NUM_STEPS, 2, 1, 5), np.int64),
+        "replicas": ((NUM_STEPS, 1, 5), np.int64),
+        "loads": ((NUM_STEPS, 1, 2), np.int64),
+        "dropped": ((NUM_STEPS, 1), np.int64),
+        "moved": ((NUM_STEPS, 1), np.int64),
+        "step": ((NUM_STEPS,), np.int64),
+    }
+    assert recorded["counts"].sum(0)[:, 0].tolist() == found["counts"]
+    assert recorded["loads"].sum(0)[0].tolist() == found["load"]
+    assert recorded["dropped"].sum() == found["dropped"] > 0
+    assert recorded["moved"].sum(1).tolist() == found["moved"]
+    assert sum(found["moved"]) > 0
+    np.testing.assert_array_equal(recorded["loads"].sum(-1) + recorded["dropped"], recorded["counts"].sum((1, 3)))
+    assert recorded["replicas"].sum(-1).tolist() == [[8]] * NUM_STEPS
+    assert recorded["step"].tolist() == list(range(1, NUM_STEPS + 1))
+    assert json.loads(str(recorded["metadata"])) == {
+        "format_version": 1,
+        "layers": [LAYER],
+        "world_size": 2,
+        "slots_per_rank": 4,
+    }
+
+
+class ThreeOfFour(nn.Module):
+    """Of every four tokens, three choose experts 0 and 1, and one chooses 2 and 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x_TD: Tensor) -> sml.RouterOutput:
+        ids_TK = torch.tensor([[0, 1], [0, 1], [0, 1], [2, 3]]).repeat(len(x_TD) // 4, 1)
+        probs_TE = torch.full((len(x_TD), 5), 0.2)
+        return sml.RouterOutput(ids_TK, self.scale * torch.full(ids_TK.shape, 0.5), probs_TE, probs_TE)
+
+
+def three_of_four() -> Model:
+    return Model(capacity_factor=1.0, router=ThreeOfFour())
+
+
+def test_two_ranks_record_what_is_found_by_hand(tmp_path: Path) -> None:
+    strategy = sml.SwiftMoEStrategy(placement="static", slots_per_rank=4)
+    run_ranks(Fit(tmp_path / "trace.npz", 2, strategy, three_of_four), 2, init=False)
+    recorded = load(tmp_path / "trace.npz")
+    # Slots [0 0 1 1 | 2 2 3 4]: of 24 tokens' 48 choices rank 0 is sent 36, and computes its budget, half of the 48.
+    assert GLOBAL_BATCH == 24
+    assert recorded["counts"].tolist() == [[[[9, 9, 3, 3, 0]], [[9, 9, 3, 3, 0]]]] * NUM_STEPS
+    assert recorded["replicas"].tolist() == [[[2, 2, 2, 1, 1]]] * NUM_STEPS
+    assert recorded["loads"].tolist() == [[[24, 12]]] * NUM_STEPS
+    assert recorded["dropped"].tolist() == [[12]] * NUM_STEPS
+    assert recorded["moved"].tolist() == [[0]] * NUM_STEPS
+
+
+def test_accumulated_batches_are_one_row(tmp_path: Path) -> None:
+    fit = Fit(tmp_path / "trace.npz", 1, "auto", capped, accumulate_grad_batches=NUM_BATCHES)
+    run_ranks(fit, 1, init=False)
+    recorded = load(tmp_path / "trace.npz")
+    assert recorded["step"].tolist() == [1, 2]
+    assert recorded["counts"].sum((1, 2, 3)).tolist() == [NUM_BATCHES * GLOBAL_BATCH * 2] * 2
+
+
+class Breaks(Model):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == 3:
+            raise RuntimeError("out of order")
+        return super().training_step(batch, index)
+
+
+def test_a_fit_that_breaks_off_leaves_its_steps(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="out of order"):
+        run_ranks(Fit(tmp_path / "trace.npz", 1, "auto", Breaks), 1, init=False)
+    assert load(tmp_path / "trace.npz")["step"].tolist() == [1, 2, 3]
+
+
+class Two(Model):
+    """A second layer of `num_experts`, used by the odd batches alone."""
+
+    def __init__(self, num_experts: int = 5) -> None:
+        super().__init__()
+        self.other = sml.MoE(DIM, 10, num_experts, 1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        return loss + self.other(batch[0]).square().mean() if index % 2 else loss
+
+
+def test_a_layer_that_a_step_did_not_use_has_zeros_in_its_row(tmp_path: Path) -> None:
+    run_ranks(Fit(tmp_path / "trace.npz", 1, "auto", Two), 1, init=False)
+    recorded = load(tmp_path / "trace.npz")
+    assert recorded["counts"].sum((1, 3)).tolist() == [[2 * GLOBAL_BATCH, 0], [2 * GLOBAL_BATCH, GLOBAL_BATCH]] * 4
+    assert recorded["replicas"].sum(-1).tolist() == [[5, 0], [5, 5]] * 4
+
+
+def six_and_five() -> Model:
+    return Two(6)
+
+
+def dense() -> Any:
+    model = Model()
+    model.moe = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (six_and_five, r"one number of experts.*'moe\.experts': 5, 'other\.experts': 6.*Give all layers the same"),
+        (dense, "found no MoE layer in Model"),
+    ],
+)
+def test_what_does_not_fit_one_table_is_refused_when_training_starts(tmp_path: Path, model: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(Fit(tmp_path / "trace.npz", 1, "auto", model), 1, init=False)
+    assert not (tmp_path / "trace.npz").exists()
