@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.kernels import combine, permute
 from swiftmoe_lightning.modules.hosting import ExpertHosting
-from swiftmoe_lightning.placement import DispatchPlan
+from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,40 +30,39 @@ class SourceRows:
     counts_D: Tensor
 
 
-def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, rank: int) -> SourceRows:
+def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
     """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
 
     Choices of expert ids outside 0..E-1 are nobody's: they get no row (Hugging Face marks foreign experts so).
     """
     device = expert_ids_TK.device
-    pairs = plan.placement
-    order_D = np.lexsort((pairs.pair_host_D, pairs.pair_expert_D))
-    assigned = torch.from_numpy(plan.assigned_WD[rank, order_D]).to(device)
+    order_D = plan.placement.by_expert_D
+    sent_D = side.sent_D[order_D]
+    assigned = torch.from_numpy(sent_D).to(device)
     by_expert_N = torch.argsort(expert_ids_TK.flatten(), stable=True)
-    num_assigned = int(plan.assigned_WD[rank].sum())
+    num_assigned = int(sent_D.sum())
     pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
     choice_N = by_expert_N[:num_assigned]
     if plan.num_dropped_tokens:
-        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan, rank)
+        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_D, side.kept_B)
         choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
     order_R = torch.argsort(pair_N, stable=True)
     choice_R = choice_N[order_R]
     rows_TK = torch.full_like(expert_ids_TK, -1, dtype=torch.int64)
     rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device)
-    counts_D = _count(pair_N, len(pairs.pair_host_D))
+    counts_D = _count(pair_N, len(order_D))
     return SourceRows(choice_R, rows_TK, counts_D)
 
 
-def _keep_best(score_N: Tensor, pair_N: Tensor, plan: DispatchPlan, rank: int) -> Tensor:
+def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_D: np.ndarray, kept_B: np.ndarray) -> Tensor:
     """Ascending places, in N, of the choices that survive: in each budget the best scores, ties to the earlier one."""
-    budget_N = torch.from_numpy(plan.budget_of_pair_D).to(pair_N.device)[pair_N]
+    budget_N = torch.from_numpy(budget_of_pair_D).to(pair_N.device)[pair_N]
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
     budget_N = budget_N[order_N]
-    sizes_B = _count(budget_N, plan.kept_WB.shape[1])
+    sizes_B = _count(budget_N, len(kept_B))
     place_N = torch.arange(len(order_N), device=pair_N.device) - (sizes_B.cumsum(0) - sizes_B)[budget_N]
-    kept_B = torch.from_numpy(np.ascontiguousarray(plan.kept_WB[rank])).to(pair_N.device)
-    return order_N[place_N < kept_B[budget_N]].sort().values
+    return order_N[place_N < torch.from_numpy(kept_B).to(place_N.device)[budget_N]].sort().values
 
 
 def _count(group_N: Tensor, num_groups: int) -> Tensor:
@@ -75,15 +74,13 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
 class TokenDispatcher:
     """The way of one forward's tokens to their experts' hosts and back."""
 
-    def __init__(self, hosting: ExpertHosting, plan: DispatchPlan, source: SourceRows) -> None:
-        self._hosting, self._plan, self._source = hosting, plan, source
-        self._send_splits = plan.rows_WW[hosting.rank].tolist()
-        self._receive_splits = plan.rows_WW[:, hosting.rank].tolist()
+    def __init__(self, hosting: ExpertHosting, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
+        self._hosting, self._plan, self._side, self._source = hosting, plan, side, source
 
     def dispatch(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> ([M, D] rows sorted by this rank's experts, [s] int32 ends of each slot's rows)."""
         rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
-        arrived_MD = self._hosting.exchange_rows(rows_RD, self._send_splits, self._receive_splits)
+        arrived_MD = self._hosting.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
         expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
@@ -99,7 +96,7 @@ class TokenDispatcher:
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
         """[M, D] expert outputs -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
         arrived_MD = permute(y_MD, self._arrival_M, self._sorted_M.unsqueeze(1))
-        rows_RD = self._hosting.exchange_rows(arrived_MD, self._receive_splits, self._send_splits)
+        rows_RD = self._hosting.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
         return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
 
     def _received_counts(self) -> Tensor:
@@ -107,8 +104,7 @@ class TokenDispatcher:
         placement, rank = self._plan.placement, self._hosting.rank
         counts_D = self._source.counts_D
         if self._plan.num_dropped_tokens == 0:
-            columns = self._plan.assigned_WD[:, placement.pair_host_D == rank]
-            return torch.from_numpy(np.ascontiguousarray(columns)).to(counts_D.device)
+            return torch.from_numpy(self._side.received_Wd).to(counts_D.device)
         # Which experts lost how much depends on the scores, which only the sources know.
         num_hosted = placement.num_hosted_W.tolist()
         here = [num_hosted[rank]] * placement.world_size

@@ -123,8 +123,8 @@ class Experts(nn.Module):
         counts_WE = hosting.gather_counts(counts_E, scores_finite, x_TD.dtype)
         placement = hosting.placement
         plan = plan_dispatch(counts_WE, placement, hosting.split, self.capacity, hosting.ranks_per_node)
-        source = choose_rows(expert_ids_TK, weights_TK, plan, hosting.rank)
-        dispatcher = TokenDispatcher(hosting, plan, source)
+        side = plan.side_of(hosting.rank)
+        dispatcher = TokenDispatcher(hosting, plan, side, choose_rows(expert_ids_TK, weights_TK, plan, side))
         with torch.autocast(x_TD.device.type, enabled=False):
             rows_MD, ends_s = dispatcher.dispatch(x_TD)
             weights = {name: w.to(x_TD.dtype) for name, w in hosting.weights().items()}

@@ -8,7 +8,7 @@ from swiftmoe_lightning.placement.policies import (
     SymiPolicy,
     make_policy,
 )
-from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, plan_dispatch
+from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     TransferPlan,
     peer_runs,
@@ -23,6 +23,7 @@ __all__ = [
     "PackedPolicy",
     "Placement",
     "PlacementPolicy",
+    "RankPlan",
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",

@@ -73,16 +73,20 @@ class Placement:
         return self._pairs[1]
 
     @cached_property
+    def by_expert_D(self) -> np.ndarray:
+        """[D] int64: numbers of pairs in the order (expert, rank): an expert's hosts stand side by side."""
+        return np.argsort(self.pair_expert_D, kind="stable")
+
+    @cached_property
     def pairs_by_turn(self) -> list[np.ndarray]:
         """Numbers of pairs, in turns: the i-th holds every expert's i-th host, if it has so many, by expert.
 
         The first turn is a pair for each of the E experts. No expert is in a turn twice.
         """
-        by_expert_D = np.argsort(self.pair_expert_D, kind="stable")
         num_hosts_E = np.bincount(self.pair_expert_D, minlength=self.num_experts)
         first_D = np.repeat(np.cumsum(num_hosts_E) - num_hosts_E, num_hosts_E)
-        turn_D = np.arange(len(by_expert_D)) - first_D
-        return [by_expert_D[turn_D == turn] for turn in range(num_hosts_E.max())]
+        turn_D = np.arange(len(first_D)) - first_D
+        return [self.by_expert_D[turn_D == turn] for turn in range(num_hosts_E.max())]
 
     @cached_property
     def num_hosted_W(self) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Which host gets which tokens: exact integer tables from this step's counts and the placement.
+"""Which host gets which tokens: exact integers from this step's counts and the placement.
 
-W ranks, E experts, S slots, D hosted (rank, expert) pairs ordered by (rank, expert). A token-choice is one token's
-choice of one expert; a token with top-k routing makes k of them.
+W ranks, E experts, S slots, D hosted (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets.
+A token-choice is one token's choice of one expert; a token with top-k routing makes k of them.
+
+A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(D + W d):
+the table of all ranks has W D entries, and nobody needs it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 
 from swiftmoe_lightning.config import TOKEN_SPLITS, check_choice
 from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.shares import share_tokens
 
 
 @dataclass(frozen=True)
@@ -39,35 +43,84 @@ class Capacity:
 
 
 @dataclass(frozen=True, eq=False)
-class DispatchPlan:
-    """Who sends how many token-choices to whom in one layer; the same on every rank.
+class RankPlan:
+    """One rank's side of a `DispatchPlan`.
 
-    assigned_WD: [W, D] int64, choices of source rank w for hosted pair d; w's own row adds up to its counts.
-    kept_WB: [W, B] int64, how many of them survive in each budget. Budgets are the W ranks, or the D pairs.
-    budget_of_pair_D: [D] int64, the budget each pair draws on.
+    sent_D: [D] int64, its choices for each hosted pair, before the cut at capacity.
+    kept_B: [B] int64, how many of them survive in each budget. Which ones (the highest router scores) only it can
+        tell, so that is not part of the plan.
+    received_Wd: [W, d] int64, what it gets from each source for each expert it hosts, before the cut.
+    send_splits, receive_splits: [W] surviving choices to each host and from each source.
     """
 
-    placement: Placement
-    assigned_WD: np.ndarray
-    kept_WB: np.ndarray
-    budget_of_pair_D: np.ndarray
+    sent_D: np.ndarray
+    kept_B: np.ndarray
+    received_Wd: np.ndarray
+    send_splits: list[int]
+    receive_splits: list[int]
+
+
+class DispatchPlan:
+    """Who sends how many token-choices to whom in one layer, before and after the cut at capacity.
+
+    Over budget, sources share the budget in proportion to what they send to it.
+
+    share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
+    budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
+    """
+
+    def __init__(self, routes: _Routes, placement: Placement, share_D: np.ndarray, capacity: Capacity | None) -> None:
+        self._routes, self.placement, self.share_D = routes, placement, share_D
+        self._pooled = capacity is None or capacity.per == "rank"
+        self.budget_of_pair_D = placement.pair_host_D if self._pooled else np.arange(len(share_D))
+        self._wanted_B = self._sum_by_budget(share_D)
+        self._budget_B = self._wanted_B
+        if capacity is not None:
+            parts = placement.world_size if self._pooled else placement.slot_to_expert_S.size
+            budget = int(np.ceil(capacity.factor * share_D.sum() / parts))
+            self._budget_B = np.full(len(self._wanted_B), budget) if self._pooled else budget * placement.pair_slots_D
+
+    @cached_property
+    def _kept_B(self) -> np.ndarray:
+        return np.minimum(self._wanted_B, self._budget_B)
 
     @property
     def num_dropped_tokens(self) -> int:
         """Token-choices over budget, all ranks."""
-        return int(self.assigned_WD.sum() - self.kept_WB.sum())
-
-    @cached_property
-    def rows_WW(self) -> np.ndarray:
-        """[W, W] int64: surviving choices that source w sends to host h, the all-to-all's split sizes."""
-        if self.kept_WB.shape[1] == self.placement.world_size:
-            return self.kept_WB
-        return sum_by_host(self.kept_WB, self.placement)
+        return int(self._wanted_B.sum() - self._kept_B.sum())
 
     @property
     def load_W(self) -> np.ndarray:
         """[W] int64: token-choices that each rank computes."""
-        return self.rows_WW.sum(0)
+        return self._kept_B if self._pooled else sum_by_host(self._kept_B, self.placement)
+
+    def side_of(self, rank: int) -> RankPlan:
+        """What `rank` has to know of the plan."""
+        num_ranks = self.placement.world_size
+        row_2D = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_D)))
+        kept_2B = self._cut(self._sum_by_budget(row_2D), self._wanted_B, self._kept_B)
+        kept_B = kept_2B[1] - kept_2B[0]
+        pairs = np.flatnonzero(self.placement.pair_host_D == rank)
+        column_Nd = self._routes.before(np.arange(num_ranks + 1), pairs)
+        if self._pooled:
+            kept_N = self._cut(column_Nd.sum(1), self._wanted_B[rank], self._kept_B[rank])
+        else:
+            kept_N = self._cut(column_Nd, self._wanted_B[pairs], self._kept_B[pairs]).sum(1)
+        return RankPlan(
+            sent_D=row_2D[1] - row_2D[0],
+            kept_B=kept_B,
+            received_Wd=np.diff(column_Nd, axis=0),
+            send_splits=(kept_B if self._pooled else sum_by_host(kept_B, self.placement)).tolist(),
+            receive_splits=np.diff(kept_N).tolist(),
+        )
+
+    def _sum_by_budget(self, values_xD: np.ndarray) -> np.ndarray:
+        return sum_by_host(values_xD, self.placement) if self._pooled else values_xD
+
+    @staticmethod
+    def _cut(before: np.ndarray, wanted: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Prefix sums before the cut -> after it: whole tokens, in proportion, and the budget is used up."""
+        return kept * before // np.maximum(wanted, 1)
 
 
 def plan_dispatch(
@@ -77,106 +130,106 @@ def plan_dispatch(
     capacity: Capacity | None = None,
     ranks_per_node: int = 1,
 ) -> DispatchPlan:
-    """Share every expert's token-choices over its hosts, then cut what is over budget.
+    """Share every expert's token-choices over its hosts, say who sends them, and cut what is over budget.
 
     counts_WE: [W, E] int64, token-choices of each rank for each expert.
-    split: "even" or "local", see `split_tokens`.
+    split: "even" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
+        [0, load): overlaps say who sends what. "local" takes the same parts, but first lets every rank serve itself,
+        then every node its ranks, and spreads only the rest over the world.
     capacity: None drops nothing.
-
-    Over budget, each source keeps its share of the budget, in proportion to what it would have sent; which choices
-    those are (the highest router scores) only the source can tell, so they are not part of the plan.
-    """
-    assigned_WD = split_tokens(counts_WE, placement, split, ranks_per_node)
-    if capacity is not None and capacity.per == "slot":
-        per_slot = _budget(capacity.factor, counts_WE, placement.slot_to_expert_S.size)
-        kept_WD = _share_budget(assigned_WD, per_slot * placement.pair_slots_D)
-        return DispatchPlan(placement, assigned_WD, kept_WD, np.arange(len(placement.pair_host_D)))
-    rows_WW = sum_by_host(assigned_WD, placement)
-    if capacity is not None:
-        per_rank = _budget(capacity.factor, counts_WE, placement.world_size)
-        rows_WW = _share_budget(rows_WW, np.full(placement.world_size, per_rank))
-    return DispatchPlan(placement, assigned_WD, rows_WW, placement.pair_host_D)
-
-
-def split_tokens(counts_WE: np.ndarray, placement: Placement, split: str, ranks_per_node: int = 1) -> np.ndarray:
-    """[W, D] int64: how many of rank w's choices of pair d's expert go to that host; exact, nothing lost.
-
-    Hosts of an expert get equal shares a slot, cut at whole tokens. "even" lays sources and hosts side by side on
-    the line [0, load): overlaps say who sends what. "local" first lets every rank serve itself within its share,
-    then every node its ranks, and spreads only the rest over the world, by the same overlaps.
     """
     check_choice("token_split", split, TOKEN_SPLITS)
-    by_expert = _PairsByExpert(placement)
-    supply_WD = counts_WE[:, by_expert.expert_D]
-    demand_D = by_expert.shares(counts_WE.sum(0))
-    group_sizes = [placement.world_size] if split == "even" else [1, ranks_per_node, placement.world_size]
-    moved_WD = np.zeros_like(supply_WD)
-    for size in sorted(set(group_sizes)):
-        step_WD = by_expert.overlap(supply_WD, demand_D, size)
-        sent_WE = by_expert.sum_by_expert(step_WD)
-        supply_WD = supply_WD - sent_WE[:, by_expert.expert_D]
-        demand_D = demand_D - step_WD.sum(0)
-        moved_WD += step_WD
-    assigned_WD = np.empty_like(moved_WD)
-    assigned_WD[:, by_expert.order_D] = moved_WD
-    return assigned_WD
+    share_D = share_tokens(counts_WE.sum(0), placement)
+    routes = _Routes(counts_WE, placement, share_D, 0 if split == "even" else ranks_per_node)
+    return DispatchPlan(routes, placement, share_D, capacity)
 
 
-class _PairsByExpert:
-    """The hosted pairs in order (expert, host): neighbours on an expert's line stand side by side."""
+class _Routes:
+    """Who sends what to whom, as prefix sums over source ranks.
 
-    def __init__(self, placement: Placement) -> None:
-        self.order_D = np.lexsort((placement.pair_host_D, placement.pair_expert_D))
-        self.expert_D = placement.pair_expert_D[self.order_D]
-        self.host_D = placement.pair_host_D[self.order_D]
-        self.slots_D = placement.pair_slots_D[self.order_D]
-        self.start_E = np.searchsorted(self.expert_D, np.arange(placement.num_experts))
+    Three rounds share out what is left: a rank's own tokens to itself, a node's to its ranks, the rest over the
+    world. Inside a round sources lie on one line [0, supply), the hosts' open shares on another, both in rank order;
+    the overlap of two intervals flows. So what sources 0..r-1 send to a pair is the overlap of a prefix: no table.
 
-    def shares(self, load_E: np.ndarray) -> np.ndarray:
-        """[D] int64: an expert's load cut in equal parts a slot, at whole tokens."""
-        before_D = exclusive_cumsum(self.slots_D)
-        before_D = before_D - before_D[self.start_E][self.expert_D]
-        replicas_D = np.add.reduceat(self.slots_D, self.start_E)[self.expert_D]
-        load_D = load_E[self.expert_D]
-        return load_D * (before_D + self.slots_D) // replicas_D - load_D * before_D // replicas_D
+    ranks_per_node: 0 skips the first two rounds.
+    """
 
-    def overlap(self, supply_WD: np.ndarray, demand_D: np.ndarray, group_size: int) -> np.ndarray:
-        """[W, D]: tokens that flow inside groups of `group_size` neighbouring ranks, sources and hosts in rank order.
+    def __init__(self, counts_WE: np.ndarray, placement: Placement, share_D: np.ndarray, ranks_per_node: int) -> None:
+        order_D = placement.by_expert_D
+        self._host_D, self._expert_D = placement.pair_host_D, placement.pair_expert_D
+        supply_WE, open_D = counts_WE, share_D
+        self._own_D: np.ndarray | None = None
+        self._node: _Round | None = None
+        if ranks_per_node:
+            self._own_D = np.minimum(counts_WE[self._host_D, self._expert_D], share_D)
+            supply_WE = counts_WE.copy()
+            supply_WE[self._host_D, self._expert_D] -= self._own_D
+            open_D = share_D - self._own_D
+        if 1 < ranks_per_node < placement.world_size:
+            self._node = _Round(supply_WE, open_D, placement, order_D, ranks_per_node)
+            supply_WE = self._node.supply_left_WE
+            open_D = open_D - self._node.taken_D
+        self._world = _Round(supply_WE, open_D, placement, order_D, placement.world_size)
 
-        Sources lie on one line [0, supply of the group), hosts on another; the overlap of two intervals flows.
-        """
-        ranks_W = np.arange(len(supply_WD))
-        before_WD = exclusive_cumsum(supply_WD)
-        before_WD -= before_WD[ranks_W // group_size * group_size]
-        line_D = exclusive_cumsum(demand_D)
-        group_D = self.host_D // group_size
-        is_first_D = np.r_[True, (self.expert_D[1:] != self.expert_D[:-1]) | (group_D[1:] != group_D[:-1])]
-        line_D = line_D - line_D[np.maximum.accumulate(np.where(is_first_D, np.arange(len(line_D)), 0))]
-        overlap_WD = np.minimum(before_WD + supply_WD, line_D + demand_D) - np.maximum(before_WD, line_D)
-        return np.where(ranks_W[:, None] // group_size == group_D, np.maximum(overlap_WD, 0), 0)
-
-    def sum_by_expert(self, values_WD: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values_WD, self.start_E, axis=1)
-
-
-def sum_by_host(values_WD: np.ndarray, placement: Placement) -> np.ndarray:
-    """[W, D] per hosted pair -> [W, W] per host; every rank hosts at least one expert."""
-    return np.add.reduceat(values_WD, exclusive_cumsum(placement.num_hosted_W), axis=1)
+    def before(self, ranks_N: np.ndarray, pairs_P: np.ndarray) -> np.ndarray:
+        """[N, P] int64: choices of the sources below ranks_N[n] that go to pair pairs_P[p]."""
+        total_NP = self._world.before(ranks_N, pairs_P)
+        if self._node is not None:
+            total_NP = total_NP + self._node.before(ranks_N, pairs_P)
+        if self._own_D is not None:
+            total_NP = total_NP + self._own_D[pairs_P] * (ranks_N[:, None] > self._host_D[pairs_P])
+        return total_NP
 
 
-def exclusive_cumsum(values: np.ndarray) -> np.ndarray:
-    """Sum of all earlier entries along the first dim."""
-    return np.cumsum(values, axis=0) - values
+class _Round:
+    """One round over groups of `group_size` neighbouring ranks."""
+
+    def __init__(
+        self, supply_WE: np.ndarray, open_D: np.ndarray, placement: Placement, order_D: np.ndarray, group_size: int
+    ) -> None:
+        self._supply_WE, self._open_D, self._expert_D = supply_WE, open_D, placement.pair_expert_D
+        self._first_D = placement.pair_host_D // group_size * group_size
+        self._last_D = np.minimum(self._first_D + group_size, placement.world_size)
+        # [W + 1, E]: supply of the sources below each rank.
+        self._prefix_NE = np.zeros((len(supply_WE) + 1, supply_WE.shape[1]), dtype=np.int64)
+        np.cumsum(supply_WE, axis=0, out=self._prefix_NE[1:])
+        # Where each pair's open share begins on the line of its expert and group.
+        ordered_D = open_D[order_D]
+        line_D = np.cumsum(ordered_D) - ordered_D
+        expert_D, group_D = self._expert_D[order_D], self._first_D[order_D]
+        is_first_D = np.r_[True, (expert_D[1:] != expert_D[:-1]) | (group_D[1:] != group_D[:-1])]
+        line_D -= line_D[np.maximum.accumulate(np.where(is_first_D, np.arange(len(line_D)), 0))]
+        self._line_D = np.empty_like(line_D)
+        self._line_D[order_D] = line_D
+        self._group_size = group_size
+
+    def before(self, ranks_N: np.ndarray, pairs_P: np.ndarray) -> np.ndarray:
+        first_P, expert_P = self._first_D[pairs_P], self._expert_D[pairs_P]
+        ranks_NP = np.clip(ranks_N[:, None], first_P, self._last_D[pairs_P])
+        supply_NP = self._prefix_NE[ranks_NP, expert_P] - self._prefix_NE[first_P, expert_P]
+        return np.clip(supply_NP - self._line_D[pairs_P], 0, self._open_D[pairs_P])
+
+    @property
+    def taken_D(self) -> np.ndarray:
+        """[D]: what the round gives each pair."""
+        supply_D = self._prefix_NE[self._last_D, self._expert_D] - self._prefix_NE[self._first_D, self._expert_D]
+        return np.clip(supply_D - self._line_D, 0, self._open_D)
+
+    @property
+    def supply_left_WE(self) -> np.ndarray:
+        """[W, E]: what the sources still have after it."""
+        num_ranks = len(self._supply_WE)
+        first_W = np.arange(num_ranks) // self._group_size * self._group_size
+        num_groups = -(-num_ranks // self._group_size)
+        open_GE = np.zeros((num_groups, self._supply_WE.shape[1]), dtype=np.int64)
+        np.add.at(open_GE, (self._first_D // self._group_size, self._expert_D), self._open_D)
+        open_WE = open_GE[first_W // self._group_size]
+        start_WE = self._prefix_NE[:-1] - self._prefix_NE[first_W]
+        sent_WE = np.minimum(start_WE + self._supply_WE, open_WE) - np.minimum(start_WE, open_WE)
+        return self._supply_WE - sent_WE
 
 
-def _budget(factor: float, counts_WE: np.ndarray, parts: int) -> int:
-    return int(np.ceil(factor * counts_WE.sum() / parts))
-
-
-def _share_budget(sent_WB: np.ndarray, budget_B: np.ndarray) -> np.ndarray:
-    """[W, B]: sources share each budget in proportion to what they send; whole tokens, and the budget is used up."""
-    total_B = sent_WB.sum(0)
-    before_WB = exclusive_cumsum(sent_WB)
-    safe_B = np.maximum(total_B, 1)
-    share_WB = budget_B * (before_WB + sent_WB) // safe_B - budget_B * before_WB // safe_B
-    return np.where(total_B > budget_B, share_WB, sent_WB)
+def sum_by_host(values_xD: np.ndarray, placement: Placement) -> np.ndarray:
+    """[..., D] per hosted pair -> [..., W] per host; every rank hosts at least one expert."""
+    starts_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
+    return np.add.reduceat(values_xD, starts_W, axis=-1)

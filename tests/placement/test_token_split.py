@@ -7,8 +7,33 @@ from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement
 from swiftmoe_lightning.placement import Capacity, plan_dispatch
-from swiftmoe_lightning.placement.token_split import split_tokens
 from tests.placement.cases import counts_of, placements
+
+
+def sent_WD(plan):
+    """All sources' rows, checked against what every host says it gets."""
+    ranks = range(plan.placement.world_size)
+    table_WD = np.stack([plan.side_of(rank).sent_D for rank in ranks])
+    for rank in ranks:
+        assert plan.side_of(rank).received_Wd.tolist() == table_WD[:, plan.placement.pair_host_D == rank].tolist()
+    return table_WD
+
+
+def kept_WB(plan):
+    return np.stack([plan.side_of(rank).kept_B for rank in range(plan.placement.world_size)])
+
+
+def rows_WW(plan):
+    """All sources' split sizes, checked against those of the receivers."""
+    ranks = range(plan.placement.world_size)
+    table_WW = np.array([plan.side_of(rank).send_splits for rank in ranks])
+    assert [plan.side_of(rank).receive_splits for rank in ranks] == table_WW.T.tolist()
+    assert plan.load_W.tolist() == table_WW.sum(0).tolist()
+    return table_WW
+
+
+def split_tokens(counts_WE, placement, split, ranks_per_node=1):
+    return sent_WD(plan_dispatch(counts_WE, placement, split, ranks_per_node=ranks_per_node))
 
 
 def pairs_of(placement):
@@ -55,9 +80,9 @@ def test_rank_budget_is_pooled_over_a_ranks_experts():
     placement = Placement([0, 1, 2, 3], 4, 2)
     counts_WE = np.array([[4, 1, 0, 1], [3, 0, 1, 2]])
     plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "rank"))
-    assert plan.assigned_WD.tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
+    assert sent_WD(plan).tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
     # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
-    assert plan.kept_WB.tolist() == [[3, 1], [3, 3]]
+    assert kept_WB(plan).tolist() == [[3, 1], [3, 3]]
     assert plan.num_dropped_tokens == 2
     assert plan.load_W.tolist() == [6, 4]
 
@@ -67,8 +92,8 @@ def test_slot_budget_is_each_slots_own():
     counts_WE = np.array([[5, 4, 0], [5, 2, 0]])
     plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "slot"))
     # 16 choices on 4 slots: 4 a slot. Expert 0 has 8 for its 10 choices, expert 1 has 4 for its 6.
-    assert plan.kept_WB.tolist() == [[4, 2, 0], [4, 2, 0]]
-    assert plan.rows_WW.tolist() == [[4, 2], [4, 2]]
+    assert kept_WB(plan).tolist() == [[4, 2, 0], [4, 2, 0]]
+    assert rows_WW(plan).tolist() == [[4, 2], [4, 2]]
     assert plan.num_dropped_tokens == 4
 
 
@@ -132,14 +157,14 @@ def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case,
     plan = plan_dispatch(counts_WE, placement, "local", Capacity(factor, per))
     parts = placement.world_size if per == "rank" else placement.slot_to_expert_S.size
     budget = math.ceil(factor * counts_WE.sum() / parts)
-    wanted_WB = np.zeros_like(plan.kept_WB)
-    np.add.at(wanted_WB.T, plan.budget_of_pair_D, plan.assigned_WD.T)
+    wanted_WB = np.zeros_like(kept_WB(plan))
+    np.add.at(wanted_WB.T, plan.budget_of_pair_D, sent_WD(plan).T)
     budgets_B = np.full(placement.world_size, budget) if per == "rank" else budget * placement.pair_slots_D
-    assert (plan.kept_WB >= 0).all()
-    assert (plan.kept_WB <= wanted_WB).all()
-    assert plan.kept_WB.sum(0).tolist() == np.minimum(wanted_WB.sum(0), budgets_B).tolist()
-    assert plan.num_dropped_tokens == counts_WE.sum() - plan.kept_WB.sum()
-    assert plan.load_W.sum() == plan.kept_WB.sum()
+    assert (kept_WB(plan) >= 0).all()
+    assert (kept_WB(plan) <= wanted_WB).all()
+    assert kept_WB(plan).sum(0).tolist() == np.minimum(wanted_WB.sum(0), budgets_B).tolist()
+    assert plan.num_dropped_tokens == counts_WE.sum() - kept_WB(plan).sum()
+    assert plan.load_W.sum() == kept_WB(plan).sum()
 
 
 @given(cases())
@@ -147,11 +172,11 @@ def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case,
 def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case):
     placement, counts_WE, _ = case
     plan = plan_dispatch(counts_WE, placement, "even", Capacity(0.5, "rank"))
-    wanted_WB = np.zeros_like(plan.kept_WB)
-    np.add.at(wanted_WB.T, plan.budget_of_pair_D, plan.assigned_WD.T)
+    wanted_WB = np.zeros_like(kept_WB(plan))
+    np.add.at(wanted_WB.T, plan.budget_of_pair_D, sent_WD(plan).T)
     total_B = wanted_WB.sum(0)
-    fair_WB = wanted_WB * plan.kept_WB.sum(0) / np.maximum(total_B, 1)
-    assert (np.abs(plan.kept_WB - fair_WB) < 1).all()
+    fair_WB = wanted_WB * kept_WB(plan).sum(0) / np.maximum(total_B, 1)
+    assert (np.abs(kept_WB(plan) - fair_WB) < 1).all()
 
 
 @given(cases())
@@ -160,4 +185,4 @@ def test_without_a_capacity_nothing_is_dropped(case):
     placement, counts_WE, _ = case
     plan = plan_dispatch(counts_WE, placement, "local")
     assert plan.num_dropped_tokens == 0
-    assert plan.rows_WW.sum(1).tolist() == counts_WE.sum(1).tolist()
+    assert rows_WW(plan).sum(1).tolist() == counts_WE.sum(1).tolist()
