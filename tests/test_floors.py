@@ -34,6 +34,7 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"demo"},
 }
+OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib"}
 WITHOUT_TORCH = {"config", "placement"}
 
 
@@ -89,6 +90,13 @@ def test_imports_go_down_and_libraries_stay_at_home(path: Path) -> None:
 )
 def test_a_wrong_import_is_found(room: str, line: str) -> None:
     assert faults(room, line)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
+    for statement in ast.parse(path.read_text()).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            assert not {name.split(".")[0] for name in imports(statement)} & OPTIONAL
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,0 +1,65 @@
+"""The public names and the signatures that users write; a change here is a change to the documentation, too."""
+
+from __future__ import annotations
+
+import inspect
+
+import swiftmoe_lightning as sml
+
+NAMES = [
+    "ExpertPopularityMonitor",
+    "Experts",
+    "LayerLoad",
+    "LoadReader",
+    "MoE",
+    "Placement",
+    "PlacementPolicy",
+    "PlacementRecorder",
+    "RouterOutput",
+    "SwiftMoEConfig",
+    "SwiftMoEEngine",
+    "SwiftMoEStrategy",
+    "TopKRouter",
+    "auxiliary_loss",
+]
+
+
+def arguments(call: object) -> list[str]:
+    return [name for name in inspect.signature(call).parameters if name != "self"]  # type: ignore[arg-type]
+
+
+def test_all_is_what_it_was() -> None:
+    assert sorted(sml.__all__) == NAMES
+    assert all(hasattr(sml, name) for name in NAMES)
+
+
+def test_signatures_are_what_they_were() -> None:
+    assert arguments(sml.MoE) == [
+        "dim",
+        "hidden_dim",
+        "num_experts",
+        "top_k",
+        "activation",
+        "router",
+        "capacity_factor",
+        "capacity",
+        "num_shared_experts",
+        "aux_loss_coef",
+        "z_loss_coef",
+        "bias",
+        "device",
+        "dtype",
+    ]
+    assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
+    options = [
+        "slots_per_rank",
+        "placement",
+        "replace_every",
+        "token_split",
+        "param_dtype",
+        "reduce_dtype",
+        "offload_optimizer",
+    ]
+    assert arguments(sml.SwiftMoEConfig) == options
+    strategy = arguments(sml.SwiftMoEStrategy)
+    assert sorted(strategy) == sorted([*options, "save_distributed_checkpoint", "ddp_options"])

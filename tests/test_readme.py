@@ -1,0 +1,60 @@
+"""The README's Python is run, and its commands and links are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/training-step.md", "benchmarks/README.md"]
+
+
+FIT = """
+if __name__ == "__main__":
+    from torch.utils.data import DataLoader, TensorDataset
+
+    trainer.fit(Model(), DataLoader(TensorDataset(torch.randn(64, 16), torch.randn(64, 1)), batch_size=8))
+    assert trainer.world_size == 2 and trainer.global_step == 4
+"""
+
+
+def test_the_lightning_example_trains(tmp_path: Path) -> None:
+    on_cpu = BLOCKS[0].replace('accelerator="auto"', 'accelerator="cpu", max_epochs=1, logger=False')
+    assert on_cpu != BLOCKS[0]
+    (tmp_path / "script.py").write_text(on_cpu + FIT)
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=keep, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plain_loop_runs() -> None:
+    import torch
+
+    import swiftmoe_lightning as sml
+
+    model = sml.MoE(8, 8, 4)
+    names = {"sml": sml, "torch": torch, "model": model}
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    names["wrapped"](torch.randn(3, 8)).sum().backward()  # type: ignore[operator]
+    names["optimizer"].step()  # type: ignore[attr-defined]
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert set(commands) <= set(targets)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
+        if not link.startswith("http"):
+            assert ((ROOT / name).parent / link).exists(), link
