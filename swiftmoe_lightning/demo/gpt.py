@@ -124,7 +124,7 @@ class LanguageModel(L.LightningModule):
         self.val_losses.append(float(self.val_loss.compute()))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
         warmup = max(self.num_steps // 10, 1)
         schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

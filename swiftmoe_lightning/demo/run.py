@@ -84,7 +84,7 @@ class StepTimer(Callback):
 class Demo:
     """One run. Everything that can be wrong with the options is found here, before a process is started.
 
-    Raises ValueError or FileNotFoundError, with the fix in the message.
+    Raises ValueError or OSError (a missing text, a folder that cannot be made), with what to do in the message.
     """
 
     def __init__(self, options: DemoOptions) -> None:
@@ -171,13 +171,15 @@ class Demo:
     def _report(self, recorder: PlacementRecorder, step_seconds: list[float]) -> None:
         console, folder = Console(), self.options.folder
         title = f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
+        files = ["metrics.csv", recorder.path.name]
         with np.load(recorder.path) as recording:
             console.print(summary_table(title, recording, self._model.val_losses, step_seconds))
             try:
                 draw_picture(recording, folder / "picture.png", title)
+                files.insert(0, "picture.png")
             except ImportError as missing:
                 console.print(f"No picture: {missing}", markup=False)
-        console.print(f"Files: {folder}/ (picture.png, metrics.csv, placements.npz)", soft_wrap=True, markup=False)
+        console.print(f"Files: {folder}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
 def _hush() -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel, dropless, rotate
+from tests.helpers import run_ranks
+from tests.strategies.cases import trainer
 
 
 def model(**options: float | None) -> GPT:
@@ -88,3 +91,15 @@ def test_the_learning_rate_rises_and_then_falls_to_zero(num_steps: int, expected
         schedule.step()
     assert rates[: len(expected)] == pytest.approx(expected)
     assert schedule.get_last_lr()[0] == 0
+
+
+def fit_in_bf16() -> list[float]:
+    batch = DataLoader(torch.randint(256, (8, 13), generator=torch.Generator().manual_seed(2)), batch_size=4)
+    language_model = LanguageModel(model(capacity_factor=1.0), lr=1e-3, num_steps=4)
+    trainer(1, "swiftmoe", precision="bf16-mixed", gradient_clip_val=1.0).fit(language_model, batch, batch)
+    return language_model.val_losses
+
+
+def test_it_trains_in_mixed_precision_with_clipping() -> None:
+    (losses,) = run_ranks(fit_in_bf16, 1, init=False)
+    assert losses[-1] < losses[0]

@@ -115,6 +115,8 @@ def test_without_matplotlib_the_run_still_ends_with_its_table(text: Path, tmp_pa
     assert "validation loss" in printed
     needed = 'No picture: the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`'
     assert needed in " ".join(printed.split())
+    assert "(metrics.csv, placements.npz)" in printed
+    assert not (tmp_path / "picture.png").exists()
 
 
 def test_torchruns_ranks_are_taken_and_no_others(monkeypatch: Any) -> None:
