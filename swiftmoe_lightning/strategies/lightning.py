@@ -24,6 +24,7 @@ from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.joining import JoinRanks
+from swiftmoe_lightning.strategies.signals import stop_between_batches
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
@@ -98,6 +99,7 @@ class SwiftMoEStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         self._evaluating = None
         JoinRanks.add_to(trainer)
+        stop_between_batches(trainer)
         super().setup(trainer)
 
     @override

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,16 @@ if __name__ == "__main__":
 """
 )
 
+# Nothing of ours: neither a rank nor a port of a test that runs beside.
+KEEP = ("PATH", "HOME", "LANG", "TMPDIR")
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k in KEEP}, "OMP_NUM_THREADS": "1"}
 CLASS_PATH = "swiftmoe_lightning.SwiftMoEStrategy"
 
 
 def start(folder: Path, source: str, *command: str) -> None:
     (folder / "script.py").write_text(source)
-    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
-    environment = {**keep, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
@@ -81,6 +83,38 @@ def start(folder: Path, source: str, *command: str) -> None:
 
 def test_a_script_starts_its_own_processes(tmp_path: Path) -> None:
     start(tmp_path, FIT, "script.py")
+
+
+ENDLESS = (
+    SCRIPT
+    + """
+class Started(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            open(f"started-{trainer.global_rank}", "w").close()
+    def on_exception(self, trainer, module, error):
+        open(f"stopped-{trainer.global_rank}", "w").write(f"{type(error).__name__} {trainer.global_step}")
+
+if __name__ == "__main__":
+    L.Trainer(strategy="swiftmoe", callbacks=[Started()], **{**options, "max_epochs": -1}).fit(Model(), Data())
+"""
+)
+
+
+def test_sigterm_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ENDLESS)
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "started-1").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(60)
+    finally:
+        process.kill()
+    stopped = [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)]
+    assert stopped[0].startswith("SIGTERMException ")
+    assert stopped[1] == stopped[0]
 
 
 def test_torchrun_starts_the_script(tmp_path: Path) -> None:
