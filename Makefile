@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/swiftmoe train
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
