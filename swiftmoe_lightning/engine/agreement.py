@@ -1,7 +1,7 @@
 """Every forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer or -1, training, dtype, stale, finite] and then [E] counts, padded to the widest
-layer, so that a rank which has left its evaluation loop can answer without knowing which layer the others are in.
+W ranks, E experts. A row is [layer or -1, training, dtype, stale, finite, stop] and then [E] counts, padded to the
+widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others are in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
-_HEADER: Final = 5
+_HEADER: Final = 6
 _DONE: Final = -1
 _SAME_STEPS: Final = (
     "every rank must run the same MoE layers in the same order, as many times: give all ranks equally many training "
@@ -29,10 +29,13 @@ class Agreement:
     """What the ranks tell each other at the start of a layer's forward.
 
     layer_names: of all MoE layers, in the same order on every rank. max_experts: the widest layer's E.
+
+    wants_stop: set it on any rank, at any time; `stops` is then True on all ranks after the same training forward.
     """
 
     def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
         self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
+        self.wants_stop = self.stops = False
 
     def call(self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool) -> CallRows:
         """Say what this rank is about to do. Returns what all do, checked.
@@ -41,7 +44,8 @@ class Agreement:
         """
         head = [layer, int(torch.is_grad_enabled()), DTYPES.index(dtype), int(stale)]
         padding = counts_E.new_zeros(self._max_experts - len(counts_E))
-        row = torch.cat([counts_E.new_tensor(head), scores_finite.view(1).to(torch.int64), counts_E, padding])
+        flags = [scores_finite.view(1).to(torch.int64), counts_E.new_tensor([int(self.wants_stop)])]
+        row = torch.cat([counts_E.new_tensor(head), *flags, counts_E, padding])
         return self._gather(row)
 
     def done(self) -> CallRows:
@@ -59,6 +63,7 @@ class Agreement:
                 f"{error}. If another rank raised an error of its own, that one comes first. Else: {_SAME_STEPS}"
             ) from error
         self._check(rows)
+        self.stops |= rows.any_stop
         return rows
 
     def _check(self, rows: CallRows) -> None:
@@ -99,6 +104,11 @@ class CallRows:
     @property
     def any_stale(self) -> bool:
         return bool(self.table[:, 3].any())
+
+    @property
+    def any_stop(self) -> bool:
+        """Whether a rank wants to stop, and all are in training."""
+        return bool(self.table[:, 1].all() and self.table[:, 5].any())
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
         """[W, E] int64."""

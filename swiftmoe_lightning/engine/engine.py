@@ -206,6 +206,16 @@ class SwiftMoEEngine:
         for layer in self.layers:
             layer.stale = True
 
+    def request_stop(self) -> None:
+        """Ask all ranks to stop, from any of them and at any time (a signal handler will do)."""
+        for layer in self.layers:
+            layer.agreement.wants_stop = True
+
+    @property
+    def stops(self) -> bool:
+        """Whether a rank has asked to stop; it turns True on all ranks in the same training forward."""
+        return any(layer.agreement.stops for layer in self.layers)
+
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
         if self.group is None or not self.layers:

@@ -24,7 +24,7 @@ from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.joining import JoinRanks
-from swiftmoe_lightning.strategies.signals import stop_between_batches
+from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
@@ -99,8 +99,9 @@ class SwiftMoEStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         self._evaluating = None
         JoinRanks.add_to(trainer)
-        stop_between_batches(trainer)
         super().setup(trainer)
+        if self.engine.layers:
+            stop_together(trainer, self.engine)
 
     @override
     def model_to_device(self) -> None:
@@ -168,7 +169,9 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._enter(evaluating=False)
-        return super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        note_agreed_stop(self._module.trainer, self.engine)
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
