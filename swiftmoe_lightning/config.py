@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-PLACEMENTS: Final = ("packed", "symi", "static")
-TOKEN_SPLITS: Final = ("local", "even")
+PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
+TOKEN_SPLITS: Final = ("flow", "local", "even")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 

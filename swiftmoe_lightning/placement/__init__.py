@@ -1,13 +1,14 @@
 """Pure maths of where experts live and which tokens go where. No torch, no processes."""
 
+from swiftmoe_lightning.placement.balanced import BalancedPolicy
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policies import (
     PackedPolicy,
-    PlacementPolicy,
     StaticPolicy,
     SymiPolicy,
     make_policy,
 )
+from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     TransferPlan,
@@ -18,6 +19,7 @@ from swiftmoe_lightning.placement.transfer import (
 )
 
 __all__ = [
+    "BalancedPolicy",
     "Capacity",
     "DispatchPlan",
     "PackedPolicy",
@@ -27,6 +29,7 @@ __all__ = [
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "check_placements",
     "make_policy",
     "peer_runs",
     "plan_collection",

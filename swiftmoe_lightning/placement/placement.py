@@ -57,12 +57,12 @@ class Placement:
         host_S = np.repeat(np.arange(self.world_size), self.slots_per_rank)
         return np.unique(host_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
 
-    @property
+    @cached_property
     def pair_host_D(self) -> np.ndarray:
         """[D] int64: the rank of each hosted pair; pairs are ordered by (rank, expert)."""
         return self._pairs[0] // self.num_experts
 
-    @property
+    @cached_property
     def pair_expert_D(self) -> np.ndarray:
         """[D] int64: the expert of each hosted pair."""
         return self._pairs[0] % self.num_experts
@@ -76,6 +76,11 @@ class Placement:
     def by_expert_D(self) -> np.ndarray:
         """[D] int64: numbers of pairs in the order (expert, rank): an expert's hosts stand side by side."""
         return np.argsort(self.pair_expert_D, kind="stable")
+
+    @cached_property
+    def first_pair_E(self) -> np.ndarray:
+        """[E] int64: where each expert's pairs begin in `by_expert_D`."""
+        return np.searchsorted(self.pair_expert_D[self.by_expert_D], np.arange(self.num_experts))
 
     @cached_property
     def pairs_by_turn(self) -> list[np.ndarray]:

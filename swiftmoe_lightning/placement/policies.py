@@ -1,17 +1,18 @@
-"""Popularity of the last step -> placements of the next, for all layers at once.
+"""Popularity -> placements, for all layers at once: the paper's rule, and ours.
 
 L layers, E experts, W ranks, s slots of a rank, S = W * s slots, D hosted (rank, expert) pairs.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Final
 
 import numpy as np
 
 from swiftmoe_lightning.config import PLACEMENTS, check_choice
+from swiftmoe_lightning.placement.balanced import BalancedPolicy
 from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import (
     minmax_replica_counts,
     symi_replica_counts,
@@ -19,55 +20,22 @@ from swiftmoe_lightning.placement.replication import (
 )
 
 
-class PlacementPolicy(ABC):
-    """A rule for the next placements: deterministic and pure, so that every rank finds the same answer alone.
-
-    world_size, slots_per_rank: W and s, fixed for a run.
-    """
-
-    def __init__(self, world_size: int, slots_per_rank: int) -> None:
-        self.world_size = world_size
-        self.slots_per_rank = slots_per_rank
-
-    @property
-    def num_slots(self) -> int:
-        return self.world_size * self.slots_per_rank
-
-    @abstractmethod
-    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
-        """[L, E] int64 token-choices of one step -> [L, S] int64, the expert of every slot, each expert present."""
-
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        """One `Placement` a layer. popularity_LE: [L, E] int64 token-choices, all ranks, one step; zeros are allowed.
-
-        Raises ValueError when E experts do not fit the slots, or the policy's tables are not [L, S].
-        """
-        popularity_LE = np.asarray(popularity_LE)
-        tables_LS = np.asarray(self.slot_tables(popularity_LE))
-        if tables_LS.shape != (len(popularity_LE), self.num_slots):
-            raise ValueError(
-                f"{type(self).__name__}.slot_tables must return the expert of every slot of every layer, "
-                f"{[len(popularity_LE), self.num_slots]}, got {list(tables_LS.shape)}."
-            )
-        return [Placement(table_S, popularity_LE.shape[1], self.world_size) for table_S in tables_LS]
-
-
 class StaticPolicy(PlacementPolicy):
     """The same number of replicas for every expert, laid out expert by expert, for ever."""
 
-    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
         num_layers, num_experts = popularity_LE.shape
         counts_E = uniform_replica_counts(num_experts, self.num_slots)
-        return np.tile(np.repeat(np.arange(num_experts), counts_E), (num_layers, 1))
+        return self.placements_of([np.repeat(np.arange(num_experts), counts_E)], num_experts) * num_layers
 
 
 class SymiPolicy(PlacementPolicy):
     """The paper's: replicas in proportion to popularity, laid out expert by expert (Algorithm 1)."""
 
-    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+        num_experts = popularity_LE.shape[1]
         counts_LE = symi_replica_counts(popularity_LE, self.num_slots)
-        experts_E = np.arange(popularity_LE.shape[1])
-        return np.stack([np.repeat(experts_E, counts_E) for counts_E in counts_LE])
+        return self.placements_of([np.repeat(np.arange(num_experts), c_E) for c_E in counts_LE], num_experts)
 
 
 class PackedPolicy(PlacementPolicy):
@@ -77,7 +45,10 @@ class PackedPolicy(PlacementPolicy):
     carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
     """
 
-    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+        return self.placements_of(self._slot_tables(popularity_LE), popularity_LE.shape[1])
+
+    def _slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
         num_layers, num_experts = popularity_LE.shape
         if self.slots_per_rank >= num_experts:
             # Every rank can host every expert; the slots left over repeat them.
@@ -118,16 +89,21 @@ _POLICIES: Final[dict[str, type[PlacementPolicy]]] = {
     "static": StaticPolicy,
     "symi": SymiPolicy,
     "packed": PackedPolicy,
+    "balanced": BalancedPolicy,
 }
 
 
-def make_policy(placement: str | type[PlacementPolicy], world_size: int, slots_per_rank: int) -> PlacementPolicy:
-    """The policy of that name, or of that class, for W ranks of s slots.
+def make_policy(
+    placement: str | type[PlacementPolicy], world_size: int, slots_per_rank: int, ranks_per_node: int = 1
+) -> PlacementPolicy:
+    """The policy of that name, or of that class, for W ranks of s slots, `ranks_per_node` neighbours on a node.
 
     Raises ValueError for an unknown name, TypeError for anything that is neither a name nor a policy class.
     """
     if isinstance(placement, str):
         check_choice("placement", placement, PLACEMENTS)
+        if placement == "balanced":
+            return BalancedPolicy(world_size, slots_per_rank, ranks_per_node)
         placement = _POLICIES[placement]
     if not (isinstance(placement, type) and issubclass(placement, PlacementPolicy)):
         raise TypeError(f"placement must be a name or a subclass of PlacementPolicy, got {placement!r}.")

@@ -7,7 +7,7 @@ import numpy as np
 
 def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
     """[E] int64 summing to `num_slots`, any two of which differ by at most one; earlier experts get the extra one."""
-    _check_slots(num_experts, num_slots)
+    check_slots(num_experts, num_slots)
     return num_slots // num_experts + (np.arange(num_experts) < num_slots % num_experts)
 
 
@@ -19,7 +19,7 @@ def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray
     Raises ValueError if num_slots < E (the paper's loop would not end).
     """
     num_layers, num_experts = popularity_LE.shape
-    _check_slots(num_experts, num_slots)
+    check_slots(num_experts, num_slots)
     goal_LE = _positive_rows(popularity_LE)
     goal_LE = goal_LE / goal_LE.sum(1, keepdims=True) * num_slots
     counts_LE = np.floor(np.maximum(goal_LE, 1)).astype(np.int64)
@@ -51,7 +51,7 @@ def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replica
     Returns [L, E] int64, entries in 1..max_replicas, rows summing to `num_slots`.
     """
     num_layers, num_experts = popularity_LE.shape
-    _check_slots(num_experts, num_slots)
+    check_slots(num_experts, num_slots)
     assert num_experts * max_replicas >= num_slots, (num_experts, max_replicas, num_slots)
     # Just above zero: slots that only cold experts can take are shared evenly among them.
     load_LE = np.maximum(_positive_rows(popularity_LE), 1e-9)
@@ -79,7 +79,7 @@ def _positive_rows(popularity_LE: np.ndarray) -> np.ndarray:
     return np.where(empty_L1, 1, popularity_LE).astype(np.float64)
 
 
-def _check_slots(num_experts: int, num_slots: int) -> None:
+def check_slots(num_experts: int, num_slots: int) -> None:
     if num_slots < num_experts:
         raise ValueError(
             f"{num_slots} slots cannot hold {num_experts} experts, and every expert keeps at least one replica. "

@@ -1,24 +1,63 @@
-"""How much of each expert's load every one of its hosts takes. E experts, D hosted (rank, expert) pairs."""
+"""How much of each expert's load every one of its hosts takes. W ranks, E experts, D hosted (rank, expert) pairs."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 
 from swiftmoe_lightning.placement.placement import Placement
 
+# Steps of the scaling below. Over-relaxed: 1.5 gains ground, later a long step (3) after each plain one (1) does.
+_EXPONENTS: Final = (1.5, 1.5, 1.5, *(1.0, 3.0) * 6, 1.0)
+# Loads this near to the mean are even enough.
+_EVEN: Final = 1.002
 
-def share_tokens(load_E: np.ndarray, placement: Placement) -> np.ndarray:
+
+def even_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     """[D] int64: an expert's load cut in equal parts a slot, at whole tokens; each expert's parts add up to its load.
 
     load_E: [E] int64, token-choices.
     """
-    order_D = placement.by_expert_D
-    expert_D, slots_D = placement.pair_expert_D[order_D], placement.pair_slots_D[order_D]
-    after_D = np.cumsum(slots_D)
-    first_E = np.searchsorted(expert_D, np.arange(placement.num_experts))
-    before_E = after_D[first_E] - slots_D[first_E]
-    after_D -= before_E[expert_D]
-    load_D, replicas_D = load_E[expert_D], placement.replica_counts_E[expert_D]
-    share_D = np.empty_like(after_D)
-    share_D[order_D] = load_D * after_D // replicas_D - load_D * (after_D - slots_D) // replicas_D
-    return share_D
+    slots_D = placement.pair_slots_D[placement.by_expert_D]
+    return _cut_at_whole_tokens(load_E, slots_D, placement)
+
+
+def flow_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
+    """[D] int64: parts that make the ranks' loads as even as the placement allows; parts add up as above.
+
+    The most even loads have, at once, the least largest load and the least sum over any budget, so one split serves
+    dropless and capacity alike. It is found by scaling a matrix (Sinkhorn, 1967): every rank has a weight, an expert's
+    load is shared in proportion to its hosts' weights, and the weights of busy ranks fall until all are equally busy,
+    or as near to it as can be.
+    """
+    host_D, expert_D, by_expert_D = placement.pair_host_D, placement.pair_expert_D, placement.by_expert_D
+    first_E = placement.first_pair_E
+    first_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
+    mean = load_E.sum() / placement.world_size
+    weight_W = np.ones(placement.world_size)
+    host_by_expert_D = host_D[by_expert_D]
+    for exponent in _EXPONENTS if mean else ():
+        per_weight_E = load_E / np.add.reduceat(weight_W[host_by_expert_D], first_E)
+        load_W = weight_W * np.add.reduceat(per_weight_E[expert_D], first_W)
+        if load_W.max() <= _EVEN * mean:
+            break
+        weight_W *= (mean / np.maximum(load_W, 1e-9 * mean)) ** exponent
+        # Where loads cannot be even, weights would run off to 0 and infinity.
+        np.clip(weight_W, 1e-12, 1e12, out=weight_W)
+    return _cut_at_whole_tokens(load_E, weight_W[host_by_expert_D], placement)
+
+
+def _cut_at_whole_tokens(load_E: np.ndarray, part_D: np.ndarray, placement: Placement) -> np.ndarray:
+    """[D]: `load_E` shared in proportion to `part_D` (ordered by expert), rounded down where the parts meet."""
+    first_E, expert_D = placement.first_pair_E, placement.pair_expert_D[placement.by_expert_D]
+    # Parts of the same expert first, since those of different ones may differ by many orders of magnitude.
+    after_D = np.cumsum(part_D / np.add.reduceat(part_D, first_E)[expert_D]) - expert_D
+    # A whole number is not to become the next lower one for a last bit.
+    stop_D = np.floor(load_E[expert_D] * after_D + 1e-6).astype(np.int64)
+    stop_D[np.append(first_E[1:], len(part_D)) - 1] = load_E
+    share_D = np.diff(stop_D, prepend=0)
+    share_D[first_E] = stop_D[first_E]
+    out_D = np.empty_like(share_D)
+    out_D[placement.by_expert_D] = share_D
+    return out_D

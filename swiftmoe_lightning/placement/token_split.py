@@ -16,7 +16,7 @@ import numpy as np
 
 from swiftmoe_lightning.config import TOKEN_SPLITS, check_choice
 from swiftmoe_lightning.placement.placement import Placement
-from swiftmoe_lightning.placement.shares import share_tokens
+from swiftmoe_lightning.placement.shares import even_shares, flow_shares
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class DispatchPlan:
 def plan_dispatch(
     counts_WE: np.ndarray,
     placement: Placement,
-    split: str = "local",
+    split: str = "flow",
     capacity: Capacity | None = None,
     ranks_per_node: int = 1,
 ) -> DispatchPlan:
@@ -135,11 +135,14 @@ def plan_dispatch(
     counts_WE: [W, E] int64, token-choices of each rank for each expert.
     split: "even" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
         [0, load): overlaps say who sends what. "local" takes the same parts, but first lets every rank serve itself,
-        then every node its ranks, and spreads only the rest over the world.
+        then every node its ranks, and spreads only the rest over the world. "flow" does the same with parts that
+        make the loads of all ranks as even as the placement allows.
     capacity: None drops nothing.
     """
     check_choice("token_split", split, TOKEN_SPLITS)
-    share_D = share_tokens(counts_WE.sum(0), placement)
+    # With a budget for each slot, equal parts a slot are the best there is.
+    is_flow = split == "flow" and (capacity is None or capacity.per == "rank")
+    share_D = (flow_shares if is_flow else even_shares)(counts_WE.sum(0), placement)
     routes = _Routes(counts_WE, placement, share_D, 0 if split == "even" else ranks_per_node)
     return DispatchPlan(routes, placement, share_D, capacity)
 

@@ -13,12 +13,12 @@ from tests.engine import dense
 class RandomPolicy(sml.PlacementPolicy):
     """Another valid placement for every popularity: seeded by it, so that all ranks draw the same."""
 
-    def slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
+    def next_placements(self, popularity_LE: np.ndarray) -> list[sml.Placement]:
         rng = np.random.default_rng(popularity_LE.astype(np.uint64).flatten())
         num_experts = popularity_LE.shape[1]
         spare = self.num_slots - num_experts
         rows = [np.r_[np.arange(num_experts), rng.integers(num_experts, size=spare)] for _ in popularity_LE]
-        return np.stack([rng.permutation(row) for row in rows])
+        return self.placements_of([rng.permutation(row) for row in rows], num_experts)
 
 
 class Residual(nn.Module):

@@ -47,3 +47,54 @@ def algorithm_1(popularity, num_slots):
         counts[i] += 1
         diff[i] += 1
     return counts
+
+
+def most_served(load_E, placement, budget):
+    """How many token-choices any split can serve under `placement` with a budget for each rank: a maximum flow, found
+    by augmenting paths."""
+    hosts = [[] for _ in load_E]
+    for host, expert in zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True):
+        hosts[expert].append(host)
+    room = [budget] * placement.world_size
+    flow = {}
+    served = 0
+    for expert, load in enumerate(load_E):
+        left = int(load)
+        while left:
+            path = _augmenting_path(expert, hosts, flow, room)
+            if path is None:
+                break
+            amount = min([left, room[path[-1][1]], *(flow[e, w] for (e, w), backwards in _moves(path) if backwards)])
+            for (e, w), backwards in _moves(path):
+                flow[e, w] = flow.get((e, w), 0) + (-amount if backwards else amount)
+            room[path[-1][1]] -= amount
+            left -= amount
+            served += amount
+    return served
+
+
+def _augmenting_path(start, hosts, flow, room):
+    """[(expert, rank)] steps from an expert to a rank with room: to a host, back through an expert it serves, on."""
+    seen, queue = {}, [(start, None, None)]
+    for expert, via, before in queue:
+        for rank in hosts[expert]:
+            if rank in seen:
+                continue
+            seen[rank] = (expert, via, before)
+            step = [(expert, rank)]
+            if room[rank] > 0:
+                while before is not None:
+                    expert_before, rank_before = before
+                    step.insert(0, (expert_before, rank_before))
+                    before = seen[rank_before][2]
+                return step
+            queue += [(e, rank, (expert, rank)) for (e, w), f in flow.items() if w == rank and f > 0]
+    return None
+
+
+def _moves(path):
+    """Pairs that gain or lose flow along a path: each host gains from its expert, and gives up the next one's."""
+    for i, (expert, rank) in enumerate(path):
+        yield (expert, rank), False
+        if i + 1 < len(path):
+            yield (path[i + 1][0], rank), True

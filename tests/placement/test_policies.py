@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement, PlacementPolicy
 from swiftmoe_lightning.config import PLACEMENTS
-from swiftmoe_lightning.placement import make_policy
+from swiftmoe_lightning.placement import check_placements, make_policy
 
 
 def table_of(name, popularity, world_size, slots_per_rank):
@@ -115,28 +115,34 @@ def test_more_experts_than_slots_is_an_error_with_the_fix(name):
 
 
 class ReversedPolicy(PlacementPolicy):
-    def slot_tables(self, popularity_LE):
-        num_layers, num_experts = popularity_LE.shape
-        return np.tile(np.arange(self.num_slots)[::-1] % num_experts, (num_layers, 1))
+    def next_placements(self, popularity_LE):
+        num_experts = popularity_LE.shape[1]
+        return self.placements_of([np.arange(self.num_slots)[::-1] % num_experts], num_experts) * len(popularity_LE)
 
 
 class TooNarrowPolicy(PlacementPolicy):
-    def slot_tables(self, popularity_LE):
-        return np.tile(np.arange(self.world_size), (len(popularity_LE), 1))
+    def next_placements(self, popularity_LE):
+        return [Placement(np.arange(self.world_size), 2, self.world_size) for _ in popularity_LE]
 
 
 def test_a_policy_of_ones_own_is_made_from_its_class():
     policy = make_policy(ReversedPolicy, 2, 2)
-    assert policy.next_placements(np.ones((2, 3), dtype=np.int64)) == [Placement([0, 2, 1, 0], 3, 2)] * 2
+    found = policy.next_placements(np.ones((2, 3), dtype=np.int64))
+    assert found == [Placement([0, 2, 1, 0], 3, 2)] * 2
+    check_placements(policy, found, 2, 3)
 
 
 def test_a_policy_that_forgets_slots_or_layers_is_told_so():
-    with pytest.raises(ValueError, match=r"TooNarrowPolicy.slot_tables must return .*\[1, 4\].*got \[1, 2\]"):
-        make_policy(TooNarrowPolicy, 2, 2).next_placements(np.ones((1, 2), dtype=np.int64))
+    policy = make_policy(TooNarrowPolicy, 2, 2)
+    found = policy.next_placements(np.ones((1, 2), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"must place 2 experts on 2 ranks of 2 slots, got .* 2 ranks of 1 slots"):
+        check_placements(policy, found, 1, 2)
+    with pytest.raises(ValueError, match=r"TooNarrowPolicy.next_placements gave 1 placements for 3 layers"):
+        check_placements(policy, found, 3, 2)
 
 
 def test_unknown_names_and_things_that_are_no_policy_are_refused():
-    with pytest.raises(ValueError, match="placement must be one of 'packed', 'symi', 'static', got 'best'"):
+    with pytest.raises(ValueError, match="placement must be one of 'balanced', 'packed', 'symi', 'static', got 'best'"):
         make_policy("best", 2, 2)
     for value in (7, ReversedPolicy(2, 2), dict):
         with pytest.raises(TypeError, match="placement must be a name or a subclass of PlacementPolicy, got"):

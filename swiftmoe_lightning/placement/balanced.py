@@ -1,0 +1,184 @@
+"""The fewest hosts that carry the load and its movement: a chain, and spare hosts across it.
+
+L layers, E experts, W ranks, s slots of a rank, D hosted (rank, expert) pairs, X spare hosts. Loads are in budgets: 1 is
+the mean load of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.policy import PlacementPolicy
+from swiftmoe_lightning.placement.replication import check_slots
+
+# How far popularity moves from step to step, where nothing has been seen yet: var(load) / load, in budgets.
+DEFAULT_SPREAD: Final = 0.2
+# An expert gets one host for every budget that its load may come to in three standard deviations.
+_DEVIATIONS: Final = 3.0
+# What an expert without tokens counts as where its deviation is estimated: cold ones become hot, too.
+_COLD: Final = 0.3
+# Below it an expert lives on one rank; above it, on the line that the chain cuts.
+_WHOLE: Final = 0.5
+# Overlaps this small are rounding.
+_TINY: Final = 1e-6
+
+
+class BalancedPolicy(PlacementPolicy):
+    """As few hosts as carry the load evenly, and as many more as its movement asks for, up to s a rank.
+
+    Both weight phases move bytes in proportion to D, so a replica in every slot is not free. A chain of at most
+    E + W - 1 hosts carries the predicted loads exactly; expert e then gets spare hosts, until the load that it may
+    come to, load + 3 * sqrt(spread * (load + 0.3)), is no more than a budget for each of its hosts.
+
+    ranks_per_node: neighbours on the chain are put on different nodes, so that an expert's hosts are near all tokens.
+    """
+
+    def __init__(self, world_size: int, slots_per_rank: int, ranks_per_node: int = 1) -> None:
+        super().__init__(world_size, slots_per_rank)
+        # Position on the chain -> rank: first the first rank of every node, then the second, ...
+        ranks = np.arange(world_size)
+        self._rank_of_position = np.lexsort((ranks // ranks_per_node, ranks % ranks_per_node))
+
+    def next_placements(self, popularity_LE: np.ndarray, spread_L: np.ndarray | None = None) -> list[Placement]:
+        """One `Placement` a layer.
+
+        popularity_LE: [L, E] token-choices expected of the next step. spread_L: [L] float, how far loads move:
+            var(load) / load, in mean loads of a rank (see `Forecaster`); None takes 0.2.
+        """
+        popularity_LE = np.asarray(popularity_LE, dtype=np.float64)
+        check_slots(popularity_LE.shape[1], self.num_slots)
+        num_layers, num_experts = popularity_LE.shape
+        spread_L = np.full(num_layers, DEFAULT_SPREAD) if spread_L is None else spread_L
+        empty_L1 = popularity_LE.sum(1, keepdims=True) == 0
+        popularity_LE = np.where(empty_L1, 1.0, popularity_LE)
+        load_LE = popularity_LE * (self.world_size / popularity_LE.sum(1, keepdims=True))
+        upper_LE = load_LE + _DEVIATIONS * np.sqrt(spread_L[:, None] * (load_LE + _COLD))
+        tables_LS = [self._table(load_E, upper_E) for load_E, upper_E in zip(load_LE, upper_LE, strict=True)]
+        return self.placements_of(tables_LS, num_experts)
+
+    def _table(self, load_E: np.ndarray, upper_E: np.ndarray) -> np.ndarray:
+        """[S] int64, the expert in every slot. Slots that are not needed repeat an expert of their rank."""
+        hosts = chain_hosts(load_E, self.world_size, self.slots_per_rank)
+        rank_X, expert_X = spare_hosts(hosts, upper_E, self.world_size, self.slots_per_rank)
+        rank_D, expert_D = np.r_[hosts.rank_D, rank_X], np.r_[hosts.expert_D, expert_X]
+        order_D = np.argsort(rank_D, kind="stable")
+        num_W = np.bincount(rank_D, minlength=self.world_size)
+        start_W = np.cumsum(num_W) - num_W
+        slot_s = np.arange(self.slots_per_rank)
+        table_Ws = expert_D[order_D][start_W[:, None] + slot_s % num_W[:, None]]
+        return table_Ws[np.argsort(self._rank_of_position)].reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class HostList:
+    """Hosted pairs of one layer: rank_D[i] hosts expert_D[i] for `load_D[i]` of its load. No pair is there twice."""
+
+    rank_D: np.ndarray
+    expert_D: np.ndarray
+    load_D: np.ndarray
+
+
+def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> HostList:
+    """Hosts that carry exactly `load_E`, at most E + W - 1 of them (McNaughton's wrap-around rule).
+
+    Experts of less than half a budget live on one rank each, dealt by falling load to the lightest. The others lie
+    on a line, and the ranks, each with what room it has left, cut it: neighbours share the expert at their cut, so
+    that where a prediction is off, load can be passed along the chain.
+
+    load_E: [E] float, budgets, adding up to W.
+    """
+    is_whole_E = load_E < _WHOLE
+    order_E = np.argsort(-load_E, kind="stable")
+    whole = order_E[is_whole_E[order_E]]
+    taken_W = np.zeros(world_size)
+    whole_rank = np.empty(len(whole), dtype=np.int64)
+    for start in range(0, len(whole), world_size):
+        batch = whole[start : start + world_size]
+        ranks = np.argsort(taken_W, kind="stable")[: len(batch)]
+        taken_W[ranks] += load_E[batch]
+        whole_rank[start : start + world_size] = ranks
+    line = order_E[~is_whole_E[order_E]]
+    room_W = np.maximum(1 - taken_W, 0)
+    room_W *= load_E[line].sum() / max(room_W.sum(), _TINY)
+    stop_W, stop_H = np.cumsum(room_W), np.cumsum(load_E[line])
+    start_H = stop_H - load_E[line]
+    first_H = np.minimum(np.searchsorted(stop_W, start_H + _TINY, side="right"), world_size - 1)
+    last_H = np.minimum(np.searchsorted(stop_W, stop_H - _TINY, side="left"), world_size - 1)
+    num_H = np.maximum(last_H - first_H, 0) + 1
+    offset_D = np.arange(num_H.sum()) - np.repeat(np.cumsum(num_H) - num_H, num_H)
+    rank_D = np.repeat(first_H, num_H) + offset_D
+    start_W = stop_W - room_W
+    cut_D = np.minimum(np.repeat(stop_H, num_H), stop_W[rank_D]) - np.maximum(np.repeat(start_H, num_H), start_W[rank_D])
+    keep_D = (cut_D > _TINY) | (np.repeat(num_H, num_H) == 1)
+    hosts = HostList(
+        np.r_[whole_rank, rank_D[keep_D]],
+        np.r_[whole, np.repeat(line, num_H)[keep_D]],
+        np.r_[load_E[whole], cut_D[keep_D]],
+    )
+    return _fit_slots(hosts, world_size, slots_per_rank, len(load_E))
+
+
+def _fit_slots(hosts: HostList, world_size: int, slots_per_rank: int, num_experts: int) -> HostList:
+    """At most s experts a rank: of too many, those with the least load there go; what has no host left moves."""
+    num_W = np.bincount(hosts.rank_D, minlength=world_size)
+    if num_W.max() <= slots_per_rank:
+        return hosts
+    alone_D = np.bincount(hosts.expert_D, minlength=num_experts)[hosts.expert_D] == 1
+    # Within a rank: experts that live only there first, then by falling load.
+    order_D = np.lexsort((-hosts.load_D, ~alone_D, hosts.rank_D))
+    place_D = np.arange(len(order_D)) - np.repeat(np.cumsum(num_W) - num_W, num_W)
+    kept = np.sort(order_D[place_D < slots_per_rank])
+    rank_D, expert_D, load_D = hosts.rank_D[kept], hosts.expert_D[kept], hosts.load_D[kept]
+    for expert in np.setdiff1d(np.arange(num_experts), expert_D):
+        num_W = np.bincount(rank_D, minlength=world_size)
+        rank = int(num_W.argmin())
+        if num_W[rank] == slots_per_rank:
+            # Every rank is full: the least needed host of an expert that has several makes room.
+            has_several_D = np.bincount(expert_D, minlength=num_experts)[expert_D] > 1
+            leaves = int(np.where(has_several_D, load_D, np.inf).argmin())
+            rank = int(rank_D[leaves])
+            rank_D, expert_D, load_D = (np.delete(values, leaves) for values in (rank_D, expert_D, load_D))
+        rank_D, expert_D, load_D = np.append(rank_D, rank), np.append(expert_D, expert), np.append(load_D, 0.0)
+    return HostList(rank_D, expert_D, load_D)
+
+
+def spare_hosts(
+    hosts: HostList, upper_E: np.ndarray, world_size: int, slots_per_rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Further hosts, until no expert's upper load is more than one budget a host, or all slots are used.
+
+    An expert's spare hosts are spread evenly over the ranks, away from those it has, so that what it may need comes
+    from parts of the chain that are far from one another.
+
+    upper_E: [E] float, budgets, the most that each expert may come to. Returns (rank_X, expert_X); a pair may be one
+    that is there already, where all other ranks are full.
+    """
+    num_experts = len(upper_E)
+    num_E = np.bincount(hosts.expert_D, minlength=num_experts)
+    num_W = np.bincount(hosts.rank_D, minlength=world_size)
+    free_W = slots_per_rank - num_W
+    extra_E = _spare_counts(upper_E, num_E, world_size, int(free_W.sum()))
+    num_extra = int(extra_E.sum())
+    # Free slots, emptiest ranks first; as many as are wanted, in rank order.
+    slot_rank = np.repeat(np.arange(world_size), free_W)
+    level = np.repeat(num_W, free_W) + np.arange(len(slot_rank)) - np.repeat(np.cumsum(free_W) - free_W, free_W)
+    rank_X = np.sort(slot_rank[np.argsort(level, kind="stable")[:num_extra]])
+    middle_E = np.bincount(hosts.expert_D, hosts.rank_D, num_experts) / num_E
+    expert_X = np.repeat(np.arange(num_experts), extra_E)
+    turn_X = np.arange(num_extra) - np.repeat(np.cumsum(extra_E) - extra_E, extra_E)
+    target_X = (middle_E[expert_X] + (turn_X + 1) * world_size / (extra_E[expert_X] + 1)) % world_size
+    return rank_X, expert_X[np.argsort(target_X, kind="stable")]
+
+
+def _spare_counts(upper_E: np.ndarray, num_E: np.ndarray, world_size: int, num_free: int) -> np.ndarray:
+    """[E] int64: spare hosts of each expert; where slots are few, the largest upper / hosts gets the next one."""
+    most_E = np.clip(np.ceil(upper_E).astype(np.int64), num_E, world_size) - num_E
+    expert_C = np.repeat(np.arange(len(upper_E)), most_E)
+    turn_C = np.arange(len(expert_C)) - np.repeat(np.cumsum(most_E) - most_E, most_E)
+    priority_C = upper_E[expert_C] / (num_E[expert_C] + turn_C)
+    chosen = np.argsort(-priority_C, kind="stable")[:num_free]
+    return np.bincount(expert_C[chosen], minlength=len(upper_E))
