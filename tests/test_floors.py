@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     "config",
     "placement",
+    "planner",
     "kernels",
     "comms",
     "modules",
@@ -31,11 +32,12 @@ HOMES = {
     "lightning": {"strategies", "callbacks", "demo"},
     "accelerate": {"strategies"},
     "matplotlib": {"report"},
+    "pyarrow": {"planner"},
     "typer": {"cli"},
     "rich": {"demo"},
 }
-OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib"}
-WITHOUT_TORCH = {"config", "placement"}
+OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
+WITHOUT_TORCH = {"config", "placement", "planner"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
