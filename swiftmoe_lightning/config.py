@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
 TOKEN_SPLITS: Final = ("flow", "local", "even")
@@ -16,11 +16,17 @@ class SwiftMoEConfig:
 
     slots_per_rank: slots (places for one expert's weights) on each rank, s. None picks
         max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
-    placement: "packed" (replicas by load, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous),
-        "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
-    replace_every: optimizer steps between two placements; 1 is every step.
-    token_split: how an expert's tokens are shared by its hosts: "even" shares, or "local" (the same shares, and a
-        rank's own tokens stay on it, then on its node, as far as the shares allow).
+    placement: "balanced" (the fewest hosts that carry the load and its movement, so the fewest bytes), "packed" (a
+        replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous), "static"
+        (uniform, contiguous), or a subclass of `PlacementPolicy`.
+    replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves a
+        layer as it is while its loads are even and no fewer hosts would do.
+    popularity_decay: what placements expect of the next step: 0 the last one, d in 0..1 a moving average in which
+        the past fades by d a placement.
+    token_split: how an expert's tokens are shared by its hosts: "flow" (so that the loads of all ranks are as even as
+        the placement allows; equal shares where every slot has a budget of its own), "local" (equal shares a slot),
+        or "even" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
+        shares allow.
     param_dtype: dtype of the working weights and of their exchange; None means the masters' own.
     reduce_dtype: dtype of the gradients on the wire; their sum is taken in float32 or wider.
     offload_optimizer: keep masters and optimizer state in host memory. Needs a process group that also serves the
@@ -28,15 +34,19 @@ class SwiftMoEConfig:
     """
 
     slots_per_rank: int | None = None
-    placement: Any = "packed"
-    replace_every: int = 1
-    token_split: str = "local"
+    placement: Any = "balanced"
+    replace_every: int | Literal["auto"] = 1
+    popularity_decay: float = 0.0
+    token_split: str = "flow"
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
     offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(replace_every=self.replace_every)
+        if self.replace_every != "auto":
+            check_whole(replace_every=self.replace_every)
+        if not 0 <= self.popularity_decay < 1:
+            raise ValueError(f"popularity_decay must be 0 or more and below 1, got {self.popularity_decay!r}.")
         if self.slots_per_rank is not None:
             check_whole(slots_per_rank=self.slots_per_rank)
         if isinstance(self.placement, str):

@@ -60,8 +60,8 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("placement", "'packed', 'symi', 'static'"),
-        ("token_split", "'local', 'even'"),
+        ("placement", "'balanced', 'packed', 'symi', 'static'"),
+        ("token_split", "'flow', 'local', 'even'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),
         ("param_dtype", "'float32', 'bfloat16'"),
     ],
@@ -69,6 +69,16 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
 def test_unknown_choice_lists_the_known_ones(name, choices):
     with pytest.raises(ValueError, match=rf"{name} must be one of {choices}.*, got 'nonsense'"):
         SwiftMoEConfig(**{name: "nonsense"})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_a_decay_that_never_forgets_or_never_learns_is_refused(value):
+    with pytest.raises(ValueError, match=r"popularity_decay must be 0 or more and below 1, got "):
+        SwiftMoEConfig(popularity_decay=value)
+
+
+def test_replacing_can_be_left_to_the_loads():
+    assert SwiftMoEConfig(replace_every="auto").replace_every == "auto"
 
 
 def test_config_cannot_change_once_made():

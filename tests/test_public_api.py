@@ -55,6 +55,7 @@ def test_signatures_are_what_they_were() -> None:
         "slots_per_rank",
         "placement",
         "replace_every",
+        "popularity_decay",
         "token_split",
         "param_dtype",
         "reduce_dtype",

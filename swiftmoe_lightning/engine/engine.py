@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,9 +18,10 @@ from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
 from swiftmoe_lightning.engine.layer import ShardedLayer
+from swiftmoe_lightning.engine.placing import Placers
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate
-from swiftmoe_lightning.placement import Placement, make_policy
+from swiftmoe_lightning.placement import Placement, Placer
 
 
 class SwiftMoEEngine:
@@ -56,6 +55,7 @@ class SwiftMoEEngine:
         self.module = module
         self.config = config or SwiftMoEConfig()
         self.group: ExpertGroup | None = None
+        self._placers: Placers | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
         self._ranks_per_node = ranks_per_node
         self._tracked: list[TrackedLayer] = []
@@ -92,7 +92,8 @@ class SwiftMoEEngine:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
             mix_with_plain_tensors()
-        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked)
+            self._placers = Placers(self.config, self.group)
+        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, self._placers)
         if self.group is not None and self.layers:
             widest = max(layer.experts.num_experts for layer in self.layers)
             agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
@@ -175,18 +176,11 @@ class SwiftMoEEngine:
 
     def place(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
         """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
-        due: dict[tuple[int, int], list[TrackedLayer]] = defaultdict(list)
-        for t in tracked:
-            if t.close_step() and t.sharded is not None and t.num_steps % self.config.replace_every == 0:
-                due[t.experts.num_experts, t.sharded.placement.slots_per_rank].append(t)
-        placements: dict[int, Placement] = {}
-        for (_, slots_per_rank), layers in due.items():
-            assert self.group is not None
-            policy = make_policy(self.config.placement, self.group.world_size, slots_per_rank)
-            popularity_LE = np.stack([t.take_popularity() for t in layers])
-            for t, placement in zip(layers, policy.next_placements(popularity_LE), strict=True):
-                placements[t.index] = placement
-        return placements
+        closed = [t for t in tracked if t.close_step()]
+        if self._placers is None:
+            return {}
+        interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
+        return self._placers.next_placements([t for t in closed if t.num_steps % interval == 0])
 
     def distribute(self, tracked: list[TrackedLayer], placements: dict[int, Placement]) -> None:
         """Phase 4: begin to send the masters' rows to their hosts; each layer's next forward waits for its own."""
@@ -248,13 +242,16 @@ class SwiftMoEEngine:
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: popularity and placement of each layer; loads with
         `weights_only=True`."""
-        return {t.name: t.state_dict() for t in self._tracked}
+        return {t.name: t.state_dict(self._placer_of(t)) for t in self._tracked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; at another world size placements are made anew from its popularity."""
         for t in self._tracked:
             if t.name in state:
-                t.load_state_dict(state[t.name], self.config)
+                t.load_state_dict(state[t.name], self._placer_of(t))
+
+    def _placer_of(self, tracked: TrackedLayer) -> Placer | None:
+        return None if self._placers is None else self._placers.of(tracked.experts.num_experts)
 
     def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
         return self.module.parameters() if parameters is None else parameters

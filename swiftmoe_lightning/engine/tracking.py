@@ -17,9 +17,10 @@ from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
+from swiftmoe_lightning.engine.placing import Placers
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
-from swiftmoe_lightning.placement import Placement, make_policy
+from swiftmoe_lightning.placement import Observation, Placement, Placer
 
 
 class TrackedLayer:
@@ -34,15 +35,13 @@ class TrackedLayer:
         self._expert_optimizers: list[Optimizer] = []
         self._replaced: list[weakref.ref[nn.Parameter]] = []
 
-    def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device) -> None:
+    def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
         """Spread the experts over the ranks (again). A collective."""
         master_device = torch.device("cpu") if config.offload_optimizer else device
         replaced = shard_parameters(self.experts, group, master_device)
         self._replaced += [weakref.ref(p) for p in replaced.values()]
         if self.sharded is None:
-            slots_per_rank = config.resolve_slots_per_rank(self.experts.num_experts, group.world_size)
-            policy = make_policy(config.placement, group.world_size, slots_per_rank)
-            first = policy.next_placements(np.zeros((1, self.experts.num_experts), dtype=np.int64))[0]
+            first = placer.placement_of(self.name)
             slots = ExpertSlots(
                 self.experts.expert_parameters,
                 group,
@@ -89,14 +88,17 @@ class TrackedLayer:
             self.router.update_bias(load.popularity_E)
         return True
 
-    def take_popularity(self) -> np.ndarray:
-        """[E] int64: token-choices since the last placement."""
+    def take_observation(self) -> Observation:
+        """What was trained since the last placement."""
         trained = self.experts.trained_load
         load, self._placed = trained.since(self._placed), trained.total
-        return load.popularity_E
+        return Observation(trained.placement, load.popularity_E, load.wanted_W)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size."""
+    def state_dict(self, placer: Placer | None) -> dict[str, Any]:
+        """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size.
+
+        placer: None on one rank.
+        """
         placement = self.experts.hosting.placement
         popularity_E = self._step.popularity_E if self._step else np.zeros(placement.num_experts, np.int64)
         return {
@@ -104,19 +106,23 @@ class TrackedLayer:
             "slot_to_expert": torch.from_numpy(placement.slot_to_expert_S),
             "world_size": placement.world_size,
             "num_steps": self.num_steps,
+            "placer": {k: torch.from_numpy(v) for k, v in placer.state_dict(self.name).items()} if placer else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any], config: SwiftMoEConfig) -> None:
-        """Take up the saved placement if it fits these ranks and slots, else one from the saved popularity."""
+    def load_state_dict(self, state: dict[str, Any], placer: Placer | None) -> None:
+        """Take up the saved placement if it fits these ranks and slots, else one from what was known of its loads."""
         self.num_steps = state["num_steps"]
-        if self.sharded is None:
+        if self.sharded is None or placer is None:
             return
+        if state["placer"] is None:
+            placer.expect(self.name, state["popularity"].numpy())
+        else:
+            placer.load_state_dict(self.name, {k: v.numpy() for k, v in state["placer"].items()})
         now, saved = self.sharded.placement, state["slot_to_expert"].numpy()
         if state["world_size"] == now.world_size and saved.size == now.slot_to_expert_S.size:
             placement = Placement(saved, now.num_experts, now.world_size)
         else:
-            policy = make_policy(config.placement, now.world_size, now.slots_per_rank)
-            placement = policy.next_placements(state["popularity"].numpy()[None])[0]
+            placement = placer.placement_of(self.name)
         self.sharded.slots.placement = placement
         self.sharded.stale = True
 
@@ -127,6 +133,7 @@ def track_layers(
     config: SwiftMoEConfig,
     device: torch.device,
     known: list[TrackedLayer],
+    placers: Placers | None,
 ) -> list[TrackedLayer]:
     """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective."""
     router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
@@ -138,8 +145,8 @@ def track_layers(
             tracked.append(t)
     for index, t in enumerate(tracked):
         t.index = index
-        if group is not None:
-            t.shard(group, config, device)
+        if group is not None and placers is not None:
+            t.shard(group, config, device, placers.of(t.experts.num_experts))
             assert t.sharded is not None
             t.sharded.index = index
     materialise_dense(module, device)

@@ -21,34 +21,39 @@ class ExpertLoad:
     """Token-choices of all ranks: the same numbers on every rank.
 
     counts_WE: [W, E] int64, token-choices of each rank's tokens for each expert.
-    load_W: [W] int64, token-choices that each rank computed.
-    num_dropped_tokens: token-choices over capacity.
+    wanted_W: [W] int64, token-choices that went to each rank.
+    load_W: [W] int64, those of them that it computed; the others were over capacity.
+    budget: token-choices that a rank (or a slot) might have computed; 0 without a capacity.
     """
 
     counts_WE: np.ndarray
+    wanted_W: np.ndarray
     load_W: np.ndarray
-    num_dropped_tokens: int
+    budget: int
 
     @staticmethod
     def zero(num_experts: int, world_size: int) -> ExpertLoad:
-        return ExpertLoad(np.zeros((world_size, num_experts), np.int64), np.zeros(world_size, np.int64), 0)
+        zero_W = np.zeros(world_size, np.int64)
+        return ExpertLoad(np.zeros((world_size, num_experts), np.int64), zero_W, zero_W, 0)
 
     @staticmethod
     def of(counts_WE: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
-        return ExpertLoad(counts_WE, plan.load_W, plan.num_dropped_tokens)
+        return ExpertLoad(counts_WE, plan.wanted_W, plan.load_W, plan.budget)
 
     def __add__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
             self.counts_WE + other.counts_WE,
+            self.wanted_W + other.wanted_W,
             self.load_W + other.load_W,
-            self.num_dropped_tokens + other.num_dropped_tokens,
+            self.budget + other.budget,
         )
 
     def __sub__(self, other: ExpertLoad) -> ExpertLoad:
         return ExpertLoad(
             self.counts_WE - other.counts_WE,
+            self.wanted_W - other.wanted_W,
             self.load_W - other.load_W,
-            self.num_dropped_tokens - other.num_dropped_tokens,
+            self.budget - other.budget,
         )
 
     @cached_property
@@ -60,6 +65,11 @@ class ExpertLoad:
     def num_choices(self) -> int:
         """Token-choices routed."""
         return int(self.popularity_E.sum())
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        """Token-choices over capacity."""
+        return int(self.wanted_W.sum() - self.load_W.sum())
 
     @property
     def imbalance(self) -> float:

@@ -54,6 +54,6 @@ class LoadReader:
             if load.num_choices:
                 before, now = self._placements[name], trained.placement
                 moved = before.num_moved(now) if before.world_size == now.world_size else 0
-                found[name] = LayerLoad(load.counts_WE, load.load_W, load.num_dropped_tokens, now, moved)
+                found[name] = LayerLoad(load.counts_WE, load.wanted_W, load.load_W, load.budget, now, moved)
             self._seen[name], self._placements[name] = trained.total, trained.placement
         return found

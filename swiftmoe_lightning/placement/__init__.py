@@ -2,13 +2,14 @@
 
 from swiftmoe_lightning.placement.balanced import BalancedPolicy
 from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.placer import Observation, Placer
 from swiftmoe_lightning.placement.policies import (
     PackedPolicy,
     StaticPolicy,
     SymiPolicy,
     make_policy,
 )
-from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
+from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     TransferPlan,
@@ -22,14 +23,15 @@ __all__ = [
     "BalancedPolicy",
     "Capacity",
     "DispatchPlan",
+    "Observation",
     "PackedPolicy",
     "Placement",
     "PlacementPolicy",
+    "Placer",
     "RankPlan",
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
-    "check_placements",
     "make_policy",
     "peer_runs",
     "plan_collection",

@@ -1,7 +1,7 @@
 """The fewest hosts that carry the load and its movement: a chain, and spare hosts across it.
 
-L layers, E experts, W ranks, s slots of a rank, D hosted (rank, expert) pairs, X spare hosts. Loads are in budgets: 1 is
-the mean load of a rank.
+L layers, E experts, W ranks, s slots of a rank, D hosted (rank, expert) pairs, X spare hosts. Loads are in budgets: 1
+is the mean load of a rank.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from typing_extensions import override
 
+from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
-# How far popularity moves from step to step, where nothing has been seen yet: var(load) / load, in budgets.
-DEFAULT_SPREAD: Final = 0.2
 # An expert gets one host for every budget that its load may come to in three standard deviations.
 _DEVIATIONS: Final = 3.0
 # What an expert without tokens counts as where its deviation is estimated: cold ones become hot, too.
@@ -37,28 +37,27 @@ class BalancedPolicy(PlacementPolicy):
     ranks_per_node: neighbours on the chain are put on different nodes, so that an expert's hosts are near all tokens.
     """
 
+    is_guarded = True
+
     def __init__(self, world_size: int, slots_per_rank: int, ranks_per_node: int = 1) -> None:
         super().__init__(world_size, slots_per_rank)
         # Position on the chain -> rank: first the first rank of every node, then the second, ...
         ranks = np.arange(world_size)
         self._rank_of_position = np.lexsort((ranks // ranks_per_node, ranks % ranks_per_node))
 
-    def next_placements(self, popularity_LE: np.ndarray, spread_L: np.ndarray | None = None) -> list[Placement]:
-        """One `Placement` a layer.
+    @override
+    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+        return self.place(Forecast.of(popularity_LE))
 
-        popularity_LE: [L, E] token-choices expected of the next step. spread_L: [L] float, how far loads move:
-            var(load) / load, in mean loads of a rank (see `Forecaster`); None takes 0.2.
-        """
-        popularity_LE = np.asarray(popularity_LE, dtype=np.float64)
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        popularity_LE = np.asarray(forecast.popularity_LE, dtype=np.float64)
         check_slots(popularity_LE.shape[1], self.num_slots)
-        num_layers, num_experts = popularity_LE.shape
-        spread_L = np.full(num_layers, DEFAULT_SPREAD) if spread_L is None else spread_L
-        empty_L1 = popularity_LE.sum(1, keepdims=True) == 0
-        popularity_LE = np.where(empty_L1, 1.0, popularity_LE)
+        popularity_LE = np.where(popularity_LE.sum(1, keepdims=True) == 0, 1.0, popularity_LE)
         load_LE = popularity_LE * (self.world_size / popularity_LE.sum(1, keepdims=True))
-        upper_LE = load_LE + _DEVIATIONS * np.sqrt(spread_L[:, None] * (load_LE + _COLD))
+        upper_LE = load_LE + _DEVIATIONS * np.sqrt(forecast.spread_L[:, None] * (load_LE + _COLD))
         tables_LS = [self._table(load_E, upper_E) for load_E, upper_E in zip(load_LE, upper_LE, strict=True)]
-        return self.placements_of(tables_LS, num_experts)
+        return self.placements_of(tables_LS, popularity_LE.shape[1])
 
     def _table(self, load_E: np.ndarray, upper_E: np.ndarray) -> np.ndarray:
         """[S] int64, the expert in every slot. Slots that are not needed repeat an expert of their rank."""
@@ -112,7 +111,9 @@ def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Hos
     offset_D = np.arange(num_H.sum()) - np.repeat(np.cumsum(num_H) - num_H, num_H)
     rank_D = np.repeat(first_H, num_H) + offset_D
     start_W = stop_W - room_W
-    cut_D = np.minimum(np.repeat(stop_H, num_H), stop_W[rank_D]) - np.maximum(np.repeat(start_H, num_H), start_W[rank_D])
+    cut_D = np.minimum(np.repeat(stop_H, num_H), stop_W[rank_D]) - np.maximum(
+        np.repeat(start_H, num_H), start_W[rank_D]
+    )
     keep_D = (cut_D > _TINY) | (np.repeat(num_H, num_H) == 1)
     hosts = HostList(
         np.r_[whole_rank, rank_D[keep_D]],

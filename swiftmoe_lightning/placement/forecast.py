@@ -1,14 +1,15 @@
-"""What the next step will bring, from the steps so far. L layers, E experts, W ranks."""
+"""What a layer's next step will bring, from its steps so far. E experts, W ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from swiftmoe_lightning.placement.balanced import DEFAULT_SPREAD
-
+# var(load) / load, in mean loads of a rank, where nothing has been seen yet.
+DEFAULT_SPREAD: Final = 0.2
 # The past fades by this much a step in the estimate of the spread; the guess before any step counts as this many.
 _FADE: Final = 0.9
 _GUESS_STEPS: Final = 5.0
@@ -16,13 +17,19 @@ _GUESS_STEPS: Final = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """popularity_LE: [L, E] float, token-choices expected of the next step.
+    """What is expected of the next step in L layers.
 
-    spread_L: [L] float, how far experts' loads may be from it: var(load) / load, in mean loads of a rank.
+    popularity_LE: [L, E] float, token-choices.
+    spread_L: [L] float, how far loads may be from it: var(load) / load, in mean loads of a rank.
     """
 
     popularity_LE: np.ndarray
     spread_L: np.ndarray
+
+    @classmethod
+    def of(cls, popularity_LE: np.ndarray) -> Forecast:
+        """These loads, with the default spread."""
+        return cls(popularity_LE, np.full(len(popularity_LE), DEFAULT_SPREAD))
 
 
 class Forecaster:
@@ -33,40 +40,38 @@ class Forecaster:
     On traces recorded step by step the last step alone was as good as any average or better, so it is the default.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, world_size: int, decay: float = 0.0) -> None:
-        self._world_size, self._decay = world_size, decay
-        self._expected_LE = np.zeros((num_layers, num_experts))
-        self._error_L = np.full(num_layers, _GUESS_STEPS * DEFAULT_SPREAD)
-        self._weight_L = np.full(num_layers, _GUESS_STEPS)
+    def __init__(self, num_experts: int, decay: float = 0.0) -> None:
+        self._decay = decay
+        self.expected_E = np.zeros(num_experts)
+        # Sum of squared errors over loads, its weight, and the weight of the guess: all fade alike.
+        self._error, self._weight, self._guess = 0.0, 0.0, _GUESS_STEPS
 
-    def update(self, popularity_LE: np.ndarray, layers: np.ndarray) -> Forecast:
-        """Take in a step of some layers, and say what comes next for them.
-
-        popularity_LE: [n, E] token-choices. layers: [n] int64, their indices. Layers without any tokens keep their
-        expectation.
-        """
-        expected_LE = self._expected_LE[layers]
-        total_L = popularity_LE.sum(1)
-        known_L = (expected_LE.sum(1) > 0) & (total_L > 0)
+    def update(self, popularity_E: np.ndarray) -> None:
+        """Take in a step: [E] token-choices. One without any changes nothing."""
+        total = popularity_E.sum()
+        if total == 0:
+            return
+        before = self.expected_E.sum()
+        if before == 0:
+            self.expected_E = popularity_E.astype(np.float64)
+            return
         # Batches may grow: it is the shares that move.
-        expected_LE = expected_LE * (total_L / np.maximum(expected_LE.sum(1), 1))[:, None]
-        mean_L = np.maximum(total_L, 1) / self._world_size
-        gap_L = ((popularity_LE - expected_LE) ** 2).sum(1) / np.maximum(2 * total_L, 1) / mean_L
-        self._error_L[layers] = np.where(known_L, _FADE * self._error_L[layers] + gap_L, self._error_L[layers])
-        self._weight_L[layers] = np.where(known_L, _FADE * self._weight_L[layers] + 1, self._weight_L[layers])
-        decay_L1 = np.where(known_L, self._decay, 0.0)[:, None]
-        next_LE = np.where(total_L[:, None] > 0, (1 - decay_L1) * popularity_LE + decay_L1 * expected_LE, expected_LE)
-        self._expected_LE[layers] = next_LE
-        return Forecast(next_LE, self._error_L[layers] / self._weight_L[layers])
+        expected_E = self.expected_E * (total / before)
+        # Half, for both steps deviate from what is between them.
+        error = ((popularity_E - expected_E) ** 2).sum() / (2 * float(total) ** 2)
+        self._error, self._weight = _FADE * self._error + error, _FADE * self._weight + 1
+        self._guess *= _FADE
+        self.expected_E = (1 - self._decay) * popularity_E + self._decay * expected_E
 
-    def state(self, layer: int) -> dict[str, np.ndarray]:
-        """One layer's memory, to be saved."""
-        return {
-            "expected": self._expected_LE[layer],
-            "error": np.array([self._error_L[layer], self._weight_L[layer]]),
-        }
+    def spread(self, world_size: int) -> float:
+        """var(load) / load in mean loads of one of `world_size` ranks, about the expected loads."""
+        return (self._guess * DEFAULT_SPREAD + world_size * self._error) / (self._guess + self._weight)
 
-    def load_state(self, layer: int, state: dict[str, np.ndarray]) -> None:
-        """Take up what `state` gave."""
-        self._expected_LE[layer] = state["expected"]
-        self._error_L[layer], self._weight_L[layer] = state["error"]
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """To be saved; knows nothing of ranks."""
+        return {"expected": self.expected_E, "movement": np.array([self._error, self._weight, self._guess])}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state` was saved."""
+        self.expected_E = np.array(state["expected"], dtype=np.float64)
+        self._error, self._weight, self._guess = map(float, state["movement"])

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from swiftmoe_lightning.placement.replication import uniform_replica_counts
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -42,6 +44,12 @@ class Placement:
         if not self.replica_counts_E.all():
             missing = np.flatnonzero(self.replica_counts_E == 0).tolist()
             raise ValueError(f"experts {missing} have no slot. Every expert needs at least one replica.")
+
+    @classmethod
+    def uniform(cls, num_experts: int, world_size: int, slots_per_rank: int) -> Placement:
+        """The same number of replicas for every expert (or one more, for the first ones), laid out expert by expert."""
+        counts_E = uniform_replica_counts(num_experts, world_size * slots_per_rank)
+        return cls(np.repeat(np.arange(num_experts), counts_E), num_experts, world_size)
 
     @property
     def slots_per_rank(self) -> int:

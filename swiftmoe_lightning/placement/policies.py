@@ -16,7 +16,6 @@ from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import (
     minmax_replica_counts,
     symi_replica_counts,
-    uniform_replica_counts,
 )
 
 
@@ -25,8 +24,7 @@ class StaticPolicy(PlacementPolicy):
 
     def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
         num_layers, num_experts = popularity_LE.shape
-        counts_E = uniform_replica_counts(num_experts, self.num_slots)
-        return self.placements_of([np.repeat(np.arange(num_experts), counts_E)], num_experts) * num_layers
+        return [Placement.uniform(num_experts, self.world_size, self.slots_per_rank)] * num_layers
 
 
 class SymiPolicy(PlacementPolicy):
@@ -44,6 +42,8 @@ class PackedPolicy(PlacementPolicy):
     Replicas are dealt in s rounds of W, by falling load: each round gives its heaviest replica to the rank that
     carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
     """
+
+    is_guarded = True
 
     def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
         return self.placements_of(self._slot_tables(popularity_LE), popularity_LE.shape[1])

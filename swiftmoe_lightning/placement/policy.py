@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
+from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.placement import Placement
 
 
@@ -15,6 +17,9 @@ class PlacementPolicy(ABC):
 
     world_size, slots_per_rank: W and s, fixed for a run.
     """
+
+    # Whether uniform replicas may take over where they would have done better (see `Placer`).
+    is_guarded: ClassVar[bool] = False
 
     def __init__(self, world_size: int, slots_per_rank: int) -> None:
         self.world_size = world_size
@@ -31,12 +36,18 @@ class PlacementPolicy(ABC):
         popularity_LE: [L, E] token-choices expected of the next step, all ranks; zeros are allowed.
         """
 
+    def place(self, forecast: Forecast) -> Sequence[Placement]:
+        """One `Placement` a layer, for a rule that also looks at how far loads may be from what is expected."""
+        return self.next_placements(forecast.popularity_LE)
+
     def placements_of(self, tables_LS: Sequence[np.ndarray] | np.ndarray, num_experts: int) -> list[Placement]:
         """The expert of every slot of every layer, as placements for these ranks."""
         return [Placement(table_S, num_experts, self.world_size) for table_S in tables_LS]
 
 
-def check_placements(policy: PlacementPolicy, placements: Sequence[Placement], num_layers: int, num_experts: int) -> None:
+def check_placements(
+    policy: PlacementPolicy, placements: Sequence[Placement], num_layers: int, num_experts: int
+) -> None:
     """Raise ValueError unless a policy's placements fit its ranks, its slots and the layers."""
     name = type(policy).__name__
     if len(placements) != num_layers:

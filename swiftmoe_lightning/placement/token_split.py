@@ -41,6 +41,11 @@ class Capacity:
             )
         check_choice("capacity", self.per, ("rank", "slot"))
 
+    def budget(self, num_choices: int, placement: Placement) -> int:
+        """Token-choices that one rank (or slot) computes at the most, of `num_choices` in all."""
+        parts = placement.world_size if self.per == "rank" else placement.slot_to_expert_S.size
+        return int(np.ceil(self.factor * num_choices / parts))
+
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
@@ -67,6 +72,7 @@ class DispatchPlan:
 
     share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
     budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
+    budget: token-choices that a rank (or a slot) computes at the most; 0 without a capacity.
     """
 
     def __init__(self, routes: _Routes, placement: Placement, share_D: np.ndarray, capacity: Capacity | None) -> None:
@@ -75,10 +81,11 @@ class DispatchPlan:
         self.budget_of_pair_D = placement.pair_host_D if self._pooled else np.arange(len(share_D))
         self._wanted_B = self._sum_by_budget(share_D)
         self._budget_B = self._wanted_B
+        self.budget = 0
         if capacity is not None:
-            parts = placement.world_size if self._pooled else placement.slot_to_expert_S.size
-            budget = int(np.ceil(capacity.factor * share_D.sum() / parts))
-            self._budget_B = np.full(len(self._wanted_B), budget) if self._pooled else budget * placement.pair_slots_D
+            self.budget = capacity.budget(int(share_D.sum()), placement)
+            slots_B = np.ones_like(self._wanted_B) if self._pooled else placement.pair_slots_D
+            self._budget_B = self.budget * slots_B
 
     @cached_property
     def _kept_B(self) -> np.ndarray:
@@ -88,6 +95,11 @@ class DispatchPlan:
     def num_dropped_tokens(self) -> int:
         """Token-choices over budget, all ranks."""
         return int(self._wanted_B.sum() - self._kept_B.sum())
+
+    @property
+    def wanted_W(self) -> np.ndarray:
+        """[W] int64: token-choices that go to each rank, before the cut."""
+        return self._wanted_B if self._pooled else sum_by_host(self._wanted_B, self.placement)
 
     @property
     def load_W(self) -> np.ndarray:

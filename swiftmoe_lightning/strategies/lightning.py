@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -35,8 +35,8 @@ class SwiftMoEStrategy(DDPStrategy):
 
     Dense parameters train as under DDP. Every option is JSON-able, for LightningCLI.
 
-    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split:
-        see `SwiftMoEConfig`.
+    slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
+        token_split: see `SwiftMoEConfig`.
     save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
         of one plain file. Either kind loads, whatever this is.
     ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
@@ -49,12 +49,13 @@ class SwiftMoEStrategy(DDPStrategy):
     def __init__(  # noqa: PLR0913 - public options
         self,
         slots_per_rank: int | None = None,
-        placement: str | type[PlacementPolicy] = "packed",
-        replace_every: int = 1,
+        placement: str | type[PlacementPolicy] = "balanced",
+        replace_every: int | Literal["auto"] = 1,
+        popularity_decay: float = 0.0,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
-        token_split: str = "local",
+        token_split: str = "flow",
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
     ) -> None:
@@ -62,6 +63,7 @@ class SwiftMoEStrategy(DDPStrategy):
             slots_per_rank=slots_per_rank,
             placement=placement,
             replace_every=replace_every,
+            popularity_decay=popularity_decay,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,

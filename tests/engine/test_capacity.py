@@ -41,7 +41,7 @@ def emulate(
     for rank, r in enumerate(routed):
         for expert in r.expert_ids_TK.flatten().tolist():
             counts_WE[rank, expert] += 1
-    plan = plan_dispatch(counts_WE, placement, "local", Capacity(factor, per))
+    plan = plan_dispatch(counts_WE, placement, "flow", Capacity(factor, per))
     pairs = list(zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True))
     outputs, num_dropped = [], 0
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):

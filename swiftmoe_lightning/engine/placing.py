@@ -1,0 +1,49 @@
+"""Phase 3 of a step: where every layer's experts go next. E experts."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.placement import Placement, Placer, make_policy
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.comms import ExpertGroup
+    from swiftmoe_lightning.engine.tracking import TrackedLayer
+
+_log = logging.getLogger(__name__)
+
+
+class Placers:
+    """One `Placer` for all layers of the same number of experts."""
+
+    def __init__(self, config: SwiftMoEConfig, group: ExpertGroup) -> None:
+        self._config, self._group = config, group
+        self._placers: dict[int, Placer] = {}
+
+    def of(self, num_experts: int) -> Placer:
+        """The placer of layers of E experts."""
+        if num_experts not in self._placers:
+            config, group = self._config, self._group
+            slots_per_rank = config.resolve_slots_per_rank(num_experts, group.world_size)
+            self._placers[num_experts] = Placer(
+                make_policy(config.placement, group.world_size, slots_per_rank, group.ranks_per_node),
+                num_experts,
+                decay=config.popularity_decay,
+                keeps_even=config.replace_every == "auto",
+                report=_log.warning if group.rank == 0 else None,
+            )
+        return self._placers[num_experts]
+
+    def next_placements(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
+        """Layer index -> next placement, for layers whose step has been closed. No communication."""
+        by_size: dict[int, list[TrackedLayer]] = defaultdict(list)
+        for t in tracked:
+            by_size[t.experts.num_experts].append(t)
+        placements: dict[int, Placement] = {}
+        for num_experts, layers in by_size.items():
+            found = self.of(num_experts).next_placements({t.name: t.take_observation() for t in layers})
+            placements |= {t.index: found[t.name] for t in layers}
+        return placements

@@ -1,0 +1,167 @@
+"""The placements of a run's layers, step after step: what is expected, where it goes, whether it is worth it.
+
+L layers, E experts, W ranks, s slots of a rank, S = W * s slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from swiftmoe_lightning.placement.forecast import Forecast, Forecaster
+from swiftmoe_lightning.placement.placement import Placement
+from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
+from swiftmoe_lightning.placement.shares import flow_shares
+from swiftmoe_lightning.placement.token_split import sum_by_host
+
+# The guard's memory: what a plan gained over uniform replicas counts half as much a placement later.
+_GUARD_FADE: Final = 0.5
+# It steps in only for a loss that matters, in shares of all choices, and out again as soon as there is none.
+_GUARD_LOSS: Final = 0.01
+# Loads whose largest is this near to the mean leave nothing to gain.
+_EVEN: Final = 1.02
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What a layer did since it was placed last.
+
+    placement: where its experts were. popularity_E: [E] int64 token-choices.
+    wanted_W: [W] int64 token-choices that went to each rank, before any cut at capacity.
+    """
+
+    placement: Placement
+    popularity_E: np.ndarray
+    wanted_W: np.ndarray
+
+
+class Placer:
+    """Places layers of one number of experts by a policy, with three additions that need a memory.
+
+    forecast   what the next step will bring: the last step, or a moving average (`decay`), and how far that may be off
+    guard      where a guarded policy's loads were, on balance, less even than uniform replicas' would have been,
+               the layer has uniform replicas until the policy would do better again
+    cadence    with `keeps_even`, a placement stays while its loads are even and a new one would not need fewer hosts
+
+    Deterministic: every rank that is told the same finds the same placements.
+
+    policy: the rule. num_experts: E. report: called with one line when the guard steps in or out.
+    """
+
+    def __init__(
+        self,
+        policy: PlacementPolicy,
+        num_experts: int,
+        *,
+        decay: float = 0.0,
+        keeps_even: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.policy, self.num_experts = policy, num_experts
+        self._decay, self._keeps_even, self._report = decay, keeps_even, report
+        self._layers: dict[str, _LayerMemory] = {}
+
+    def placement_of(self, name: str) -> Placement:
+        """Where a layer's experts go by what is known so far; before its first step that is nothing."""
+        memory = self._memory(name)
+        return self._uniform if memory.overruled is not None else self._planned([memory])[0]
+
+    def next_placements(self, observed: Mapping[str, Observation]) -> dict[str, Placement]:
+        """Layer name -> its placement for the next step.
+
+        Raises ValueError when the policy's placements do not fit.
+        """
+        memories = [self._memory(name) for name in observed]
+        for memory, observation in zip(memories, observed.values(), strict=True):
+            memory.forecaster.update(observation.popularity_E)
+        found = {}
+        planned = self._planned(memories)
+        for (name, observation), memory, chosen in zip(observed.items(), memories, planned, strict=True):
+            if self._keeps_even and self._may_stay(observation, chosen):
+                chosen = observation.placement
+            if self.policy.is_guarded:
+                chosen = self._guarded(name, memory, observation, chosen)
+            found[name] = chosen
+        return found
+
+    def expect(self, name: str, popularity_E: np.ndarray) -> None:
+        """Say what a layer got in a step that no placement of ours served: [E] token-choices."""
+        self._memory(name).forecaster.update(popularity_E)
+
+    def state_dict(self, name: str) -> dict[str, np.ndarray]:
+        """What is remembered of a layer, to be saved."""
+        memory = self._memory(name)
+        guard = np.array([memory.gain, memory.overruled is not None])
+        return {**memory.forecaster.state_dict(), "guard": guard}
+
+    def load_state_dict(self, name: str, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state` was saved, maybe at another number of ranks."""
+        memory = self._memory(name)
+        memory.forecaster.load_state_dict(state)
+        memory.gain, is_overruled = map(float, state["guard"])
+        memory.overruled = self._planned([memory])[0] if is_overruled else None
+
+    @cached_property
+    def _uniform(self) -> Placement:
+        return Placement.uniform(self.num_experts, self.policy.world_size, self.policy.slots_per_rank)
+
+    def _memory(self, name: str) -> _LayerMemory:
+        return self._layers.setdefault(name, _LayerMemory(Forecaster(self.num_experts, self._decay)))
+
+    def _planned(self, memories: Sequence[_LayerMemory]) -> Sequence[Placement]:
+        expected_LE = np.stack([memory.forecaster.expected_E for memory in memories])
+        spread_L = np.array([memory.forecaster.spread(self.policy.world_size) for memory in memories])
+        placements = self.policy.place(Forecast(expected_LE, spread_L))
+        check_placements(self.policy, placements, len(memories), self.num_experts)
+        return placements
+
+    @staticmethod
+    def _may_stay(observation: Observation, planned: Placement) -> bool:
+        is_even = observation.wanted_W.max() <= _EVEN * observation.wanted_W.mean()
+        return bool(is_even) and len(observation.placement.pair_host_D) <= len(planned.pair_host_D)
+
+    def _guarded(self, name: str, memory: _LayerMemory, observation: Observation, planned: Placement) -> Placement:
+        if memory.overruled is None:
+            wanted_W = observation.wanted_W
+        else:
+            # What the plan that was not followed would have done.
+            wanted_W = sum_by_host(flow_shares(observation.popularity_E, memory.overruled), memory.overruled)
+        memory.gain *= _GUARD_FADE
+        memory.gain += excess(even_slot_loads(observation.popularity_E, self._uniform)) - excess(wanted_W)
+        was_overruled = memory.overruled is not None
+        is_overruled = memory.gain < (0 if was_overruled else -_GUARD_LOSS)
+        memory.overruled = planned if is_overruled else None
+        if self._report is not None and is_overruled != was_overruled:
+            self._report(
+                f"{name}: popularity moves so fast that placements by it did worse than uniform replicas; uniform "
+                "replicas take over until that changes."
+                if is_overruled
+                else f"{name}: placements by popularity take over again."
+            )
+        return self._uniform if is_overruled else planned
+
+
+@dataclass(eq=False)
+class _LayerMemory:
+    """gain: by how much placements were more even than uniform ones, in shares of all choices, fading.
+    overruled: the plan that uniform replicas stand in for, if they do."""
+
+    forecaster: Forecaster
+    gain: float = 0.0
+    overruled: Placement | None = None
+
+
+def even_slot_loads(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
+    """[W] float: loads of the ranks when every slot of an expert takes an equal part."""
+    share_S = (popularity_E / placement.replica_counts_E)[placement.slot_to_expert_S]
+    return share_S.reshape(placement.world_size, -1).sum(1)
+
+
+def excess(load_W: np.ndarray) -> float:
+    """Share of all choices that lies above the mean load of a rank: what a capacity factor of 1 would drop."""
+    total = load_W.sum()
+    return float(np.maximum(load_W - total / len(load_W), 0).sum() / total) if total else 0.0

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+
+from swiftmoe_lightning import Placement, PlacementPolicy
+from swiftmoe_lightning.placement import Observation, Placer, make_policy, plan_dispatch
+from swiftmoe_lightning.placement.placer import even_slot_loads, excess
+
+W, S, E = 4, 3, 6
+
+
+def observe(popularity, placement):
+    """What a layer would have done with these token-choices."""
+    counts_WE = np.zeros((W, E), dtype=np.int64)
+    counts_WE[0] = popularity
+    return Observation(placement, np.array(popularity), plan_dispatch(counts_WE, placement).wanted_W)
+
+
+def run(placer, steps, name="layer"):
+    """Placement after each step."""
+    found = [placer.placement_of(name)]
+    for popularity in steps:
+        found.append(placer.next_placements({name: observe(popularity, found[-1])})[name])
+    return found[1:]
+
+
+def placer(policy="balanced", **options):
+    return Placer(make_policy(policy, W, S) if isinstance(policy, str) else policy, E, **options)
+
+
+def test_before_any_step_experts_are_where_the_policy_puts_equal_loads():
+    assert placer("packed").placement_of("layer") == make_policy("packed", W, S).next_placements(np.zeros((1, E)))[0]
+
+
+@pytest.mark.parametrize("policy", ["packed", "symi", "static"])
+def test_the_next_placement_is_the_policys_for_the_last_popularity(policy):
+    steps = [[9, 7, 5, 3, 2, 1], [1, 2, 3, 5, 7, 9]]
+    expected = [make_policy(policy, W, S).next_placements(np.array([step]))[0] for step in steps]
+    assert run(placer(policy), steps) == expected
+
+
+def test_balanced_uses_more_hosts_where_loads_have_moved():
+    steady = run(placer(), [[40, 20, 20, 10, 5, 5]] * 30)[-1]
+    jumping = run(placer(), [[40, 20, 20, 10, 5, 5], [5, 5, 10, 20, 20, 40]] * 15 + [[40, 20, 20, 10, 5, 5]])[-1]
+    assert len(steady.pair_host_D) < len(jumping.pair_host_D)
+
+
+def test_layers_do_not_touch_each_other():
+    steps_a, steps_b = [[9, 7, 5, 3, 2, 1]] * 3, [[1, 1, 1, 1, 1, 50]] * 3
+    alone = [run(placer(), steps_a), run(placer(), steps_b)]
+    both = placer()
+    a = b = both.placement_of("a")
+    for i, (step_a, step_b) in enumerate(zip(steps_a, steps_b, strict=True)):
+        found = both.next_placements({"a": observe(step_a, a), "b": observe(step_b, b)})
+        a, b = found["a"], found["b"]
+        assert [a, b] == [alone[0][i], alone[1][i]]
+
+
+class WrongPolicy(PlacementPolicy):
+    """Has all its replicas where the tokens were not."""
+
+    is_guarded = True
+
+    def next_placements(self, popularity_LE):
+        coldest_L = np.argmin(popularity_LE, axis=1)
+        return self.placements_of([np.r_[np.arange(E), [coldest] * 6] for coldest in coldest_L], E)
+
+
+HOT = [[100 if e == hot else 1 for e in range(E)] for hot in range(E)]
+
+
+def test_uniform_replicas_take_over_where_they_would_have_done_better_and_the_log_says_so():
+    said = []
+    found = run(placer(WrongPolicy(W, S), report=said.append), [HOT[1]] * 3)
+    uniform = Placement.uniform(E, W, S)
+    assert found == [uniform] * 3
+    assert len(said) == 1
+    assert said[0].startswith("layer: popularity moves so fast")
+
+
+class LateWisePolicy(PlacementPolicy):
+    """Wrong for its first plans, then as good as `packed`."""
+
+    is_guarded = True
+    num_wrong = 3
+
+    def next_placements(self, popularity_LE):
+        self.num_wrong -= 1
+        rule = WrongPolicy(W, S) if self.num_wrong >= 0 else make_policy("packed", W, S)
+        return rule.next_placements(popularity_LE)
+
+
+def test_the_policy_takes_over_again_once_its_plans_would_have_done_better():
+    said = []
+    found = run(placer(LateWisePolicy(W, S), report=said.append), [HOT[1]] * 8)
+    packed = make_policy("packed", W, S).next_placements(np.array([HOT[1]]))[0]
+    assert found[0] == Placement.uniform(E, W, S)
+    assert found[-1] == packed
+    assert len(said) == 2
+    assert said[1] == "layer: placements by popularity take over again."
+
+
+def test_one_bad_step_after_many_good_ones_does_not_call_the_guard():
+    steps = [HOT[0]] * 10 + [[1, 100, 1, 1, 1, 1]] * 2
+    said = []
+    run(placer(report=said.append), steps)
+    assert said == []
+
+
+def test_a_policy_that_asks_for_no_guard_is_left_alone():
+    unguarded = type("Unguarded", (WrongPolicy,), {"is_guarded": False})(W, S)
+    assert run(placer(unguarded), [HOT[0]] * 3) == list(unguarded.next_placements(np.array([HOT[0]] * 3)))
+
+
+def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
+    steps = [[30, 20, 20, 10, 10, 10]] * 4 + [[10, 10, 10, 20, 20, 30]] * 2
+    moving = run(placer("packed"), steps)
+    staying = run(placer("packed", keeps_even=True), steps)
+    assert moving[4] != moving[3]
+    # The first placement, for equal loads, is not even enough for the first step; the second one is for the next.
+    assert staying[1] == staying[2] == staying[3] == moving[0]
+    assert staying[4] != staying[3]
+
+
+def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
+    even = [10, 10, 10, 10, 10, 10]
+    layer = placer(keeps_even=True)
+    (everywhere,) = make_policy("packed", W, S).next_placements(np.array([even]))
+    found = layer.next_placements({"layer": observe(even, everywhere)})["layer"]
+    for _ in range(40):
+        found = layer.next_placements({"layer": observe(even, found)})["layer"]
+    assert len(found.pair_host_D) <= len(everywhere.pair_host_D)
+    assert found == layer.next_placements({"layer": observe(even, found)})["layer"]
+
+
+@pytest.mark.parametrize("policy", ["balanced", WrongPolicy(W, S)])
+def test_a_restored_placer_goes_on_as_the_first_would_have(policy):
+    first, second = placer(policy), placer(policy)
+    last = run(first, [HOT[0], HOT[1], HOT[1]])[-1]
+    second.load_state_dict("layer", first.state_dict("layer"))
+    assert second.placement_of("layer") == first.placement_of("layer")
+    for step in (HOT[2], HOT[2]):
+        one, other = (p.next_placements({"layer": observe(step, last)})["layer"] for p in (first, second))
+        assert one == other
+        last = one
+
+
+def test_a_policy_that_forgets_a_layer_is_told_so():
+    forgetful = type("Forgetful", (PlacementPolicy,), {"next_placements": lambda self, popularity_LE: []})(W, S)
+    with pytest.raises(ValueError, match=r"Forgetful.next_placements gave 0 placements for 1 layers"):
+        placer(forgetful).placement_of("layer")
+
+
+def test_even_parts_a_slot_are_added_up_by_rank():
+    placement = Placement([0, 0, 0, 1], 2, 2)
+    assert even_slot_loads(np.array([30, 5]), placement).tolist() == [20, 15]
+
+
+def test_excess_is_the_share_above_the_mean():
+    assert excess(np.array([30, 10, 10, 10])) == pytest.approx(15 / 60)
+    assert excess(np.array([0, 0])) == 0.0
