@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
+from swiftmoe_lightning.placement import CAUSES
 
 _TOTALS: Final = (
     "imbalance",
@@ -22,6 +23,7 @@ _TOTALS: Final = (
     "num_dropped_tokens",
     "num_replicas_moved",
 )
+_NUM_ALWAYS: Final = len(_TOTALS) + len(CAUSES)
 
 
 class ExpertPopularityMonitor(Callback):
@@ -36,6 +38,10 @@ class ExpertPopularityMonitor(Callback):
     `moe/num_dropped_tokens`            token-choices over capacity, sum over layers and steps
     `moe/num_replicas_moved`            (rank, expert) pairs that became hosts, sum over layers and steps
     `moe/<layer>/...`                   the same five, of one layer
+    `moe/lost/<cause>`                  what the last of these steps lost to each cause, mean over layers: in a layer
+                                        with a capacity the share of token-choices dropped, else imbalance. Causes
+                                        are `split`, `placement`, `prediction`, `floor` (of one replica an expert) and
+                                        `rounding` (replicas are whole); see `Certificate`
     `moe/<layer>/popularity/<expert>`   share of the layer's token-choices, 0..1; balanced is 1/E
     `moe/<layer>/replicas/<expert>`     slots of the expert in the last of these steps
 
@@ -45,12 +51,12 @@ class ExpertPopularityMonitor(Callback):
     max_keys: logs no more keys than this. Left out first, layer by layer from the last one, are the keys of single
         experts, then those of layers.
 
-    Raises ValueError for max_keys below 5.
+    Raises ValueError for max_keys below 10.
     """
 
     def __init__(self, max_keys: int = 500) -> None:
-        if max_keys < len(_TOTALS):
-            raise ValueError(f"max_keys must be {len(_TOTALS)} or more, got {max_keys!r}.")
+        if max_keys < _NUM_ALWAYS:
+            raise ValueError(f"max_keys must be {_NUM_ALWAYS} or more, got {max_keys!r}.")
         self.max_keys = max_keys
         self._reader: LoadReader | None = None
         self._window = _Window([], [])
@@ -61,8 +67,9 @@ class ExpertPopularityMonitor(Callback):
         self._reader = LoadReader(pl_module)
         self._step = trainer.global_step
         sizes = self._reader.num_experts
-        layers = list(sizes)[: self.max_keys // len(_TOTALS) - 1]
-        room = self.max_keys - len(_TOTALS) * (1 + len(layers))
+        room = self.max_keys - _NUM_ALWAYS
+        layers = list(sizes)[: room // len(_TOTALS)]
+        room -= len(_TOTALS) * len(layers)
         detailed = []
         for name in layers:
             if (room := room - 2 * sizes[name]) < 0:
@@ -133,6 +140,8 @@ class _Window:
         """Key -> value since the last call."""
         loads, self._loads = self._loads, defaultdict(list)
         values = {f"moe/{k}": v for k, v in _totals(chain.from_iterable(loads.values())).items()}
+        if losses := [found[-1].certificate.losses for found in loads.values() if found]:
+            values |= {f"moe/lost/{cause}": float(np.mean([each[cause] for each in losses])) for cause in CAUSES}
         for name in self._layers:
             values |= {f"moe/{name}/{k}": v for k, v in _totals(loads[name]).items()}
         for name in self._detailed:

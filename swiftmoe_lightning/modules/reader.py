@@ -9,7 +9,7 @@ from torch import nn
 
 from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.load import ExpertLoad
-from swiftmoe_lightning.placement import Placement
+from swiftmoe_lightning.placement import Capacity, Certificate, Placement, certify_drops, certify_imbalance
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,15 +18,27 @@ class LayerLoad(ExpertLoad):
 
     placement: where the experts were in the last step.
     num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
+    capacity: the layer's; None is dropless.
     """
 
     placement: Placement
     num_moved: int
+    capacity: Capacity | None
 
     @property
     def replica_counts_E(self) -> np.ndarray:
         """[E] int64: slots of each expert in the last step."""
         return self.placement.replica_counts_E
+
+    @property
+    def certificate(self) -> Certificate:
+        """The least that could have been lost, and what the rest was lost to: drops with a capacity, imbalance without.
+
+        For reads of one step; over several it asks for one placement to fit them all.
+        """
+        if self.capacity is None:
+            return certify_imbalance(self.popularity_E, self.placement, self.wanted_W)
+        return certify_drops(self.popularity_E, self.placement, self.num_dropped_tokens, self.budget, self.capacity.per)
 
 
 class LoadReader:
@@ -54,6 +66,8 @@ class LoadReader:
             if load.num_choices:
                 before, now = self._placements[name], trained.placement
                 moved = before.num_moved(now) if before.world_size == now.world_size else 0
-                found[name] = LayerLoad(load.counts_WE, load.wanted_W, load.load_W, load.budget, now, moved)
+                found[name] = LayerLoad(
+                    load.counts_WE, load.wanted_W, load.load_W, load.budget, now, moved, experts.capacity
+                )
             self._seen[name], self._placements[name] = trained.total, trained.placement
         return found

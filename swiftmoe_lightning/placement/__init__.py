@@ -1,6 +1,7 @@
 """Pure maths of where experts live and which tokens go where. No torch, no processes."""
 
 from swiftmoe_lightning.placement.balanced import BalancedPolicy
+from swiftmoe_lightning.placement.certificate import CAUSES, Certificate, certify_drops, certify_imbalance
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import Observation, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -20,8 +21,10 @@ from swiftmoe_lightning.placement.transfer import (
 )
 
 __all__ = [
+    "CAUSES",
     "BalancedPolicy",
     "Capacity",
+    "Certificate",
     "DispatchPlan",
     "Observation",
     "PackedPolicy",
@@ -32,6 +35,8 @@ __all__ = [
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "certify_drops",
+    "certify_imbalance",
     "make_policy",
     "peer_runs",
     "plan_collection",

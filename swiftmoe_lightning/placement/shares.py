@@ -31,6 +31,13 @@ def flow_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     load is shared in proportion to its hosts' weights, and the weights of busy ranks fall until all are equally busy,
     or as near to it as can be.
     """
+    weight_W = scaling_weights(load_E, placement)
+    return _cut_at_whole_tokens(load_E, weight_W[placement.pair_host_D[placement.by_expert_D]], placement)
+
+
+def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
+    """[W] float: weights of the ranks that make their loads as even as can be; the lower, the busier a rank is bound
+    to be."""
     host_D, expert_D, by_expert_D = placement.pair_host_D, placement.pair_expert_D, placement.by_expert_D
     first_E = placement.first_pair_E
     first_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
@@ -45,7 +52,7 @@ def flow_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         weight_W *= (mean / np.maximum(load_W, 1e-9 * mean)) ** exponent
         # Where loads cannot be even, weights would run off to 0 and infinity.
         np.clip(weight_W, 1e-12, 1e12, out=weight_W)
-    return _cut_at_whole_tokens(load_E, weight_W[host_by_expert_D], placement)
+    return weight_W
 
 
 def _cut_at_whole_tokens(load_E: np.ndarray, part_D: np.ndarray, placement: Placement) -> np.ndarray:

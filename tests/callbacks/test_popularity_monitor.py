@@ -63,7 +63,8 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
     assert steps == 2 * NUM_BATCHES == 8
     totals = ["imbalance", "imbalance_max", "token_survival_rate", "num_dropped_tokens", "num_replicas_moved"]
     experts = [f"moe.experts/{column}/{e}" for column in ("popularity", "replicas") for e in range(5)]
-    expected_keys = [*totals, *(f"moe.experts/{key}" for key in totals), *experts]
+    lost = [f"lost/{cause}" for cause in ("split", "placement", "prediction", "floor", "rounding")]
+    expected_keys = [*totals, *lost, *(f"moe.experts/{key}" for key in totals), *experts]
     assert sorted(logged) == sorted(f"moe/{key}" for key in expected_keys)
     assert all(sorted(by_step) == [3, 6, 8] for by_step in logged.values())
 
@@ -79,6 +80,7 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
         # 2 ranks of 4 slots: max(ceil(1.25 * 5 / 2), ceil(5 / 2) + 1).
         assert sum(logged[f"moe/moe.experts/replicas/{e}"][step] for e in range(5)) == 8
         assert 1 <= logged["moe/imbalance"][step] <= logged["moe/imbalance_max"][step] <= 2
+        assert all(0 <= logged[f"moe/{key}"][step] < 1 for key in lost)
     assert found["callback_metrics"].keys() == {f"moe/{key}" for key in totals}
 
 
@@ -97,14 +99,14 @@ def test_accumulated_batches_count_as_one_step() -> None:
 
 
 def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> None:
-    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 1 of the 1 MoE layers.*max_keys=19"):
-        run(1, "auto", max_keys=19, log_every_n_steps=1)
-    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=9"):
-        run(1, "auto", max_keys=9, log_every_n_steps=1)
-    (found,) = run(1, "auto", max_keys=20, log_every_n_steps=1)
-    assert len(found["logged"]) == 20
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 1 of the 1 MoE layers.*max_keys=24"):
+        run(1, "auto", max_keys=24, log_every_n_steps=1)
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=14"):
+        run(1, "auto", max_keys=14, log_every_n_steps=1)
+    (found,) = run(1, "auto", max_keys=25, log_every_n_steps=1)
+    assert len(found["logged"]) == 25
 
 
 def test_too_few_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_keys must be 5 or more, got 4"):
-        sml.ExpertPopularityMonitor(4)
+    with pytest.raises(ValueError, match="max_keys must be 10 or more, got 9"):
+        sml.ExpertPopularityMonitor(9)
