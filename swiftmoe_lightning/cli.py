@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +61,7 @@ def train(  # noqa: PLR0913 - options
     # Here, not above: neither `--help` nor a mistyped option needs it.
     from swiftmoe_lightning.demo.run import Demo
 
-    try:
+    with _clear_errors("train"):
         options = DemoOptions(
             strategy=strategy.value,
             data=data,
@@ -79,10 +82,125 @@ def train(  # noqa: PLR0913 - options
             out=out,
         )
         demo = Demo(options)
-    except (ValueError, OSError) as error:
-        typer.echo(f"swiftmoe train: {error}", err=True)
-        raise typer.Exit(2) from None
     demo.run()
+
+
+_Trace = Annotated[
+    Path,
+    typer.Argument(help="What PlacementRecorder wrote (.npz, .parquet), or a router trace of Megatron-Core (.jsonl)."),
+]
+_Ranks = Annotated[int | None, _option("Ranks to plan for.  [default: the trace's own]", 1)]
+_Slots = Annotated[int | None, _option("Slots of a rank.  [default: the trace's own]", 1)]
+_Factor = Annotated[
+    float | None, _option("Token budget over the mean load. Without it nothing is dropped, or what the run had.", 0)
+]
+_Budget = Annotated[str | None, _option("What has a budget: rank or slot.  [default: each policy's own]")]
+_Lag = Annotated[int, _option("Rows between the step that a plan is made from and the one it serves.", 0)]
+_Policies = Annotated[str, _option("Policies, with commas between; 'all' takes every one.")]
+_Bytes = Annotated[int, _option("Bytes of one expert's weights; its gradient has as many.", 1)]
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - options
+    trace: _Trace,
+    ranks: _Ranks = None,
+    slots: _Slots = None,
+    capacity_factor: _Factor = None,
+    capacity: _Budget = None,
+    policies: _Policies = "balanced,packed,symi,static",
+    lag: _Lag = 1,
+    replace_every: Annotated[str, _option("Steps between two placements, or 'auto'.")] = "1",
+    popularity_decay: Annotated[float, _option("Expect a moving average that fades by this much a step.", 0)] = 0.0,
+    experts_bytes: _Bytes = 1_000_000,
+    state_bytes: Annotated[int | None, _option("Bytes of an expert's optimizer state.  [default: 8 x weights]", 0)] = (
+        None
+    ),
+    link_gbps: Annotated[float | None, _option("Gb/s of a rank's link: with --tflops, models step times.")] = None,
+    tflops: Annotated[float | None, _option("TFLOP/s that a rank reaches.")] = None,
+    choice_flops: Annotated[float | None, _option("FLOP of a token-choice.  [default: 3 x weights' bytes]")] = None,
+    token_bytes: Annotated[int, _option("Bytes of a token's hidden state, on its way four times a step.", 0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what placement policies would have made of a recorded trace, before any GPU is rented."""
+    from rich.console import Console
+
+    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, make_plan, read_trace
+    from swiftmoe_lightning.report.plan_table import plan_table
+
+    with _clear_errors("plan"):
+        found = read_trace(trace)
+        sizes = Sizes.of(found, ranks, slots, capacity_factor)
+        machine = Machine(
+            num_ranks=sizes.num_ranks,
+            slots_per_rank=sizes.slots_per_rank,
+            expert_bytes=experts_bytes,
+            state_bytes=state_bytes,
+            link_bytes=None if link_gbps is None else link_gbps * 1e9 / 8,
+            flops=None if tflops is None else tflops * 1e12,
+            choice_flops=choice_flops,
+            choice_bytes=token_bytes,
+        )
+        options = PlanOptions(
+            policies=_names(policies),
+            capacity_factor=capacity_factor,
+            capacity=capacity,
+            lag=lag,
+            replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
+            popularity_decay=popularity_decay,
+        )
+        result = make_plan(found, machine, options, None if as_json else _say)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        Console().print(plan_table(result))
+
+
+@app.command()
+def report(  # noqa: PLR0913 - options
+    run_or_trace: Annotated[Path, typer.Argument(help="A run folder of `swiftmoe train`, or a trace as for `plan`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    ranks: _Ranks = None,
+    slots: _Slots = None,
+    capacity_factor: _Factor = None,
+    policies: _Policies = "balanced,symi,static",
+    lag: _Lag = 1,
+    experts_bytes: _Bytes = 1_000_000,
+) -> None:
+    """Draw a run or a trace as one page that opens offline: popularity, replicas, drops, imbalance, bytes."""
+    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, make_plan, read_trace
+    from swiftmoe_lightning.report.page import write_page
+    from swiftmoe_lightning.report.plan_page import plan_page
+
+    with _clear_errors("report"):
+        path = run_or_trace / "placements.npz" if run_or_trace.is_dir() else run_or_trace
+        found = read_trace(path)
+        sizes = Sizes.of(found, ranks, slots, capacity_factor)
+        machine = Machine(
+            num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes
+        )
+        options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
+        write_page(out, plan_page(make_plan(found, machine, options, _say), title=run_or_trace.name))
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+
+
+def _names(policies: str) -> tuple[str, ...]:
+    from swiftmoe_lightning.planner import CONTENDERS
+
+    return tuple(CONTENDERS) if policies == "all" else tuple(name.strip() for name in policies.split(",") if name)
+
+
+def _say(policy: str) -> None:
+    typer.echo(f"replaying {policy} ...", err=True)
+
+
+@contextmanager
+def _clear_errors(command: str) -> Iterator[None]:
+    """What a user can mend ends the command with one line."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"swiftmoe {command}: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class PlacementRecorder(Callback):
     `moved`     [S, L] int64, (rank, expert) pairs that became hosts for this step
     `step`      [S] int64, `trainer.global_step` after the step
     `metadata`  [] str, JSON: `format_version`, `layers` (names of the `Experts` modules, in the order of L),
-                `world_size`, `slots_per_rank`
+                `world_size`, `slots_per_rank`, `capacity_factor` (of the first layer; null if it drops nothing)
 
     Works with any strategy; under `strategy="swiftmoe"` the numbers are those of all ranks. A fit without a single
     step writes nothing.
@@ -85,6 +85,7 @@ class PlacementRecorder(Callback):
             "layers": list(reader.num_experts),
             "world_size": rows[0].world_size,
             "slots_per_rank": rows[0].slots_per_rank,
+            "capacity_factor": rows[0].capacity_factor,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # An open file: given a name, numpy would add .npz to one that ends otherwise.
@@ -105,7 +106,8 @@ class _Row:
     """One step of all layers. layers: (name, E), in the order of L; loads: those that the step used."""
 
     def __init__(self, step: int, layers: list[tuple[str, int]], loads: dict[str, LayerLoad]) -> None:
-        placement = next(iter(loads.values())).placement
+        first = next(iter(loads.values()))
+        placement, self.capacity_factor = first.placement, None if first.capacity is None else first.capacity.factor
         self.step, self.world_size, self.slots_per_rank = step, placement.world_size, placement.slots_per_rank
         num_layers, num_experts = len(layers), layers[0][1]
         self.counts_WLE = np.zeros((self.world_size, num_layers, num_experts), dtype=np.int64)

@@ -41,7 +41,7 @@ class TrackedLayer:
         replaced = shard_parameters(self.experts, group, master_device)
         self._replaced += [weakref.ref(p) for p in replaced.values()]
         if self.sharded is None:
-            first = placer.placement_of(self.name)
+            (first,) = placer.placements_of([self.name])
             slots = ExpertSlots(
                 self.experts.expert_parameters,
                 group,
@@ -122,7 +122,7 @@ class TrackedLayer:
         if state["world_size"] == now.world_size and saved.size == now.slot_to_expert_S.size:
             placement = Placement(saved, now.num_experts, now.world_size)
         else:
-            placement = placer.placement_of(self.name)
+            (placement,) = placer.placements_of([self.name])
         self.sharded.slots.placement = placement
         self.sharded.stale = True
 

@@ -65,10 +65,11 @@ class Placer:
         self._decay, self._keeps_even, self._report = decay, keeps_even, report
         self._layers: dict[str, _LayerMemory] = {}
 
-    def placement_of(self, name: str) -> Placement:
-        """Where a layer's experts go by what is known so far; before its first step that is nothing."""
-        memory = self._memory(name)
-        return self._uniform if memory.overruled is not None else self._planned([memory])[0]
+    def placements_of(self, names: Sequence[str]) -> list[Placement]:
+        """Where these layers' experts go by what is known so far; before their first step that is nothing."""
+        memories = [self._memory(name) for name in names]
+        planned = self._planned(memories)
+        return [self._uniform if m.overruled else placement for m, placement in zip(memories, planned, strict=True)]
 
     def next_placements(self, observed: Mapping[str, Observation]) -> dict[str, Placement]:
         """Layer name -> its placement for the next step.

@@ -75,8 +75,16 @@ class DispatchPlan:
     budget: token-choices that a rank (or a slot) computes at the most; 0 without a capacity.
     """
 
-    def __init__(self, routes: _Routes, placement: Placement, share_D: np.ndarray, capacity: Capacity | None) -> None:
-        self._routes, self.placement, self.share_D = routes, placement, share_D
+    def __init__(
+        self,
+        counts_WE: np.ndarray,
+        placement: Placement,
+        share_D: np.ndarray,
+        capacity: Capacity | None,
+        ranks_per_node: int,
+    ) -> None:
+        self._counts_WE, self._ranks_per_node = counts_WE, ranks_per_node
+        self.placement, self.share_D = placement, share_D
         self._pooled = capacity is None or capacity.per == "rank"
         self.budget_of_pair_D = placement.pair_host_D if self._pooled else np.arange(len(share_D))
         self._wanted_B = self._sum_by_budget(share_D)
@@ -86,6 +94,10 @@ class DispatchPlan:
             self.budget = capacity.budget(int(share_D.sum()), placement)
             slots_B = np.ones_like(self._wanted_B) if self._pooled else placement.pair_slots_D
             self._budget_B = self.budget * slots_B
+
+    @cached_property
+    def _routes(self) -> _Routes:
+        return _Routes(self._counts_WE, self.placement, self.share_D, self._ranks_per_node)
 
     @cached_property
     def _kept_B(self) -> np.ndarray:
@@ -155,8 +167,7 @@ def plan_dispatch(
     # With a budget for each slot, equal parts a slot are the best there is.
     is_flow = split == "flow" and (capacity is None or capacity.per == "rank")
     share_D = (flow_shares if is_flow else even_shares)(counts_WE.sum(0), placement)
-    routes = _Routes(counts_WE, placement, share_D, 0 if split == "even" else ranks_per_node)
-    return DispatchPlan(routes, placement, share_D, capacity)
+    return DispatchPlan(counts_WE, placement, share_D, capacity, 0 if split == "even" else ranks_per_node)
 
 
 class _Routes:

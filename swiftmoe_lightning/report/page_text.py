@@ -10,11 +10,11 @@ from swiftmoe_lightning.report.page_data import PageData, PolicySeries
 from swiftmoe_lightning.report.page_numbers import dropped_share, rank_imbalance
 
 LOSS_TERMS: Final = {
-    "split": "Tokens could have been shared better over the same replicas.",
-    "placement": "Other slots would have served the popularity that was expected better.",
-    "prediction": "The popularity that was expected is not the one that came.",
-    "floor": "No placement in these slots does better, even knowing the popularity.",
-    "rounding": "Token-choices and budgets are whole numbers.",
+    "split": "The tokens could have been shared better over the same replicas.",
+    "placement": "The same replicas on other ranks would have done better.",
+    "prediction": "Replicas follow the popularity that was expected, not the one that came.",
+    "floor": "Every expert keeps a replica, however cold it is.",
+    "rounding": "Numbers of replicas are whole.",
 }
 
 

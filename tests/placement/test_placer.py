@@ -17,7 +17,7 @@ def observe(popularity, placement):
 
 def run(placer, steps, name="layer"):
     """Placement after each step."""
-    found = [placer.placement_of(name)]
+    found = placer.placements_of([name])
     for popularity in steps:
         found.append(placer.next_placements({name: observe(popularity, found[-1])})[name])
     return found[1:]
@@ -28,7 +28,7 @@ def placer(policy="balanced", **options):
 
 
 def test_before_any_step_experts_are_where_the_policy_puts_equal_loads():
-    assert placer("packed").placement_of("layer") == make_policy("packed", W, S).next_placements(np.zeros((1, E)))[0]
+    assert placer("packed").placements_of(["layer"]) == make_policy("packed", W, S).next_placements(np.zeros((1, E)))
 
 
 @pytest.mark.parametrize("policy", ["packed", "symi", "static"])
@@ -48,7 +48,7 @@ def test_layers_do_not_touch_each_other():
     steps_a, steps_b = [[9, 7, 5, 3, 2, 1]] * 3, [[1, 1, 1, 1, 1, 50]] * 3
     alone = [run(placer(), steps_a), run(placer(), steps_b)]
     both = placer()
-    a = b = both.placement_of("a")
+    a, b = both.placements_of(["a", "b"])
     for i, (step_a, step_b) in enumerate(zip(steps_a, steps_b, strict=True)):
         found = both.next_placements({"a": observe(step_a, a), "b": observe(step_b, b)})
         a, b = found["a"], found["b"]
@@ -137,7 +137,7 @@ def test_a_restored_placer_goes_on_as_the_first_would_have(policy):
     first, second = placer(policy), placer(policy)
     last = run(first, [HOT[0], HOT[1], HOT[1]])[-1]
     second.load_state_dict("layer", first.state_dict("layer"))
-    assert second.placement_of("layer") == first.placement_of("layer")
+    assert second.placements_of(["layer"]) == first.placements_of(["layer"])
     for step in (HOT[2], HOT[2]):
         one, other = (p.next_placements({"layer": observe(step, last)})["layer"] for p in (first, second))
         assert one == other
@@ -147,7 +147,7 @@ def test_a_restored_placer_goes_on_as_the_first_would_have(policy):
 def test_a_policy_that_forgets_a_layer_is_told_so():
     forgetful = type("Forgetful", (PlacementPolicy,), {"next_placements": lambda self, popularity_LE: []})(W, S)
     with pytest.raises(ValueError, match=r"Forgetful.next_placements gave 0 placements for 1 layers"):
-        placer(forgetful).placement_of("layer")
+        placer(forgetful).placements_of(["layer"])
 
 
 def test_even_parts_a_slot_are_added_up_by_rank():

@@ -1,0 +1,100 @@
+"""Bytes and seconds of a step's phases: ours, and the paper's (SYMI, arXiv 2504.19925, section 3 and appendix).
+
+W ranks (the paper's N), E experts, s slots of a rank, S = W * s, D hosted (rank, expert) pairs, d of one rank.
+G: bytes of one expert's gradient, and of its weights, which are as many here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from swiftmoe_lightning.config import check_whole
+from swiftmoe_lightning.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The ranks that a trace is replayed on.
+
+    num_ranks, slots_per_rank: W and s.
+    expert_bytes: G. state_bytes: an expert's optimizer state; None takes 8 G, the paper's 16 bytes a parameter of 2.
+    link_bytes: bytes a second that a rank can send while it receives as many. flops: floating-point operations a
+        second of a rank. Without both no step times are modelled.
+    choice_flops: operations of one token-choice, forward and backward; None takes 3 G: 6 a parameter of 2 bytes.
+    choice_bytes: bytes of one token's hidden state on the wire; it travels four times a step.
+
+    Raises ValueError for a value out of range.
+    """
+
+    num_ranks: int
+    slots_per_rank: int
+    expert_bytes: int = 1_000_000
+    state_bytes: int | None = None
+    link_bytes: float | None = None
+    flops: float | None = None
+    choice_flops: float | None = None
+    choice_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(num_ranks=self.num_ranks, slots_per_rank=self.slots_per_rank, expert_bytes=self.expert_bytes)
+        check_whole(0, choice_bytes=self.choice_bytes, state_bytes=self.moved_state_bytes)
+        for name in ("link_bytes", "flops", "choice_flops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}.")
+        if (self.link_bytes is None) != (self.flops is None):
+            raise ValueError("step times need the speed of links and of ranks. Give both link_bytes and flops, or none.")
+
+    @property
+    def moved_state_bytes(self) -> int:
+        return 8 * self.expert_bytes if self.state_bytes is None else self.state_bytes
+
+
+def phase_bytes(num_hosted: float, machine: Machine) -> float:
+    """What collect, or distribute, puts on the wire in one layer, all ranks together: G (D - D / W)."""
+    return machine.expert_bytes * num_hosted * (1 - 1 / machine.num_ranks)
+
+
+def paper_bytes(num_hosted: float, num_experts: int, machine: Machine) -> float:
+    """Both phases of one layer, sent the paper's way with the same placement.
+
+    Gradients: an all-reduce over each expert's hosts and one fetch of every shard, G (2 D - E - D / W). Weights: point
+    to point to every slot, G S (1 - 1 / W).
+    """
+    num_ranks = machine.num_ranks
+    gradients = 2 * num_hosted - num_experts - num_hosted / num_ranks
+    return machine.expert_bytes * (gradients + machine.slots_per_rank * (num_ranks - 1))
+
+
+def busiest_phase(placement: Placement) -> float:
+    """The most that a rank sends or receives in one of the two phases, in units of G.
+
+    A rank with d hosted experts sends their shards to the W - 1 others, and gets its own of the D - d pairs elsewhere:
+    max(d (W - 1), D - d) / W. Distribute is the same the other way round.
+    """
+    hosted_W, num_ranks = placement.num_hosted_W, placement.world_size
+    return float(np.maximum(hosted_W * (num_ranks - 1), hosted_W.sum() - hosted_W).max() / num_ranks)
+
+
+def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine) -> float | None:
+    """One layer's part of a step, phases one after the other: nothing overlaps, latencies count as nothing.
+
+    max_load: token-choices of the busiest rank. busiest: see `busiest_phase`. moved: experts whose optimizer state
+    moves to a new rank; they are received in parallel by all ranks.
+    """
+    if machine.flops is None or machine.link_bytes is None:
+        return None
+    choice_flops = 3 * machine.expert_bytes if machine.choice_flops is None else machine.choice_flops
+    away = 1 - 1 / machine.num_ranks
+    sent = 2 * busiest * machine.expert_bytes
+    sent += 4 * max_load * machine.choice_bytes * away
+    sent += moved * (machine.moved_state_bytes + machine.expert_bytes) / machine.num_ranks
+    return max_load * choice_flops / machine.flops + sent / machine.link_bytes
+
+
+def paper_step_seconds(max_load: float, machine: Machine) -> float | None:
+    """The same with the paper's bound for both phases: each rank moves (S - s) / W gradients and as many weights."""
+    num_ranks, slots = machine.num_ranks, machine.slots_per_rank
+    return step_seconds(max_load, slots * (num_ranks - 1) / num_ranks, 0.0, machine)
