@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
-
-FORMAT_VERSION: Final = 1
+from swiftmoe_lightning.planner.write_trace import FORMAT_VERSION, writer_for
 
 
 class PlacementRecorder(Callback):
@@ -30,16 +28,22 @@ class PlacementRecorder(Callback):
     `metadata`  [] str, JSON: `format_version`, `layers` (names of the `Experts` modules, in the order of L),
                 `world_size`, `slots_per_rank`, `capacity_factor` (of the first layer; null if it drops nothing)
 
+    A path that ends in .parquet gets `counts` alone, as a table with the columns `step`, `layer`, `rank`, `expert` and
+    `count` (see `write_parquet`). `swiftmoe_lightning.planner.read_trace` reads both.
+
     Works with any strategy; under `strategy="swiftmoe"` the numbers are those of all ranks. A fit without a single
     step writes nothing.
 
     path: the file; its folder is made.
 
-    Raises ValueError when training starts, for a module without MoE layers or with layers of different E.
+    Raises ImportError for a .parquet path without pyarrow; ValueError when training starts, for a module without MoE
+    layers or with layers of different E.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        # Now, since a missing library must not be found out at the end of the training.
+        self._write_file = writer_for(self.path)
         self._reader: LoadReader | None = None
         self._rows: list[_Row] = []
         self._step = 0
@@ -87,19 +91,15 @@ class PlacementRecorder(Callback):
             "slots_per_rank": rows[0].slots_per_rank,
             "capacity_factor": rows[0].capacity_factor,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # An open file: given a name, numpy would add .npz to one that ends otherwise.
-        with self.path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                counts=np.stack([row.counts_WLE for row in rows]),
-                replicas=np.stack([row.replicas_LE for row in rows]),
-                loads=np.stack([row.loads_LW for row in rows]),
-                dropped=np.stack([row.dropped_L for row in rows]),
-                moved=np.stack([row.moved_L for row in rows]),
-                step=np.array([row.step for row in rows], dtype=np.int64),
-                metadata=np.array(json.dumps(metadata)),
-            )
+        arrays = {
+            "counts": np.stack([row.counts_WLE for row in rows]),
+            "replicas": np.stack([row.replicas_LE for row in rows]),
+            "loads": np.stack([row.loads_LW for row in rows]),
+            "dropped": np.stack([row.dropped_L for row in rows]),
+            "moved": np.stack([row.moved_L for row in rows]),
+            "step": np.array([row.step for row in rows], dtype=np.int64),
+        }
+        self._write_file(self.path, arrays, metadata)
 
 
 class _Row:

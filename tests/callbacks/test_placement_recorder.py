@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.planner import read_trace
 from tests.callbacks.test_popularity_monitor import Memory
 from tests.helpers import run_ranks
 from tests.strategies.cases import DIM, GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer
@@ -75,6 +77,23 @@ def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
         "world_size": 2,
         "slots_per_rank": 4,
     }
+
+
+def test_a_parquet_path_gets_the_counts_as_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "trace.parquet"
+    found = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
+    trace = read_trace(path)
+    assert trace.counts_SWLE.shape == (NUM_STEPS, 2, 1, 5)
+    assert trace.counts_SWLE.sum(0)[:, 0].tolist() == found["counts"]
+    assert trace.step_S.tolist() == list(range(1, NUM_STEPS + 1))
+    assert trace.metadata == {"format_version": 1, "layers": [LAYER], "world_size": 2, "slots_per_rank": 4}
+
+
+def test_a_parquet_path_without_pyarrow_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'pip install "swiftmoe-lightning\[parquet\]"'):
+        sml.PlacementRecorder("trace.parquet")
+    sml.PlacementRecorder("trace.npz")
 
 
 class ThreeOfFour(nn.Module):

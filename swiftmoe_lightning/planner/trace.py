@@ -1,0 +1,171 @@
+"""Token counts of a run, step by step: what all plans are made from.
+
+S steps, W source ranks, L layers, E experts. A token-choice is one token's choice of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from swiftmoe_lightning.config import check_whole
+
+# What a recording may hold besides counts, and its axes.
+RECORDED_AXES: Final[Mapping[str, str]] = MappingProxyType(
+    {"replicas": "SLE", "loads": "SLW", "dropped": "SL", "moved": "SL"}
+)
+_AXES: Final = {"S": "steps", "W": "ranks", "L": "layers", "E": "experts"}
+# Sums and shares of counts stay within int64 below it.
+_MOST_CHOICES: Final = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Token-choices that each source rank routed to each expert, in every step and layer.
+
+    counts_SWLE: [S, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
+    layers: L names; left out, "0", "1", ...
+    step_S: [S] rising whole numbers, the training step of each row; left out, 0, 1, ...
+    metadata: whatever else the file says about the run.
+    recorded: what the run itself did, if it is known: any of `replicas` [S, L, E], `loads` [S, L, ranks],
+        `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
+
+    Raises ValueError for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
+    expert, not a single token-choice, or other arrays that do not fit the counts.
+    """
+
+    counts_SWLE: np.ndarray
+    layers: Sequence[str] = ()
+    step_S: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts_SWLE = np.asarray(self.counts_SWLE)
+        if counts_SWLE.ndim != 4:
+            raise ValueError(
+                f"counts must have 4 axes, [steps, source ranks, layers, experts], got shape {counts_SWLE.shape}. "
+                "Without ranks, give them an axis of 1."
+            )
+        if not counts_SWLE.size:
+            raise ValueError(
+                f"counts must hold at least one step, rank, layer and expert, got shape {counts_SWLE.shape}. "
+                "Record at least one step."
+            )
+        counts_SWLE = _whole_numbers("counts", counts_SWLE)
+        if not counts_SWLE.any():
+            raise ValueError(
+                f"counts of shape {counts_SWLE.shape} are all 0, and a plan needs at least one token-choice. Record "
+                "steps that route tokens."
+            )
+        object.__setattr__(self, "counts_SWLE", counts_SWLE)
+        self._check_layers()
+        self._check_steps()
+        object.__setattr__(self, "recorded", {name: self._checked(name, a) for name, a in self.recorded.items()})
+
+    @property
+    def num_steps(self) -> int:
+        return self.counts_SWLE.shape[0]
+
+    @property
+    def num_sources(self) -> int:
+        return self.counts_SWLE.shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        return self.counts_SWLE.shape[2]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_SWLE.shape[3]
+
+    @cached_property
+    def popularity_SLE(self) -> np.ndarray:
+        """[S, L, E] int64: token-choices of all ranks."""
+        return self.counts_SWLE.sum(1)
+
+    def counts_for(self, world_size: int) -> np.ndarray:
+        """[S, W, L, E] int64: the same token-choices, as `world_size` ranks would have made them.
+
+        The trace's own where it has as many source ranks. Else every sum over ranks, c, is cut into W whole parts that
+        differ by 1 at the most: rank r gets floor((r + 1) c / W) - floor(r c / W).
+
+        Raises ValueError unless `world_size` is a whole number of 1 or more.
+        """
+        check_whole(world_size=world_size)
+        if world_size == self.num_sources:
+            return self.counts_SWLE
+        # The floor of r c / W with c = share * W + rest, so that no product leaves int64.
+        share_SWLE, rest_SWLE = np.divmod(self.popularity_SLE[:, None], world_size)
+        rank_WLE = np.arange(world_size)[:, None, None]
+        return share_SWLE + (rank_WLE + 1) * rest_SWLE // world_size - rank_WLE * rest_SWLE // world_size
+
+    def _check_layers(self) -> None:
+        names = tuple(self.layers) or tuple(str(layer) for layer in range(self.num_layers))
+        if len(names) != self.num_layers:
+            raise ValueError(
+                f"layers must name the {self.num_layers} layers of counts, got {len(names)} names. Leave them out for "
+                '"0", "1", ...'
+            )
+        object.__setattr__(self, "layers", names)
+
+    def _check_steps(self) -> None:
+        step_S = np.asarray(self.step_S)
+        if not step_S.size:
+            step_S = np.arange(self.num_steps)
+        if step_S.shape != (self.num_steps,):
+            raise ValueError(
+                f"step must hold one number for each of the {self.num_steps} steps of counts, got shape "
+                f"{step_S.shape}. Leave it out for 0, 1, ..."
+            )
+        step_S = _whole_numbers("step", step_S)
+        falls_S = np.diff(step_S) <= 0
+        if falls_S.any():
+            at = int(falls_S.argmax())
+            raise ValueError(
+                f"step must rise from row to row, got {step_S[at + 1]} after {step_S[at]}. Leave it out for 0, 1, ..."
+            )
+        object.__setattr__(self, "step_S", step_S)
+
+    def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
+        """One array of `recorded`, if its name is known and its shape fits the counts."""
+        if name not in RECORDED_AXES:
+            raise ValueError(f"recorded may hold {', '.join(RECORDED_AXES)}, got {name!r}. Keep it in metadata.")
+        axes, values = RECORDED_AXES[name], np.asarray(values)
+        sizes: dict[str, int | None] = dict(zip("SWLE", self.counts_SWLE.shape, strict=True))
+        if self.num_sources == 1:
+            # Ranks of the run, of which the counts do not tell.
+            sizes["W"] = None
+        wanted = [sizes[axis] for axis in axes]
+        fits = values.ndim == len(wanted) and all(
+            want in (None, size) for want, size in zip(wanted, values.shape, strict=True)
+        )
+        if not fits:
+            needed = ", ".join(f"{_AXES[axis]}{'' if sizes[axis] is None else f' = {sizes[axis]}'}" for axis in axes)
+            raise ValueError(f"{name} must have the axes [{needed}] to fit counts, got shape {values.shape}. Drop it.")
+        return _whole_numbers(name, values)
+
+
+def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
+    """The same as int64. Raises ValueError, with the first wrong entry, unless all are whole numbers of 0 or more."""
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be whole numbers, got dtype {values.dtype}. Save them as int64.")
+    if values.dtype.kind == "f":
+        _refuse(name, values, ~np.isfinite(values), "Leave out the steps that broke.")
+        _refuse(name, values, values != np.floor(values), "Give numbers of token-choices, not shares.")
+    _refuse(name, values, values < 0, "Give numbers of token-choices.")
+    if values.sum(dtype=np.float64) > _MOST_CHOICES:
+        raise ValueError(f"{name} must add up to no more than 2**62, got {values.max()} at the most. Are they counts?")
+    return values.astype(np.int64, copy=False)
+
+
+def _refuse(name: str, values: np.ndarray, is_wrong: np.ndarray, fix: str) -> None:
+    if is_wrong.any():
+        at = np.unravel_index(int(is_wrong.argmax()), is_wrong.shape)
+        place = ", ".join(str(int(index)) for index in at)
+        raise ValueError(f"{name} must be whole numbers of 0 or more, got {values[at]} at [{place}]. {fix}")

@@ -1,0 +1,82 @@
+"""A recording as a file: .npz with all of it, or Parquet with the counts. S steps, W ranks, L layers, E experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+FORMAT_VERSION: Final = 1
+# Keys of the Parquet schema's metadata; both values are JSON.
+METADATA_KEY: Final = b"swiftmoe.metadata"
+SHAPE_KEY: Final = b"swiftmoe.shape"
+
+TraceWriter = Callable[[Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
+
+
+def writer_for(path: Path) -> TraceWriter:
+    """`write_parquet` for a path that ends in .parquet, `write_npz` for any other.
+
+    Raises ImportError when Parquet is asked for and pyarrow is not installed.
+    """
+    if path.suffix.lower() != ".parquet":
+        return write_npz
+    import_parquet()
+    return write_parquet
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """All arrays, and `metadata` as an array of its own, a JSON string. The file's folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # An open file: given a name, numpy would add .npz to one that ends otherwise.
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))  # type: ignore[arg-type]
+
+
+def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """`counts` [S, W, L, E] as one long table; its other arrays, `step` excepted, are left out.
+
+    Columns are step (int64, the training step), layer, rank, expert (int32, numbered from 0) and count (int64). Rows
+    with count 0 are left out, but for one in a step that has no others. The schema's metadata holds `metadata` under
+    "swiftmoe.metadata" and [S, W, L, E] under "swiftmoe.shape", as JSON. The file's folder is made.
+
+    Raises ImportError when pyarrow is not installed.
+    """
+    pa, pq = import_parquet()
+    counts_SWLE = arrays["counts"]
+    is_row_SWLE = counts_SWLE != 0
+    # A step without tokens was a step all the same.
+    is_row_SWLE[:, 0, 0, 0] |= ~is_row_SWLE.any((1, 2, 3))
+    row, rank, layer, expert = np.nonzero(is_row_SWLE)
+    ids = {"layer": layer, "rank": rank, "expert": expert}
+    columns = {
+        "step": arrays["step"][row],
+        **{name: values.astype(np.int32) for name, values in ids.items()},
+        "count": counts_SWLE[is_row_SWLE],
+    }
+    about = {METADATA_KEY: json.dumps(metadata), SHAPE_KEY: json.dumps(counts_SWLE.shape)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns, schema=parquet_schema(pa).with_metadata(about))
+    # Checksums, so that a damaged file is not taken for other counts.
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+
+def parquet_schema(pa: Any) -> Any:
+    """The table's columns, none of which has gaps. pa: the pyarrow module."""
+    types = {"step": pa.int64(), "layer": pa.int32(), "rank": pa.int32(), "expert": pa.int32(), "count": pa.int64()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+
+
+def import_parquet() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet. Raises ImportError when pyarrow is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as missing:
+        raise ImportError(
+            'Parquet files need pyarrow. Run `pip install "swiftmoe-lightning[parquet]"`, or use an .npz file.'
+        ) from missing
+    return pyarrow, pyarrow.parquet
