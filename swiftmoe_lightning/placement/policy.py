@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,6 +16,11 @@ class PlacementPolicy(ABC):
 
     world_size, slots_per_rank: W and s, fixed for a run.
     """
+
+    # Whether a plan is made from the counts of the very step that it serves, not from the steps before.
+    needs_current_counts: ClassVar[bool] = False
+    # Whether a new host needs the expert's whole optimizer state, as where it lives with the weights.
+    moves_optimizer_state: ClassVar[bool] = False
 
     def __init__(self, world_size: int, slots_per_rank: int) -> None:
         self.world_size = world_size
@@ -36,7 +42,9 @@ class PlacementPolicy(ABC):
         return [Placement(table_S, num_experts, self.world_size) for table_S in tables_LS]
 
 
-def check_placements(policy: PlacementPolicy, placements: Sequence[Placement], num_layers: int, num_experts: int) -> None:
+def check_placements(
+    policy: PlacementPolicy, placements: Sequence[Placement], num_layers: int, num_experts: int
+) -> None:
     """Raise ValueError unless a policy's placements fit its ranks, its slots and the layers."""
     name = type(policy).__name__
     if len(placements) != num_layers:
