@@ -175,9 +175,7 @@ def report(  # noqa: PLR0913 - options
         path = run_or_trace / "placements.npz" if run_or_trace.is_dir() else run_or_trace
         found = read_trace(path)
         sizes = Sizes.of(found, ranks, slots, capacity_factor)
-        machine = Machine(
-            num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes
-        )
+        machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
         write_page(out, plan_page(make_plan(found, machine, options, _say), title=run_or_trace.name))
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")

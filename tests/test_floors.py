@@ -34,7 +34,7 @@ HOMES = {
     "matplotlib": {"report"},
     "pyarrow": {"planner"},
     "typer": {"cli"},
-    "rich": {"demo"},
+    "rich": {"cli", "demo", "report"},
 }
 OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
 WITHOUT_TORCH = {"config", "placement", "planner"}

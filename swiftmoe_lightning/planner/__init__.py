@@ -1,7 +1,26 @@
 """What placement policies would have done with a recorded trace. Numpy only, no processes."""
 
+from swiftmoe_lightning.planner.contenders import CONTENDERS, Contender
+from swiftmoe_lightning.planner.cost import Machine
+from swiftmoe_lightning.planner.plan import Plan, PlanOptions, make_plan
 from swiftmoe_lightning.planner.read_trace import read_trace
+from swiftmoe_lightning.planner.replay import Replay, Rules, replay
+from swiftmoe_lightning.planner.sizes import Sizes
 from swiftmoe_lightning.planner.trace import Trace
-from swiftmoe_lightning.planner.write_trace import write_npz, write_parquet, writer_for
+from swiftmoe_lightning.planner.write_trace import writer_for
 
-__all__ = ["Trace", "read_trace", "write_npz", "write_parquet", "writer_for"]
+__all__ = [
+    "CONTENDERS",
+    "Contender",
+    "Machine",
+    "Plan",
+    "PlanOptions",
+    "Replay",
+    "Rules",
+    "Sizes",
+    "Trace",
+    "make_plan",
+    "read_trace",
+    "replay",
+    "writer_for",
+]

@@ -45,7 +45,9 @@ class Machine:
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}.")
         if (self.link_bytes is None) != (self.flops is None):
-            raise ValueError("step times need the speed of links and of ranks. Give both link_bytes and flops, or none.")
+            raise ValueError(
+                "step times need the speed of links and of ranks. Give both link_bytes and flops, or none."
+            )
 
     @property
     def moved_state_bytes(self) -> int:

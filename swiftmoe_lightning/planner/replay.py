@@ -156,7 +156,9 @@ def _summed(steps: Sequence[Observation]) -> Observation:
     return Observation(steps[-1].placement, popularity_E, np.sum([step.wanted_W for step in steps], axis=0))
 
 
-def _certify(popularity_E: np.ndarray, placement: Placement, plan: DispatchPlan, capacity: Capacity | None) -> Certificate:
+def _certify(
+    popularity_E: np.ndarray, placement: Placement, plan: DispatchPlan, capacity: Capacity | None
+) -> Certificate:
     if capacity is None:
         return certify_imbalance(popularity_E, placement, plan.wanted_W)
     return certify_drops(popularity_E, placement, plan.num_dropped_tokens, plan.budget, capacity.per)
