@@ -17,9 +17,7 @@ from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
-# An expert gets one host for every budget that its load may come to in three standard deviations.
-_DEVIATIONS: Final = 3.0
-# What an expert without tokens counts as where its deviation is estimated: cold ones become hot, too.
+# See `Forecast.loads`. More hosts than are needed for `packed` to be even: here every host is there on purpose.
 _COLD: Final = 0.3
 # Below it an expert lives on one rank; above it, on the line that the chain cuts.
 _WHOLE: Final = 0.5
@@ -51,13 +49,10 @@ class BalancedPolicy(PlacementPolicy):
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:
-        popularity_LE = np.asarray(forecast.popularity_LE, dtype=np.float64)
-        check_slots(popularity_LE.shape[1], self.num_slots)
-        popularity_LE = np.where(popularity_LE.sum(1, keepdims=True) == 0, 1.0, popularity_LE)
-        load_LE = popularity_LE * (self.world_size / popularity_LE.sum(1, keepdims=True))
-        upper_LE = load_LE + _DEVIATIONS * np.sqrt(forecast.spread_L[:, None] * (load_LE + _COLD))
-        tables_LS = [self._table(load_E, upper_E) for load_E, upper_E in zip(load_LE, upper_LE, strict=True)]
-        return self.placements_of(tables_LS, popularity_LE.shape[1])
+        num_experts = forecast.popularity_LE.shape[1]
+        check_slots(num_experts, self.num_slots)
+        layers = zip(*forecast.loads(self.world_size, _COLD), strict=True)
+        return self.placements_of([self._table(load_E, upper_E) for load_E, upper_E in layers], num_experts)
 
     def _table(self, load_E: np.ndarray, upper_E: np.ndarray) -> np.ndarray:
         """[S] int64, the expert in every slot. Slots that are not needed repeat an expert of their rank."""

@@ -10,6 +10,8 @@ import numpy as np
 
 # var(load) / load, in mean loads of a rank, where nothing has been seen yet.
 DEFAULT_SPREAD: Final = 0.2
+# How many standard deviations a load may be above what is expected.
+_DEVIATIONS: Final = 3.0
 # The past fades by this much a step in the estimate of the spread; the guess before any step counts as this many.
 _FADE: Final = 0.9
 _GUESS_STEPS: Final = 5.0
@@ -27,9 +29,21 @@ class Forecast:
     spread_L: np.ndarray
 
     @classmethod
-    def of(cls, popularity_LE: np.ndarray) -> Forecast:
-        """These loads, with the default spread."""
-        return cls(popularity_LE, np.full(len(popularity_LE), DEFAULT_SPREAD))
+    def of(cls, popularity_LE: np.ndarray, spread: float = DEFAULT_SPREAD) -> Forecast:
+        """These loads, with one spread for all layers."""
+        return cls(popularity_LE, np.full(len(popularity_LE), spread))
+
+    def loads(self, world_size: int, cold: float) -> tuple[np.ndarray, np.ndarray]:
+        """([L, E] expected loads, [L, E] what they may come to), float, in mean loads of a rank: rows of the first add
+        up to W. A layer of which nothing is known counts as uniform.
+
+        The second is load + 3 * sqrt(spread * (load + cold)): three standard deviations more, where even an expert
+        without tokens counts as one of load `cold`, for it may become hot.
+        """
+        popularity_LE = np.asarray(self.popularity_LE, dtype=np.float64)
+        popularity_LE = np.where(popularity_LE.sum(1, keepdims=True) == 0, 1.0, popularity_LE)
+        load_LE = popularity_LE * (world_size / popularity_LE.sum(1, keepdims=True))
+        return load_LE, load_LE + _DEVIATIONS * np.sqrt(self.spread_L[:, None] * (load_LE + cold))
 
 
 class Forecaster:

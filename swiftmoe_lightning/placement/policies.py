@@ -8,15 +8,20 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from typing_extensions import override
 
 from swiftmoe_lightning.config import PLACEMENTS, check_choice
 from swiftmoe_lightning.placement.balanced import BalancedPolicy
+from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import (
     minmax_replica_counts,
     symi_replica_counts,
 )
+
+# See `Forecast.loads`: how much of their slots hot experts leave to cold ones that may become hot.
+_COLD: Final = 0.03
 
 
 class StaticPolicy(PlacementPolicy):
@@ -39,23 +44,30 @@ class SymiPolicy(PlacementPolicy):
 class PackedPolicy(PlacementPolicy):
     """Replicas that even out their loads, at most one of an expert on a rank, hot packed with cold.
 
+    Loads are what the experts' may come to, so that where popularity jumps, cold experts have spare replicas, too.
     Replicas are dealt in s rounds of W, by falling load: each round gives its heaviest replica to the rank that
     carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
     """
 
     is_guarded = True
 
+    @override
     def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        return self.placements_of(self._slot_tables(popularity_LE), popularity_LE.shape[1])
+        return self.place(Forecast.of(popularity_LE, spread=0.0))
 
-    def _slot_tables(self, popularity_LE: np.ndarray) -> np.ndarray:
-        num_layers, num_experts = popularity_LE.shape
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        _, upper_LE = forecast.loads(self.world_size, _COLD)
+        return self.placements_of(self._slot_tables(upper_LE), upper_LE.shape[1])
+
+    def _slot_tables(self, upper_LE: np.ndarray) -> np.ndarray:
+        num_layers, num_experts = upper_LE.shape
         if self.slots_per_rank >= num_experts:
             # Every rank can host every expert; the slots left over repeat them.
             one_rank = np.arange(self.slots_per_rank) % num_experts
             return np.tile(one_rank, (num_layers, self.world_size))
-        counts_LE = minmax_replica_counts(popularity_LE, self.num_slots, max_replicas=self.world_size)
-        share_LE = popularity_LE / counts_LE
+        counts_LE = minmax_replica_counts(upper_LE, self.num_slots, max_replicas=self.world_size)
+        share_LE = upper_LE / counts_LE
         order_LE = np.argsort(-share_LE, axis=1, kind="stable")
         dealt_LS = np.stack(
             [np.repeat(order, counts[order]) for order, counts in zip(order_LE, counts_LE, strict=True)]

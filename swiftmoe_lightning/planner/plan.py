@@ -87,7 +87,10 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """outcomes: by policy. bounds: the least share dropped, and max / mean load, of any placement that knows the step."""
+    """Policies compared on a trace.
+
+    outcomes: by policy. bounds: the least share dropped, and max / mean load, of any placement that knows the step.
+    """
 
     trace: Trace
     machine: Machine

@@ -23,13 +23,15 @@ class Sizes:
 
         Raises ValueError when neither says how many ranks or slots there are.
         """
-        found = {
-            "ranks": num_ranks or trace.metadata.get("world_size"),
-            "slots": slots_per_rank or trace.metadata.get("slots_per_rank"),
-        }
-        for name, value in found.items():
+
+        def known(name: str, given: int | None, key: str) -> int:
+            value = trace.metadata.get(key) if given is None else given
             if value is None:
                 raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
+            return int(value)
+
         if capacity_factor is None:
             capacity_factor = trace.metadata.get("capacity_factor")
-        return cls(int(found["ranks"]), int(found["slots"]), capacity_factor)
+        return cls(
+            known("ranks", num_ranks, "world_size"), known("slots", slots_per_rank, "slots_per_rank"), capacity_factor
+        )

@@ -7,6 +7,7 @@ import numpy as np
 from swiftmoe_lightning.planner.plan import Outcome, Plan
 from swiftmoe_lightning.planner.trace import Trace
 from swiftmoe_lightning.report.page_data import PageData, PolicySeries
+from swiftmoe_lightning.report.plan_table import age_text
 
 
 def plan_page(plan: Plan, title: str) -> PageData:
@@ -15,13 +16,12 @@ def plan_page(plan: Plan, title: str) -> PageData:
     series = [_series(name, outcome) for name, outcome in plan.outcomes.items()]
     if {"loads", "dropped", "moved"} <= trace.recorded.keys():
         series.insert(0, _recorded(trace))
-    age = "from the step itself" if options.lag == 0 else f"{options.lag} step{'s' * (options.lag > 1)} old"
     return PageData(
         title=title,
-        subtitle=f"{machine.num_ranks} ranks of {machine.slots_per_rank} slots, plans {age}",
+        subtitle=f"{machine.num_ranks} ranks of {machine.slots_per_rank} slots, plans {age_text(options.lag)}",
         counts_SLE=trace.popularity_SLE,
         step_S=trace.step_S,
-        layers=trace.layers,
+        layers=tuple(trace.layers),
         policies=tuple(series),
         capacity_factor=options.capacity_factor,
     )

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from swiftmoe_lightning.planner.plan import Plan
 from swiftmoe_lightning.report.page_text import bytes_text
+
+_COLUMNS: Final = (
+    "dropped",
+    "imbalance",
+    "sent",
+    "paper's",
+    "state",
+    "moved",
+    "planned",
+    "step",
+    "paper's step",
+)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -14,24 +29,46 @@ def plan_table(plan: Plan) -> Table:
     is_dropless = options.capacity_factor is None
     capacity = "dropless" if is_dropless else f"capacity factor {options.capacity_factor:g}"
     table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
         title=f"{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts on {machine.num_ranks} "
-        f"ranks of {machine.slots_per_rank} slots, {capacity}, plans {options.lag} old",
-        caption=f"Bytes a step, all layers and ranks, for experts of {bytes_text(machine.expert_bytes)}. Imbalance: "
-        "busiest rank / mean rank. Moved: experts new on a rank, a step.",
+        f"ranks of {machine.slots_per_rank} slots, {capacity}, plans {age_text(options.lag)}",
+        caption="imbalance: busiest rank / mean rank. sent: bytes a step in both weight phases, all layers and ranks, "
+        f"for experts of {bytes_text(machine.expert_bytes)}; paper's: the same placements, sent its way. moved: experts "
+        "new on a rank, a step.",
     )
-    has_seconds = machine.flops is not None
-    table.add_column("policy")
-    names = ["dropped", "imbalance", "worst", "hosts", "gradients", "weights", "paper's way", "state", "moved", "plan"]
-    for name in names + ["step", "paper's"] * has_seconds:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, values in plan.as_json()["policies"].items():
-        cells = [f"{values['dropped']:.2%}", f"{values['imbalance']:.3f}", f"{values['imbalance_max']:.2f}"]
-        cells += [f"{values['hosts']:.1f}"]
-        cells += [bytes_text(values[f"bytes_{phase}"]) for phase in ("gradients", "weights", "paper", "state_moved")]
-        cells += [f"{values['replicas_moved']:.1f}", f"{1000 * values['planning_seconds']:.2f} ms"]
-        if has_seconds:
-            cells += [f"{1000 * values[key]:.3g} ms" for key in ("step_seconds", "step_seconds_paper")]
-        table.add_row(f"{name} [dim]({values['label']})[/]", *cells)
+    table.add_column("policy", no_wrap=True)
+    rows = {name: _cells(values) for name, values in plan.as_json()["policies"].items()}
+    shown = [column for column in _COLUMNS if any(cells[column] is not None for cells in rows.values())]
+    for column in shown:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *[cells[column] or "" for column in shown])
     table.add_section()
-    table.add_row("best possible", f"{plan.bounds['dropped']:.2%}", f"{plan.bounds['imbalance']:.3f}")
+    bounds = [] if is_dropless else [f"{plan.bounds['dropped']:.2%}"]
+    table.add_row("best possible", *bounds, f"{plan.bounds['imbalance']:.3f}")
     return table
+
+
+def age_text(lag: int) -> str:
+    """How old plans are."""
+    return "from the step itself" if lag == 0 else f"{lag} step{'s' * (lag > 1)} old"
+
+
+def _cells(values: dict[str, Any]) -> dict[str, str | None]:
+    """Column -> text; None where the column says nothing."""
+    seconds = values["step_seconds"], values["step_seconds_paper"]
+    step, paper = (None if s is None else f"{1000 * s:.3g} ms" for s in seconds)
+    state = values["bytes_state_moved"]
+    texts = (
+        f"{values['dropped']:.2%}" if values["judged_by"] else None,
+        f"{values['imbalance']:.3f}",
+        bytes_text(values["bytes_gradients"] + values["bytes_weights"]),
+        bytes_text(values["bytes_paper"]),
+        bytes_text(state) if state else None,
+        f"{values['replicas_moved']:.1f}",
+        f"{1000 * values['planning_seconds']:.2f} ms",
+        step,
+        paper,
+    )
+    return dict(zip(_COLUMNS, texts, strict=True))

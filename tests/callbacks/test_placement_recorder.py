@@ -73,6 +73,7 @@ def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
     assert recorded["step"].tolist() == list(range(1, NUM_STEPS + 1))
     assert json.loads(str(recorded["metadata"])) == {
         "format_version": 1,
+        "capacity_factor": 1.0,
         "layers": [LAYER],
         "world_size": 2,
         "slots_per_rank": 4,

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.planner import Trace, read_trace, write_npz, write_parquet, writer_for
+from swiftmoe_lightning.planner import Trace, read_trace, writer_for
+from swiftmoe_lightning.planner.write_trace import write_npz, write_parquet
 from tests.planner.cases import COUNTS, METADATA, recording, recordings
 
 WRITERS = {"npz": write_npz, "parquet": write_parquet}

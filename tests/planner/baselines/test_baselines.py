@@ -6,7 +6,6 @@ from swiftmoe_lightning.placement.policy import check_placements
 from swiftmoe_lightning.planner import CONTENDERS
 from tests.planner.baselines.cases import histories
 
-
 BASELINES = {name: contender.make for name, contender in CONTENDERS.items() if contender.label == "re-implementation"}
 
 
