@@ -21,7 +21,7 @@ from swiftmoe_lightning.placement.token_split import sum_by_host
 # The guard's memory: what a plan gained over uniform replicas counts half as much a placement later.
 _GUARD_FADE: Final = 0.5
 # It steps in only for a loss that matters, in shares of all choices, and out again as soon as there is none.
-_GUARD_LOSS: Final = 0.01
+_GUARD_LOSS: Final = 0.02
 # Loads whose largest is this near to the mean leave nothing to gain.
 _EVEN: Final = 1.02
 

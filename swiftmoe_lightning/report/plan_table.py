@@ -34,8 +34,8 @@ def plan_table(plan: Plan) -> Table:
         title=f"{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts on {machine.num_ranks} "
         f"ranks of {machine.slots_per_rank} slots, {capacity}, plans {age_text(options.lag)}",
         caption="imbalance: busiest rank / mean rank. sent: bytes a step in both weight phases, all layers and ranks, "
-        f"for experts of {bytes_text(machine.expert_bytes)}; paper's: the same placements, sent its way. moved: experts "
-        "new on a rank, a step.",
+        f"for experts of {bytes_text(machine.expert_bytes)}; paper's: the same placements, sent its way. moved: "
+        "experts new on a rank, a step.",
     )
     table.add_column("policy", no_wrap=True)
     rows = {name: _cells(values) for name, values in plan.as_json()["policies"].items()}
