@@ -119,26 +119,32 @@ def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Hos
 
 
 def _fit_slots(hosts: HostList, world_size: int, slots_per_rank: int, num_experts: int) -> HostList:
-    """At most s experts a rank: of too many, those with the least load there go; what has no host left moves."""
+    """At most s experts a rank: of too many, those with the least load there go; what has no host left moves to the
+    lightest rank with a free slot."""
     num_W = np.bincount(hosts.rank_D, minlength=world_size)
     if num_W.max() <= slots_per_rank:
         return hosts
-    alone_D = np.bincount(hosts.expert_D, minlength=num_experts)[hosts.expert_D] == 1
-    # Within a rank: experts that live only there first, then by falling load.
-    order_D = np.lexsort((-hosts.load_D, ~alone_D, hosts.rank_D))
+    order_D = np.lexsort((-hosts.load_D, hosts.rank_D))
     place_D = np.arange(len(order_D)) - np.repeat(np.cumsum(num_W) - num_W, num_W)
     kept = np.sort(order_D[place_D < slots_per_rank])
     rank_D, expert_D, load_D = hosts.rank_D[kept], hosts.expert_D[kept], hosts.load_D[kept]
-    for expert in np.setdiff1d(np.arange(num_experts), expert_D):
+    homeless = np.setdiff1d(hosts.expert_D, expert_D)
+    lost_E = np.bincount(hosts.expert_D, hosts.load_D, num_experts)
+    for expert in homeless[np.argsort(-lost_E[homeless], kind="stable")]:
         num_W = np.bincount(rank_D, minlength=world_size)
-        rank = int(num_W.argmin())
+        load_W = np.bincount(rank_D, load_D, world_size)
+        rank = int(np.where(num_W < slots_per_rank, load_W, np.inf).argmin())
         if num_W[rank] == slots_per_rank:
             # Every rank is full: the least needed host of an expert that has several makes room.
             has_several_D = np.bincount(expert_D, minlength=num_experts)[expert_D] > 1
             leaves = int(np.where(has_several_D, load_D, np.inf).argmin())
             rank = int(rank_D[leaves])
             rank_D, expert_D, load_D = (np.delete(values, leaves) for values in (rank_D, expert_D, load_D))
-        rank_D, expert_D, load_D = np.append(rank_D, rank), np.append(expert_D, expert), np.append(load_D, 0.0)
+        rank_D, expert_D, load_D = (
+            np.append(rank_D, rank),
+            np.append(expert_D, expert),
+            np.append(load_D, lost_E[expert]),
+        )
     return HostList(rank_D, expert_D, load_D)
 
 
@@ -159,15 +165,46 @@ def spare_hosts(
     free_W = slots_per_rank - num_W
     extra_E = _spare_counts(upper_E, num_E, world_size, int(free_W.sum()))
     num_extra = int(extra_E.sum())
-    # Free slots, emptiest ranks first; as many as are wanted, in rank order.
-    slot_rank = np.repeat(np.arange(world_size), free_W)
-    level = np.repeat(num_W, free_W) + np.arange(len(slot_rank)) - np.repeat(np.cumsum(free_W) - free_W, free_W)
-    rank_X = np.sort(slot_rank[np.argsort(level, kind="stable")[:num_extra]])
+    rank_X = _emptiest(num_W, free_W, num_extra)
     middle_E = np.bincount(hosts.expert_D, hosts.rank_D, num_experts) / num_E
     expert_X = np.repeat(np.arange(num_experts), extra_E)
     turn_X = np.arange(num_extra) - np.repeat(np.cumsum(extra_E) - extra_E, extra_E)
     target_X = (middle_E[expert_X] + (turn_X + 1) * world_size / (extra_E[expert_X] + 1)) % world_size
-    return rank_X, expert_X[np.argsort(target_X, kind="stable")]
+    return rank_X, _without_repeats(rank_X, expert_X[np.argsort(target_X, kind="stable")], hosts, num_experts)
+
+
+def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, hosts: HostList, num_experts: int) -> np.ndarray:
+    """[X]: `expert_X`, in which an expert that its rank hosts already changes places with one next to it, if it can."""
+    is_known = np.zeros((int(max(rank_X.max(initial=0), hosts.rank_D.max())) + 1, num_experts), dtype=bool)
+    is_known[hosts.rank_D, hosts.expert_D] = True
+    expert_X = expert_X.copy()
+    for apart in (1, -1, 2, -2, 3, -3):
+        here = np.flatnonzero(is_known[rank_X, expert_X])
+        if not len(here):
+            break
+        there = here + apart
+        inside = (there >= 0) & (there < len(rank_X))
+        here, there = here[inside], there[inside]
+        fits = ~is_known[rank_X[here], expert_X[there]] & ~is_known[rank_X[there], expert_X[here]]
+        # No place takes part in two swaps.
+        fits[1:] &= np.diff(here) > abs(apart)
+        here, there = here[fits], there[fits]
+        expert_X[here], expert_X[there] = expert_X[there], expert_X[here]
+    return expert_X
+
+
+def _emptiest(num_W: np.ndarray, free_W: np.ndarray, num_extra: int) -> np.ndarray:
+    """[X] int64, ascending: ranks of `num_extra` free slots, the emptiest first; of equally empty ones, far apart."""
+    rank_F = np.repeat(np.arange(len(free_W)), free_W)
+    level_F = np.repeat(num_W, free_W) + np.arange(len(rank_F)) - np.repeat(np.cumsum(free_W) - free_W, free_W)
+    order_F = np.argsort(level_F, kind="stable")
+    level_F = level_F[order_F]
+    if num_extra < len(order_F):
+        last = level_F[num_extra]
+        first, stop = np.searchsorted(level_F, [last, last + 1])
+        apart = (np.arange(num_extra - first) * 2 + 1) * (stop - first) // (2 * max(num_extra - first, 1))
+        order_F = np.r_[order_F[:first], order_F[first:stop][apart]]
+    return np.sort(rank_F[order_F])
 
 
 def _spare_counts(upper_E: np.ndarray, num_E: np.ndarray, world_size: int, num_free: int) -> np.ndarray:
