@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/training-step.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/training-step.md", "docs/placement.md", "benchmarks/README.md"]
 
 
 FIT = """
@@ -44,6 +46,15 @@ def test_the_plain_loop_runs() -> None:
     exec(compile(BLOCKS[1], "README.md", "exec"), names)
     names["wrapped"](torch.randn(3, 8)).sum().backward()  # type: ignore[operator]
     names["optimizer"].step()  # type: ignore[attr-defined]
+
+
+def test_the_policy_in_the_docs_places_the_hottest_expert_on_every_rank() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/placement.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "placement.md", "exec"), names)
+    (placement,) = names["HotExpertEverywhere"](4, 3).next_placements(np.array([[3, 9, 1, 0, 2]]))
+    assert names["strategy"].config.placement is names["HotExpertEverywhere"]
+    assert all(1 in placement.experts_of(rank) for rank in range(4))
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
