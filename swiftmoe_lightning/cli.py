@@ -91,9 +91,6 @@ _Trace = Annotated[
 ]
 _Ranks = Annotated[int | None, _option("Ranks to plan for.  [default: the trace's own]", 1)]
 _Slots = Annotated[int | None, _option("Slots of a rank.  [default: the trace's own]", 1)]
-_Factor = Annotated[
-    float | None, _option("Token budget over the mean load. Without it nothing is dropped, or what the run had.", 0)
-]
 _Budget = Annotated[str | None, _option("What has a budget: rank or slot.  [default: each policy's own]")]
 _Lag = Annotated[int, _option("Rows between the step that a plan is made from and the one it serves.", 0)]
 _Policies = Annotated[str, _option("Policies, with commas between; 'all' takes every one.")]
@@ -105,7 +102,9 @@ def plan(  # noqa: PLR0913 - options
     trace: _Trace,
     ranks: _Ranks = None,
     slots: _Slots = None,
-    capacity_factor: _Factor = None,
+    capacity_factor: Annotated[
+        float | None, _option("Token budget over the mean load.  [default: dropless]", 0)
+    ] = None,
     capacity: _Budget = None,
     policies: _Policies = "balanced,packed,symi,static",
     lag: _Lag = 1,
@@ -161,7 +160,7 @@ def report(  # noqa: PLR0913 - options
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     ranks: _Ranks = None,
     slots: _Slots = None,
-    capacity_factor: _Factor = None,
+    capacity_factor: Annotated[float | None, _option("Budget over mean load.  [default: the trace's own]", 0)] = None,
     policies: _Policies = "balanced,symi,static",
     lag: _Lag = 1,
     experts_bytes: _Bytes = 1_000_000,
