@@ -55,7 +55,7 @@ def train(  # noqa: PLR0913 - options
     aux_loss_coef: Annotated[float, _option("Weight of the load-balancing loss.", 0)] = DemoOptions.aux_loss_coef,
     lr: Annotated[float, _option("Highest learning rate.", 0)] = DemoOptions.lr,
     seed: Annotated[int, _option("Decides weights and data: runs of one seed can be compared.", 0)] = DemoOptions.seed,
-    out: Annotated[Path | None, _option("Run folder; files there are written over.  [default: runs/STRATEGY]")] = None,
+    out: Annotated[Path | None, _option("Run folder; files there are written over (default: runs/STRATEGY).")] = None,
 ) -> None:
     """Train a small byte-level GPT on real text, and show what became of its experts."""
     # Here, not above: neither `--help` nor a mistyped option needs it.
@@ -89,9 +89,9 @@ _Trace = Annotated[
     Path,
     typer.Argument(help="What PlacementRecorder wrote (.npz, .parquet), or a router trace of Megatron-Core (.jsonl)."),
 ]
-_Ranks = Annotated[int | None, _option("Ranks to plan for.  [default: the trace's own]", 1)]
-_Slots = Annotated[int | None, _option("Slots of a rank.  [default: the trace's own]", 1)]
-_Budget = Annotated[str | None, _option("What has a budget: rank or slot.  [default: each policy's own]")]
+_Ranks = Annotated[int | None, _option("Ranks to plan for (default: the trace's own).", 1)]
+_Slots = Annotated[int | None, _option("Slots of a rank (default: the trace's own).", 1)]
+_Budget = Annotated[str | None, _option("What has a budget: rank or slot (default: each policy's own).")]
 _Lag = Annotated[int, _option("Rows between the step that a plan is made from and the one it serves.", 0)]
 _Policies = Annotated[str, _option("Policies, with commas between; 'all' takes every one.")]
 _Bytes = Annotated[int, _option("Bytes of one expert's weights; its gradient has as many.", 1)]
@@ -102,21 +102,19 @@ def plan(  # noqa: PLR0913 - options
     trace: _Trace,
     ranks: _Ranks = None,
     slots: _Slots = None,
-    capacity_factor: Annotated[
-        float | None, _option("Token budget over the mean load.  [default: dropless]", 0)
-    ] = None,
+    capacity_factor: Annotated[float | None, _option("Token budget over the mean load (default: dropless).", 0)] = None,
     capacity: _Budget = None,
     policies: _Policies = "balanced,packed,symi,static",
     lag: _Lag = 1,
     replace_every: Annotated[str, _option("Steps between two placements, or 'auto'.")] = "1",
     popularity_decay: Annotated[float, _option("Expect a moving average that fades by this much a step.", 0)] = 0.0,
     experts_bytes: _Bytes = 1_000_000,
-    state_bytes: Annotated[int | None, _option("Bytes of an expert's optimizer state.  [default: 8 x weights]", 0)] = (
+    state_bytes: Annotated[int | None, _option("Bytes of an expert's optimizer state (default: 8 x weights).", 0)] = (
         None
     ),
     link_gbps: Annotated[float | None, _option("Gb/s of a rank's link: with --tflops, models step times.")] = None,
     tflops: Annotated[float | None, _option("TFLOP/s that a rank reaches.")] = None,
-    choice_flops: Annotated[float | None, _option("FLOP of a token-choice.  [default: 3 x weights' bytes]")] = None,
+    choice_flops: Annotated[float | None, _option("FLOP of a token-choice (default: 3 x weights' bytes).")] = None,
     token_bytes: Annotated[int, _option("Bytes of a token's hidden state, on its way four times a step.", 0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -160,7 +158,7 @@ def report(  # noqa: PLR0913 - options
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     ranks: _Ranks = None,
     slots: _Slots = None,
-    capacity_factor: Annotated[float | None, _option("Budget over mean load.  [default: the trace's own]", 0)] = None,
+    capacity_factor: Annotated[float | None, _option("Budget over mean load (default: the trace's own).", 0)] = None,
     policies: _Policies = "balanced,symi,static",
     lag: _Lag = 1,
     experts_bytes: _Bytes = 1_000_000,
