@@ -1,0 +1,1 @@
+"""Triton kernels of the expert layer. Importing anything in here needs triton."""
