@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.kernels.triton.launch import device_of
 
-# Elements of a program's [BLOCK_T, BLOCK_E] tile; a few tiles are alive at once.
+# Elements of the [BLOCK_T, BLOCK_E] tile of a program of 8 warps: more would not leave registers for the few alive at once.
 _TILE = 2048
 
 
@@ -47,7 +47,7 @@ def route(
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
                 BLOCK_K=triton.next_power_of_2(top_k),
-                num_warps=4,
+                num_warps=8,
             )
     return ids_TK, weights_TK, probs_BE.sum(0), counts_BE.sum(0), squares_B.sum()
 
@@ -81,7 +81,7 @@ def route_backward(
                 RENORMALISE=renormalise,
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
-                num_warps=4,
+                num_warps=8,
             )
     return grad_TE
 
@@ -89,7 +89,7 @@ def route_backward(
 def _blocks(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
     """(BLOCK_E, BLOCK_T, B)."""
     block_e = triton.next_power_of_2(num_experts)
-    block_t = min(max(_TILE // block_e, 1), 32)
+    block_t = min(max(_TILE // block_e, 1), 128)
     return block_e, block_t, triton.cdiv(num_tokens, block_t)
 
 
