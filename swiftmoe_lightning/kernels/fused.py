@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swiftmoe_lightning.kernels import reference
-from swiftmoe_lightning.kernels.grouped import ACTIVATIONS
+from swiftmoe_lightning.kernels.paths import DTYPES
+from swiftmoe_lightning.kernels.reference import ACTIVATIONS
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.kernels.triton.tiles import Rows
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fused_expert_mlp(
@@ -109,6 +107,7 @@ class _FusedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, scores_TK: Tensor | None, *weights: Tensor | None) -> Tensor:
         from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product, up
+        from swiftmoe_lightning.kernels.triton.launch import device_of
         from swiftmoe_lightning.kernels.triton.tiles import choose_tiles, map_rows
 
         first, first_bias, second, second_bias = weights
@@ -116,7 +115,7 @@ class _FusedMlp(torch.autograd.Function):
         assert second is not None
         num_rows = len(x) if call.choice_R is None else len(call.choice_R)
         tiles = choose_tiles(x.dtype, num_rows, len(call.ends_s))
-        with torch.cuda.device_of(x):
+        with device_of(x):
             rows = map_rows(call.choice_R, call.top_k, call.ends_s, num_rows, tiles)
             z_RO, a_RF = up(x, first, first_bias, rows, call.activation, call.keep_z)
             y_RD = grouped_product(a_RF, second, second_bias, rows, tiles.down)
@@ -128,6 +127,7 @@ class _FusedMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from swiftmoe_lightning.kernels.triton.launch import device_of
         from swiftmoe_lightning.kernels.triton.tiles import Rows
 
         x, scores_TK, z_RO, *rest = ctx.saved_tensors
@@ -135,7 +135,7 @@ class _FusedMlp(torch.autograd.Function):
         rows = Rows(choice_R, ctx.call.top_k, ends_s, slot_B, first_row_B, len(z_RO), ctx.tiles)
         first, _, second, second_bias = rest[:4]
         saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, ctx.call.activation)
-        with torch.cuda.device_of(x):
+        with device_of(x):
             return None, *_gradients(grad.contiguous(), saved, rows, ctx.needs_input_grad[1:])
 
 
@@ -185,5 +185,7 @@ def _gradients(grad: Tensor, saved: _Saved, rows: Rows, needed: tuple[bool, ...]
 
 def _sum_rows(y_RD: Tensor, rows_TK: Tensor | None, weights_TK: Tensor | None = None) -> Tensor:
     """[T, D]: sum over k of y[rows[:, k]], weighted if weights are given. No atomics."""
+    from swiftmoe_lightning.kernels.triton.rows import gather_sum
+
     assert rows_TK is not None
-    return reference._gather_sum(y_RD, rows_TK, weights_TK)
+    return gather_sum(y_RD, rows_TK, weights_TK)

@@ -110,9 +110,7 @@ def finish_columns(
     """Write W columns of dZ and of w * A. Returns [BM], their part of <dA, A>."""
     OUT: tl.constexpr = 2 * F if ACTIVATION == "swiglu" else F
     hidden = first_col + tl.arange(0, W)
-    mask = m_row[:, None]
-    if F % W != 0:
-        mask = mask & (hidden < F)[None, :]
+    mask = m_row[:, None] & (hidden < F)[None, :]
     z_offsets = rows[:, None] * OUT + hidden[None, :]
     b_z = tl.load(p_z + z_offsets, mask=mask, other=0.0).to(tl.float32)
     # What is done with first is stored first, which frees its registers.

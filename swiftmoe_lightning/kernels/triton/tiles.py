@@ -47,7 +47,7 @@ class MlpTiles:
 
 # Registers bound these: the widest that do not spill on sm_90a, two or more stages deep in 227 KB of shared memory.
 HALF_MANY: Final = MlpTiles(
-    up=Tile(128, 256, 64, 8, 3, split=4),
+    up=Tile(128, 256, 64, 8, 3, split=8),
     down=Tile(128, 256, 64, 8, 4),
     grad_hidden=Tile(128, 128, 64, 8, 4, split=2),
     grad_rows=Tile(128, 256, 64, 8, 4),
