@@ -28,7 +28,8 @@ def hidden_gradient(
     """
     (_, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
     num_col_tiles = triton.cdiv(hidden_dim, tile.cols)
-    dz_RO, a_RF = torch.empty_like(z_RO), z_RO.new_empty(rows.num_rows, hidden_dim)
+    dz_RO = torch.empty(z_RO.shape, dtype=z_RO.dtype, device=z_RO.device)
+    a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=z_RO.dtype, device=z_RO.device)
     parts = None
     if scores_TK is not None:
         parts = torch.empty(num_col_tiles + 1, rows.num_rows, dtype=torch.float32, device=grad.device)
@@ -64,7 +65,7 @@ def weight_gradient(left: Tensor, right: Tensor, rows: Rows, gathered: str = "")
     gathered: "left" or "right" is [T, ...] and read through `rows.choice_R`; the other is [R, ...], by default both.
     """
     (out_features, in_features), tile = (left.shape[1], right.shape[1]), rows.tiles.grad_weight
-    grad_sOI = left.new_empty(len(rows.ends_s), out_features, in_features)
+    grad_sOI = torch.empty(len(rows.ends_s), out_features, in_features, dtype=left.dtype, device=left.device)
     programs = triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.cols)
     weight_gradient_kernel[(len(rows.ends_s) * programs,)](
         left,

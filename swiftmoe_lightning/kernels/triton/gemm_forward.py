@@ -6,6 +6,7 @@ first). BM, BN: a program's tile of the result; BK: its step in depth.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,8 +31,8 @@ def up(
     """
     (_, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
     hidden_dim, cols = (out_features // 2, tile.cols // 2) if activation == "swiglu" else (out_features, tile.cols)
-    z_RO = x.new_empty(rows.num_rows, out_features) if keep_z else None
-    a_RF = x.new_empty(rows.num_rows, hidden_dim)
+    z_RO = torch.empty(rows.num_rows, out_features, dtype=x.dtype, device=x.device) if keep_z else None
+    a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=x.dtype, device=x.device)
     up_kernel[(len(rows.slot_B) * triton.cdiv(hidden_dim, cols),)](
         x,
         rows.choice_R,
@@ -61,7 +62,7 @@ def grouped_product(
     """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Nobody's rows are zero."""
     in_features = x_RI.shape[1]
     out_features = weight.shape[2 if transposed else 1]
-    y_RO = x_RI.new_empty(rows.num_rows, out_features)
+    y_RO = torch.empty(rows.num_rows, out_features, dtype=x_RI.dtype, device=x_RI.device)
     grouped_kernel[(len(rows.slot_B) * triton.cdiv(out_features, tile.cols),)](
         x_RI,
         weight,

@@ -16,7 +16,7 @@ from swiftmoe_lightning.kernels.triton.tiles import Rows
 
 def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias: bool) -> Tensor:
     """[C + 1, R] parts of each row's gradient -> [T, K], zero for a choice without a row (-1)."""
-    grad_TK = torch.empty_like(rows_TK, dtype=dtype)
+    grad_TK = torch.empty(rows_TK.shape, dtype=dtype, device=rows_TK.device)
     num_parts = len(parts) if with_bias else len(parts) - 1
     grid = (triton.cdiv(rows_TK.numel(), 256),)
     score_gradient_kernel[grid](parts, rows_TK, grad_TK, parts.shape[1], rows_TK.numel(), PARTS=num_parts, BLOCK=256)
@@ -43,7 +43,7 @@ def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> N
 
 def bias_gradient(grad: Tensor, scores_TK: Tensor | None, rows: Rows) -> Tensor:
     """[s, O]: the sum of each slot's rows of `grad` [R, O], or with `scores_TK` of [T, O], gathered and weighted."""
-    grad_sO = grad.new_empty(len(rows.ends_s), grad.shape[1])
+    grad_sO = torch.empty(len(rows.ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
     bias_gradient_kernel[(len(rows.ends_s), triton.cdiv(grad.shape[1], 64))](
         grad,
         None if scores_TK is None else rows.choice_R,

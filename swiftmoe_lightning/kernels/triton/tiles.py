@@ -114,7 +114,7 @@ def map_rows(choice_R: Tensor | None, top_k: int, ends_s: Tensor, num_rows: int,
     num_slots, block = len(ends_s), tiles.up.rows
     num_tiles = triton.cdiv(num_rows, block) + num_slots
     slot_B = torch.empty(num_tiles, dtype=torch.int32, device=ends_s.device)
-    first_row_B = torch.empty_like(slot_B)
+    first_row_B = torch.empty(num_tiles, dtype=torch.int32, device=ends_s.device)
     width = triton.next_power_of_2(num_slots + 1)
     tile_map_kernel[(triton.cdiv(num_tiles, 32),)](
         ends_s, slot_B, first_row_B, num_rows, num_slots, num_tiles, BM=block, SLOTS=width, TILES=32
