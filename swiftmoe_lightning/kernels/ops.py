@@ -44,6 +44,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if nobody's. rows_TK: [T, K], its inverse, -1
     where a choice has no row. Backward sums each token's rows, without atomics.
     """
+    assert len(x_TD) == len(rows_TK), (x_TD.shape, rows_TK.shape)
     return _permute(x_TD, choice_R, rows_TK)
 
 
@@ -52,6 +53,8 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
 
     weights_TK: [T, K] floating, of any dtype; choice_R, rows_TK as in `permute`. What nobody's rows hold is not read.
     """
+    assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
+    assert len(y_RD) == len(choice_R), (y_RD.shape, choice_R.shape)
     return _combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
