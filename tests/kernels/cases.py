@@ -27,9 +27,10 @@ def assert_close(found, expected):
 def rows_of(kept_TK):
     """Boolean [T, K] -> (choice_R, rows_TK), rows in a scrambled order."""
     choice_R = kept_TK.flatten().nonzero().flatten()
-    choice_R = choice_R[torch.randperm(len(choice_R), generator=torch.Generator().manual_seed(len(choice_R)))]
-    rows_TK = torch.full(kept_TK.shape, -1)
-    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R))
+    order_R = torch.randperm(len(choice_R), generator=torch.Generator().manual_seed(len(choice_R)), device="cpu")
+    choice_R = choice_R[order_R.to(choice_R.device)]
+    rows_TK = torch.full(kept_TK.shape, -1, device=kept_TK.device)
+    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=kept_TK.device)
     return choice_R, rows_TK
 
 
@@ -70,7 +71,7 @@ def make_weights(num_slots, dim, hidden_dim, activation, bias, dtype, seed=0):
 def gradients(out, inputs):
     """Gradients of a fixed random projection of `out`, by name; what did not take part counts as zero."""
     generator = torch.Generator().manual_seed(17)
-    seed = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    seed = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
     found = torch.autograd.grad(out, list(inputs.values()), seed, allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
@@ -142,7 +143,7 @@ def _outputs_and_gradients(operation, inputs, rest, seed_dtype):
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(17)
     trained = [out for out in outputs if out.requires_grad]
-    seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in trained]
+    seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu") for out in trained]
     # Rounded once, so that both runs get the same numbers.
     seeds = [seed.to(seed_dtype).to(out) for seed, out in zip(seeds, trained, strict=True)]
     gradients = torch.autograd.grad(trained, list(inputs.values()), seeds)

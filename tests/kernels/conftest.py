@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from swiftmoe_lightning.kernels import paths
+from tests.kernels.cases import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -16,5 +18,6 @@ def path(request):
     """The test runs on torch's reference, and on Triton's kernels."""
     if request.param == "triton":
         pytest.importorskip("triton")
-    with paths.forced(request.param):
+    # Tensors that a test makes are then where the kernels are; a random one says device="cpu", as its generator is.
+    with paths.forced(request.param), torch.device(DEVICE):
         yield request.param

@@ -14,7 +14,7 @@ OPERATORS = torch.ops.swiftmoe
 
 def floats(*shape, grad=True):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_(grad)
+    return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE).requires_grad_(grad)
 
 
 CHOICES = torch.tensor([3, 0, -1, 2], device=DEVICE), torch.tensor([[1, -1], [3, 0]], device=DEVICE)
@@ -81,11 +81,12 @@ def test_a_layer_compiles_to_one_graph():
 
 
 @pytest.mark.usefixtures("path")
-def test_sizes_that_change_do_not_break_the_graph():
+def test_sizes_that_change_do_not_recompile_the_graph():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for num_tokens in (3, 7):
+    for num_tokens, stance in [(3, "default"), (7, "fail_on_recompile")]:
         inputs = (floats(num_tokens, 6), floats(num_tokens, 4), floats(6, 8), floats(4, 6))
-        assert_close(compiled(*inputs)[0], layer(*inputs)[0])
+        with torch.compiler.set_stance(stance):
+            assert_close(compiled(*inputs)[0], layer(*inputs)[0])
 
 
 @pytest.mark.usefixtures("path")
@@ -94,6 +95,20 @@ def test_a_checkpointed_layer_has_the_same_bits():
         run(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False)), run(layer), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and TRITON_INTERPRET=0")
+@pytest.mark.usefixtures("path")
+def test_nothing_waits_for_the_gpu():
+    inputs = (floats(5, 6), floats(5, 4), floats(6, 8), floats(4, 6))
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out_TD, loss = layer(*inputs)
+            (out_TD.square().sum() + loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["permute", "combine", "activate", "route"])

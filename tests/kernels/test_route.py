@@ -3,7 +3,7 @@ import torch
 
 from swiftmoe_lightning.kernels import paths, route
 from swiftmoe_lightning.modules.router import TopKRouter, z_loss
-from tests.kernels.cases import assert_close, assert_triton_equals_reference, gradients
+from tests.kernels.cases import DEVICE, assert_close, assert_triton_equals_reference, gradients
 
 SCORES = ["softmax", "sigmoid"]
 
@@ -11,8 +11,8 @@ SCORES = ["softmax", "sigmoid"]
 def logits(num_tokens, num_experts, dtype=torch.float32):
     """Distinct in each row, so that the best K are the same everywhere."""
     generator = torch.Generator().manual_seed(num_tokens + num_experts)
-    order_TE = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=-1)
-    return ((order_TE - num_experts / 2) * (6 / num_experts)).to(dtype)
+    order_TE = torch.rand(num_tokens, num_experts, generator=generator, device="cpu").argsort(dim=-1)
+    return ((order_TE - num_experts / 2) * (6 / num_experts)).to(DEVICE, dtype)
 
 
 @pytest.mark.usefixtures("path")
@@ -88,7 +88,7 @@ def test_experts_of_minus_infinite_logits_are_chosen_last():
 
 def test_of_equal_scores_triton_takes_the_lower_expert():
     pytest.importorskip("triton")
-    with paths.forced("triton"):
+    with paths.forced("triton"), torch.device(DEVICE):
         assert route(torch.zeros(2, 5), None, 3, "softmax", True).expert_ids_TK.tolist() == [[0, 1, 2]] * 2
         bias_E = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
         assert route(torch.zeros(1, 5), bias_E, 3, "sigmoid", True).expert_ids_TK.tolist() == [[2, 4, 0]]

@@ -22,7 +22,7 @@ def test_choices_are_sorted_by_group_and_keep_their_order_inside_one():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_order_is_that_of_a_stable_sort(num_choices, num_groups, dtype):
     generator = torch.Generator().manual_seed(num_choices)
-    key_N = torch.randint(-1, num_groups + 2, (num_choices,), generator=generator).to(DEVICE, dtype)
+    key_N = torch.randint(-1, num_groups + 2, (num_choices,), generator=generator, device="cpu").to(DEVICE, dtype)
     with fenced_memory():
         found, again = sort_choices(key_N, num_groups), sort_choices(key_N, num_groups)
     is_somebodys = (key_N >= 0) & (key_N < num_groups)
