@@ -44,6 +44,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if nobody's. rows_TK: [T, K], its inverse, -1
     where a choice has no row. Backward sums each token's rows, without atomics.
     """
+    assert x_TD.shape[0] == rows_TK.shape[0], (x_TD.shape, rows_TK.shape)
     return _permute(x_TD, choice_R, rows_TK)
 
 
@@ -52,6 +53,8 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
 
     weights_TK: [T, K] floating, of any dtype; choice_R, rows_TK as in `permute`. What nobody's rows hold is not read.
     """
+    assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
+    assert y_RD.shape[0] == choice_R.shape[0], (y_RD.shape, choice_R.shape)
     return _combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
@@ -61,6 +64,7 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
     Raises ValueError for an activation that is not one of `ACTIVATIONS`.
     """
     check_choice("activation", activation, reference.ACTIVATIONS)
+    assert activation != "swiglu" or z_RF.shape[1] % 2 == 0, z_RF.shape
     return _activate(z_RF, activation)
 
 
@@ -92,7 +96,7 @@ def _sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
 
 @_sort_choices.register_fake
 def _(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = (len(key_N), len(key_N), num_groups, num_groups)
+    sizes = (key_N.shape[0], key_N.shape[0], num_groups, num_groups)
     first, second, third, fourth = (key_N.new_empty(size, dtype=torch.int32) for size in sizes)
     return first, second, third, fourth
 
@@ -108,7 +112,7 @@ def _permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 @_permute.register_fake
 def _(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    return x_TD.new_empty(len(choice_R), x_TD.shape[1])
+    return x_TD.new_empty(choice_R.shape[0], x_TD.shape[1])
 
 
 @torch.library.custom_op("swiftmoe::gather_sum", mutates_args=())
@@ -122,7 +126,7 @@ def _gather_sum(y_RD: Tensor, rows_TK: Tensor) -> Tensor:
 
 @_gather_sum.register_fake
 def _(y_RD: Tensor, rows_TK: Tensor) -> Tensor:
-    return y_RD.new_empty(len(rows_TK), y_RD.shape[1])
+    return y_RD.new_empty(rows_TK.shape[0], y_RD.shape[1])
 
 
 @torch.library.custom_op("swiftmoe::combine", mutates_args=())
@@ -136,7 +140,7 @@ def _combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
 
 @_combine.register_fake
 def _(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    return y_RD.new_empty(len(rows_TK), y_RD.shape[1])
+    return y_RD.new_empty(rows_TK.shape[0], y_RD.shape[1])
 
 
 @torch.library.custom_op("swiftmoe::combine_backward", mutates_args=())
@@ -166,7 +170,7 @@ def _activate(z_RF: Tensor, activation: str) -> Tensor:
 
 @_activate.register_fake
 def _(z_RF: Tensor, activation: str) -> Tensor:
-    return z_RF.new_empty(len(z_RF), z_RF.shape[1] // (2 if activation == "swiglu" else 1))
+    return z_RF.new_empty(z_RF.shape[0], z_RF.shape[1] // (2 if activation == "swiglu" else 1))
 
 
 @torch.library.custom_op("swiftmoe::activate_backward", mutates_args=())

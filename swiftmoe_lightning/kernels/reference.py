@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
+SCORES: Final = ("softmax", "sigmoid")
 # What a sum of scores is at least, when it divides: a token of zero scores has zero shares, not nan.
 _MIN_SUM: Final = 1e-20
 
@@ -103,7 +104,7 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
 def route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(ids [T, K] int64, weights [T, K], sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
+    """(weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
 
     See `routing.route`.
     """
@@ -116,7 +117,7 @@ def route(
         weights_TK, _ = _shares(weights_TK)
     counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
     counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-    return ids_TK, weights_TK, probs_TE.sum(0), counts_E, wide_TE.logsumexp(-1).square().sum()
+    return weights_TK, ids_TK, probs_TE.sum(0), counts_E, wide_TE.logsumexp(-1).square().sum()
 
 
 def route_backward(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.config import check_choice
 from swiftmoe_lightning.kernels import reference
 from swiftmoe_lightning.kernels.ops import keep_nothing, on_triton, refuse_second_derivative
 
@@ -17,14 +18,13 @@ from swiftmoe_lightning.kernels.ops import keep_nothing, on_triton, refuse_secon
 class Routed(NamedTuple):
     """What `route` returns.
 
-    expert_ids_TK: [T, K] int64. weights_TK: [T, K]. prob_sums_E: [E], sums over tokens of the scores as shares (for
+    weights_TK: [T, K]. expert_ids_TK: [T, K] int64. prob_sums_E: [E], sums over tokens of the scores as shares (for
     the auxiliary loss). counts_E: [E] int64, choices of each expert. square_sum: [], sum over tokens of the squared
-    log-sum-exp of the logits (for the z-loss). Float32 (float64 for float64 logits); the first two and the last have
-    gradients.
+    log-sum-exp of the logits (for the z-loss). Floats are float32 (float64 for float64 logits), and have gradients.
     """
 
-    expert_ids_TK: Tensor
     weights_TK: Tensor
+    expert_ids_TK: Tensor
     prob_sums_E: Tensor
     counts_E: Tensor
     square_sum: Tensor
@@ -36,7 +36,12 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
     bias_E: [E], added to the scores for the choice alone, no gradient. score: "softmax" or "sigmoid". renormalise:
     divide a token's K weights by their sum. Of equal scores the Triton path takes the lower expert id; torch's
     `topk` may take any. With logits that are not finite the ids are some of 0..E-1.
+
+    Raises ValueError for a score that is not one of `SCORES`, or top_k outside 1..E.
     """
+    check_choice("score", score, reference.SCORES)
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k must be in 1..num_experts={logits_TE.shape[1]}, got {top_k}.")
     return Routed(*_route(logits_TE, bias_E, top_k, score, renormalise))
 
 
@@ -57,8 +62,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (num_tokens, num_experts), wide = logits_TE.shape, torch.promote_types(logits_TE.dtype, torch.float32)
     return (
-        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64),
         logits_TE.new_empty(num_tokens, top_k, dtype=wide),
+        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64),
         logits_TE.new_empty(num_experts, dtype=wide),
         logits_TE.new_empty(num_experts, dtype=torch.int64),
         logits_TE.new_empty((), dtype=wide),
@@ -98,11 +103,11 @@ def _(
 
 def _keep_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_TE, _, _, ctx.score, ctx.renormalise = inputs
-    ctx.save_for_backward(logits_TE, output[0])
+    ctx.save_for_backward(logits_TE, output[1])
 
 
 def _route_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-    _, grad_weights_TK, grad_probs_E, _, grad_square = grads
+    grad_weights_TK, _, grad_probs_E, _, grad_square = grads
     inputs = (grad_weights_TK, grad_probs_E, grad_square, *ctx.saved_tensors)
     return _route_backward(*inputs, ctx.score, ctx.renormalise), None, None, None, None
 

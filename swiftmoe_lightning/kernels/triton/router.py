@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.kernels.triton.launch import device_of
 
-# Elements of the [BLOCK_T, BLOCK_E] tile of a program of 8 warps: more would not leave registers for the few alive at once.
+# Elements of a program's [BLOCK_T, BLOCK_E] tile, 8 to a thread: several tiles are alive at once.
 _TILE = 2048
 
 
@@ -33,7 +33,7 @@ def route(
         with device_of(logits_TE):
             route_kernel[(num_blocks,)](
                 logits_TE.contiguous(),
-                bias_E,
+                None if bias_E is None else bias_E.contiguous(),
                 ids_TK,
                 weights_TK,
                 probs_BE,
@@ -49,7 +49,7 @@ def route(
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=8,
             )
-    return ids_TK, weights_TK, probs_BE.sum(0), counts_BE.sum(0), squares_B.sum()
+    return weights_TK, ids_TK, probs_BE.sum(0), counts_BE.sum(0), squares_B.sum()
 
 
 def route_backward(
