@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
+KERNELS = PACKAGE / "kernels" / "triton"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
@@ -94,11 +97,50 @@ def test_a_wrong_import_is_found(room: str, line: str) -> None:
     assert faults(room, line)
 
 
+def eager_optionals(path: Path, source: str) -> set[str]:
+    """What a file imports at module level though the package must work without it: an optional library, or the
+    Triton kernels, whose files alone may import triton."""
+    within = path.is_relative_to(KERNELS)
+    found = set()
+    for statement in ast.parse(source).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            names = set(imports(statement))
+            found |= {name for name in names if name.split(".")[0] in OPTIONAL - ({"triton"} if within else set())}
+            found |= {
+                name for name in names if f"{name}.".startswith("swiftmoe_lightning.kernels.triton.") and not within
+            }
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
-    for statement in ast.parse(path.read_text()).body:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            assert not {name.split(".")[0] for name in imports(statement)} & OPTIONAL
+    assert not eager_optionals(path, path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("kernels/ops.py", "import triton"),
+        ("kernels/ops.py", "import swiftmoe_lightning.kernels.triton"),
+        ("kernels/ops.py", "from swiftmoe_lightning.kernels.triton.rows import permute"),
+        ("modules/moe.py", "from swiftmoe_lightning.kernels import triton"),
+        ("kernels/triton/rows.py", "import pyarrow"),
+    ],
+)
+def test_an_eager_import_is_found(file: str, line: str) -> None:
+    assert eager_optionals(PACKAGE / file, line)
+    assert not eager_optionals(PACKAGE / file, f"def late():\n    {line}")
+
+
+def test_the_package_works_without_triton() -> None:
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; import swiftmoe_lightning.kernels as k;"
+        "print(k.permute(torch.ones(1, 2), torch.tensor([0]), torch.tensor([[0]])).tolist())"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[[1.0, 1.0]]\n"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

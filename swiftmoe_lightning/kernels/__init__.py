@@ -1,6 +1,18 @@
 """The expert layer's operations: a torch reference of each, and the fast paths beside it."""
 
-from swiftmoe_lightning.kernels.grouped import ACTIVATIONS, expert_mlp
-from swiftmoe_lightning.kernels.reference import combine, permute
+from swiftmoe_lightning.kernels.grouped import expert_mlp
+from swiftmoe_lightning.kernels.ops import SortedChoices, activate, combine, permute, sort_choices
+from swiftmoe_lightning.kernels.reference import ACTIVATIONS
+from swiftmoe_lightning.kernels.routing import Routed, route
 
-__all__ = ["ACTIVATIONS", "combine", "expert_mlp", "permute"]
+__all__ = [
+    "ACTIVATIONS",
+    "Routed",
+    "SortedChoices",
+    "activate",
+    "combine",
+    "expert_mlp",
+    "permute",
+    "route",
+    "sort_choices",
+]

@@ -6,15 +6,14 @@ R rows, s slots, D model dim, F hidden dim, O / I out and in features of one mat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmoe_lightning.kernels import reference
-
-ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
+from swiftmoe_lightning.kernels.ops import activate
 
 
 def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: str) -> Tensor:
@@ -26,11 +25,7 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
     """
     first = "gate_up_proj" if activation == "swiglu" else "up_proj"
     z_R = grouped_linear(x_RD, weights[first], ends_s, weights.get(f"{first}_bias"))
-    if activation == "swiglu":
-        gate_RF, up_RF = z_R.chunk(2, dim=-1)
-        hidden_RF = F.silu(gate_RF) * up_RF
-    else:
-        hidden_RF = F.gelu(z_R) if activation == "gelu" else F.relu(z_R).square()
+    hidden_RF = activate(z_R, activation)
     return grouped_linear(hidden_RF, weights["down_proj"], ends_s, weights.get("down_proj_bias"))
 
 

@@ -1,89 +1,151 @@
 """The definition of correct: plain torch versions of the expert layer's operations, on any device and dtype.
 
-T tokens, D model dim, F hidden dim, K top-k, N = T * K token-choices, R rows (surviving choices), s slots,
-O / I out and in features of one matrix. A row is one surviving choice; choice t * K + k is token t's k-th.
-Sums are taken in float32, or in float64 for float64 inputs.
+T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K token-choices, G groups of a sort, R rows,
+s slots, O / I out and in features of one matrix. A row holds one surviving choice; choice t * K + k is token t's
+k-th. `choice_R` [R] and `rows_TK` [T, K] (int32 or int64) are each other's inverse; -1 says that a row is nobody's,
+or that a choice has no row. Sums are taken in float32, or in float64 for float64 inputs.
+
+A `..._backward` takes the gradient of the outputs and returns that of the floating inputs; `ops.py` binds the two.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
+SCORES: Final = ("softmax", "sigmoid")
+# What a sum of scores is at least, when it divides: a token of zero scores has zero shares, not nan.
+_MIN_SUM: Final = 1e-20
+
+
+def sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort choices by group, keeping the order inside one, without a wait for a GPU: see `ops.sort_choices`."""
+    is_somebodys = (key_N >= 0) & (key_N < num_groups)
+    group_N = torch.where(is_somebodys, key_N, num_groups).to(torch.int64)
+    order_N = torch.argsort(group_N, stable=True)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    counts_G = torch.zeros(num_groups + 1, dtype=torch.int64, device=key_N.device)
+    counts_G = counts_G.scatter_add_(0, group_N, torch.ones_like(group_N))[:-1]
+    choice_N = torch.where(is_somebodys[order_N], order_N, -1)
+    row_N = torch.where(is_somebodys, place_N, -1)
+    return choice_N.int(), row_N.int(), counts_G.int(), counts_G.cumsum(0).int()
 
 
 def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """Copy tokens to rows. choice_R: [R] int64, the choice in each row; rows_TK: [T, K] int64, its inverse, -1 if none.
-
-    Returns [R, D]. Backward sums each token's rows, without atomics.
-    """
-    return _Permute.apply(x_TD, choice_R, rows_TK)
-
-
-def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """Weighted sum of each token's rows. weights_TK: [T, K]; a choice without a row (-1) adds zero.
-
-    Returns [T, D] in the dtype of `y_RD`.
-    """
-    return _Combine.apply(y_RD, weights_TK, choice_R, rows_TK)
+    """[R, D]: each row's token, zero in a row that is nobody's. Its backward is `gather_sum`."""
+    if len(x_TD) == 0:
+        return x_TD.new_zeros(len(choice_R), x_TD.shape[1])
+    token_R = choice_R.clamp(min=0) // rows_TK.shape[1]
+    return x_TD.index_select(0, token_R).masked_fill_((choice_R < 0).unsqueeze(-1), 0.0)
 
 
-class _Permute(torch.autograd.Function):
-    """Forward: gather tokens into rows. Backward: gather rows back and sum them per token."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_TK)
-        return x_TD.index_select(0, choice_R // rows_TK.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (rows_TK,) = ctx.saved_tensors
-        return _gather_sum(grad_RD, rows_TK), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Forward: gather rows and sum them, weighted, per token. Backward: scale and copy the gradient to the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(y_RD, weights_TK, choice_R, rows_TK)
-        return _gather_sum(y_RD, rows_TK, weights_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_RD, weights_TK, choice_R, rows_TK = ctx.saved_tensors
-        wide = _sum_dtype(y_RD)
-        grad_RD = grad_TD.index_select(0, choice_R // rows_TK.shape[1]).to(wide)
-        grad_weight_R = (grad_RD * y_RD).sum(-1)
-        grad_weights_TK = torch.zeros_like(weights_TK)
-        grad_weights_TK.view(-1)[choice_R] = grad_weight_R.to(weights_TK.dtype)
-        grad_y_RD = grad_RD * weights_TK.reshape(-1)[choice_R].to(wide).unsqueeze(-1)
-        return grad_y_RD.to(y_RD.dtype), grad_weights_TK, None, None
-
-
-def _gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """[T, D]: sum over k of y[rows[:, k]], weighted if weights are given."""
+def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """[T, D]: sum over k of y[rows[:, k]], weighted if weights are given. With weights this is combine."""
     out_TD = torch.zeros(len(rows_TK), y_RD.shape[1], dtype=_sum_dtype(y_RD), device=y_RD.device)
     if len(y_RD) == 0:
         return out_TD.to(y_RD.dtype)
     for k in range(rows_TK.shape[1]):
-        rows_T = rows_TK[:, k]
-        term_TD = y_RD.index_select(0, rows_T.clamp(min=0)).to(out_TD.dtype)
+        term_TD = _rows_or_zero(y_RD, rows_TK[:, k]).to(out_TD.dtype)
         if weights_TK is not None:
-            term_TD = term_TD * weights_TK[:, k : k + 1].to(out_TD.dtype)
-        # A mask, not a zero weight: row 0 stands in for "no row", and 0 * nan is nan.
-        out_TD += torch.where(rows_T.unsqueeze(-1) >= 0, term_TD, 0.0)
+            # A mask, not a zero weight: 0 * nan is nan.
+            weight_T = weights_TK[:, k].masked_fill(rows_TK[:, k] < 0, 0.0)
+            term_TD = term_TD * weight_T.unsqueeze(-1).to(out_TD.dtype)
+        out_TD += term_TD
     return out_TD.to(y_RD.dtype)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def combine_backward(
+    grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """([R, D] of the rows, [T, K] of the weights): zero for a row that is nobody's and a choice without a row."""
+    if len(y_RD) == 0 or len(grad_TD) == 0:
+        return torch.zeros_like(y_RD), torch.zeros_like(weights_TK)
+    wide = _sum_dtype(y_RD)
+    nobodys_R = choice_R < 0
+    grad_RD = grad_TD.index_select(0, choice_R.clamp(min=0) // rows_TK.shape[1]).to(wide)
+    weight_R = weights_TK.reshape(-1).index_select(0, choice_R.clamp(min=0)).to(wide)
+    grad_y_RD = (grad_RD * weight_R.unsqueeze(-1)).masked_fill_(nobodys_R.unsqueeze(-1), 0.0)
+    grad_weight_R = (grad_RD * y_RD).sum(-1)
+    grad_weights_TK = _rows_or_zero(grad_weight_R.unsqueeze(-1), rows_TK.reshape(-1)).view(rows_TK.shape)
+    return grad_y_RD.to(y_RD.dtype), grad_weights_TK.to(weights_TK.dtype)
+
+
+def activate(z_RF: Tensor, activation: str) -> Tensor:
+    """[R, F]: silu(gate) * up of z [R, 2F], the gate's half first (swiglu); else gelu (exact) or relu**2 of [R, F]."""
+    wide_RF = z_RF.to(_sum_dtype(z_RF))
+    if activation == "swiglu":
+        gate_RF, up_RF = wide_RF.chunk(2, dim=-1)
+        out_RF = F.silu(gate_RF) * up_RF
+    else:
+        out_RF = F.gelu(wide_RF) if activation == "gelu" else F.relu(wide_RF).square()
+    return out_RF.to(z_RF.dtype)
+
+
+def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
+    """The gradient of z, in its shape."""
+    wide_RF, grad_RF = z_RF.to(_sum_dtype(z_RF)), grad_RF.to(_sum_dtype(z_RF))
+    if activation == "swiglu":
+        gate_RF, up_RF = wide_RF.chunk(2, dim=-1)
+        sigmoid_RF = gate_RF.sigmoid()
+        slope_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+        return torch.cat([grad_RF * up_RF * slope_RF, grad_RF * gate_RF * sigmoid_RF], dim=-1).to(z_RF.dtype)
+    if activation == "gelu":
+        below_RF = 0.5 * (1 + torch.erf(wide_RF * 0.5**0.5))
+        density_RF = torch.exp(-0.5 * wide_RF.square()) * (2 * torch.pi) ** -0.5
+        return (grad_RF * (below_RF + wide_RF * density_RF)).to(z_RF.dtype)
+    return (grad_RF * 2 * F.relu(wide_RF)).to(z_RF.dtype)
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
+
+    See `routing.route`.
+    """
+    wide_TE = logits_TE.to(_sum_dtype(logits_TE))
+    scores_TE, probs_TE, _ = _scores(wide_TE, score)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    ids_TK = choice_TE.topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(-1, ids_TK)
+    if renormalise:
+        weights_TK, _ = _shares(weights_TK)
+    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
+    counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+    return weights_TK, ids_TK, probs_TE.sum(0), counts_E, wide_TE.logsumexp(-1).square().sum()
+
+
+def route_backward(
+    grad_weights_TK: Tensor,
+    grad_probs_E: Tensor,
+    grad_square: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    score: str,
+    renormalise: bool,
+) -> Tensor:
+    """[T, E]: from the gradients of the weights, of the sums of probs, and of the sum of squares."""
+    wide_TE = logits_TE.to(_sum_dtype(logits_TE))
+    scores_TE, probs_TE, sum_T1 = _scores(wide_TE, score)
+    if renormalise:
+        raw_TK = scores_TE.gather(-1, ids_TK)
+        weights_TK, divisor_T1 = _shares(raw_TK)
+        grad_weights_TK = _shares_backward(grad_weights_TK, weights_TK, divisor_T1)
+    grad_TE = torch.zeros_like(wide_TE).scatter_(-1, ids_TK, grad_weights_TK.to(wide_TE.dtype))
+    softmax_TE = wide_TE.softmax(-1)
+    if score == "softmax":
+        grad_TE += grad_probs_E
+        grad_TE = softmax_TE * (grad_TE - (grad_TE * softmax_TE).sum(-1, keepdim=True))
+    else:
+        grad_TE += _shares_backward(grad_probs_E.expand_as(probs_TE), probs_TE, sum_T1)
+        grad_TE = grad_TE * scores_TE * (1 - scores_TE)
+    grad_TE += 2 * grad_square * wide_TE.logsumexp(-1, keepdim=True) * softmax_TE
+    return grad_TE.to(logits_TE.dtype)
 
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
@@ -96,3 +158,32 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
     parts = x_RI.tensor_split(ends[:-1])
     biases = [None] * len(parts) if bias_sO is None else bias_sO.unbind(0)
     return torch.cat([F.linear(x, w, b) for x, w, b in zip(parts, weight_sOI.unbind(0), biases, strict=True)])
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows_or_zero(y_RD: Tensor, rows_N: Tensor) -> Tensor:
+    """[N, D]: the named rows, zero for -1. Row 0 stands in for those, so its values must not leak: a mask."""
+    return y_RD.index_select(0, rows_N.clamp(min=0)).masked_fill_((rows_N < 0).unsqueeze(-1), 0.0)
+
+
+def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, scores as shares, what divided them [T, 1])."""
+    if score == "softmax":
+        scores_TE = logits_TE.softmax(-1)
+        return scores_TE, scores_TE, torch.ones_like(scores_TE[:, :1])
+    scores_TE = logits_TE.sigmoid()
+    return scores_TE, *_shares(scores_TE)
+
+
+def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:
+    divisor = scores.sum(-1, keepdim=True).clamp(min=_MIN_SUM)
+    return scores / divisor, divisor
+
+
+def _shares_backward(grad: Tensor, shares: Tensor, divisor: Tensor) -> Tensor:
+    """At the clamp the divisor is a constant, or nearly: then the shares' sum is no more than what rounding leaves."""
+    mean = (grad * shares).sum(-1, keepdim=True).masked_fill(divisor <= _MIN_SUM, 0.0)
+    return (grad - mean) / divisor

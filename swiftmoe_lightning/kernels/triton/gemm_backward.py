@@ -1,0 +1,272 @@
+"""The gradients of the experts' two products.
+
+T tokens, R rows, D model dim, F hidden dim, K top-k, s slots, B row tiles, C column tiles of F. O, I: features of one
+matrix (O = 2F for swiglu's first). BM, BN: a program's tile of the result; BK: its step in depth.
+
+A row's output is Y, or w * Y where the router's weight w is applied to it later; its incoming gradient is then a gather
+of the tokens' dO, and w is applied in here: to dZ, and to A for the second matrix's gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swiftmoe_lightning.kernels.triton.gemm_forward import hidden_of
+from swiftmoe_lightning.kernels.triton.tiles import Rows, column_halves, dot, dot_precision, load_block, tile_of_program
+
+
+def hidden_gradient(
+    grad: Tensor, scores_TK: Tensor | None, weight_sDF: Tensor, z_RO: Tensor, rows: Rows, activation: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From dY [R, D], or with `scores_TK` from dO [T, D], gathered and weighted on the way in.
+
+    Returns dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
+    parts of each row's <dO, Y>, which is its score's gradient. Nobody's rows are not written.
+    """
+    (_, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
+    num_col_tiles = triton.cdiv(hidden_dim, tile.cols)
+    dz_RO = torch.empty(z_RO.shape, dtype=z_RO.dtype, device=z_RO.device)
+    a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=z_RO.dtype, device=z_RO.device)
+    parts = None
+    if scores_TK is not None:
+        parts = torch.empty(num_col_tiles + 1, rows.num_rows, dtype=torch.float32, device=grad.device)
+    hidden_gradient_kernel[(len(rows.slot_B) * num_col_tiles,)](
+        grad,
+        None if scores_TK is None else rows.choice_R,
+        scores_TK,
+        weight_sDF,
+        z_RO,
+        rows.slot_B,
+        rows.first_row_B,
+        rows.ends_s,
+        dz_RO,
+        a_RF,
+        parts,
+        rows.num_rows,
+        len(rows.ends_s),
+        len(rows.slot_B),
+        TOP_K=rows.top_k,
+        D=dim,
+        F=hidden_dim,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(grad.dtype),
+        SPLIT=tile.split,
+        **tile.arguments(),
+    )
+    return dz_RO, a_RF, parts
+
+
+def weight_gradient(left: Tensor, right: Tensor, rows: Rows, gathered: str = "") -> Tensor:
+    """[s, O, I]: the sum of left[row, :, None] * right[row, None, :] over each slot's rows; zero for a slot without.
+
+    gathered: "left" or "right" is [T, ...] and read through `rows.choice_R`; the other is [R, ...], by default both.
+    """
+    (out_features, in_features), tile = (left.shape[1], right.shape[1]), rows.tiles.grad_weight
+    grad_sOI = torch.empty(len(rows.ends_s), out_features, in_features, dtype=left.dtype, device=left.device)
+    programs = triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.cols)
+    weight_gradient_kernel[(len(rows.ends_s) * programs,)](
+        left,
+        right,
+        rows.choice_R if gathered == "left" else None,
+        rows.choice_R if gathered == "right" else None,
+        rows.ends_s,
+        grad_sOI,
+        TOP_K=rows.top_k,
+        OUT=out_features,
+        IN=in_features,
+        PRECISION=dot_precision(left.dtype),
+        **tile.arguments(),
+    )
+    return grad_sOI
+
+
+@triton.jit
+def gradient_of_hidden(z, ACTIVATION: tl.constexpr):
+    """act'(z) in float32, for an activation without a gate."""
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        slope = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * density
+    else:
+        slope = 2 * tl.maximum(z, 0.0)
+    return slope
+
+
+@triton.jit
+def finish_columns(
+    b_grad,  # [BM, W] float32, the unweighted gradient of A in columns first_col..
+    score,  # [BM] float32
+    rows,  # [BM] int64
+    m_row,  # [BM]
+    first_col,
+    p_z,
+    p_dz,
+    p_a,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Write W columns of dZ and of w * A. Returns [BM], their part of <dA, A>."""
+    OUT: tl.constexpr = 2 * F if ACTIVATION == "swiglu" else F
+    hidden = first_col + tl.arange(0, W)
+    mask = m_row[:, None] & (hidden < F)[None, :]
+    z_offsets = rows[:, None] * OUT + hidden[None, :]
+    b_z = tl.load(p_z + z_offsets, mask=mask, other=0.0).to(tl.float32)
+    # What is done with first is stored first, which frees its registers.
+    if ACTIVATION == "swiglu":
+        b_up = tl.load(p_z + z_offsets + F, mask=mask, other=0.0).to(tl.float32)
+        b_sigmoid = tl.sigmoid(b_z)
+        b_silu = b_z * b_sigmoid
+        b_a = b_silu * b_up
+        b_slope = b_up * (b_sigmoid + b_silu * (1 - b_sigmoid))
+    else:
+        b_a = hidden_of(b_z, ACTIVATION)
+        b_slope = gradient_of_hidden(b_z, ACTIVATION)
+    part = tl.sum(b_grad * b_a, 1)
+    at_a = p_a + rows[:, None] * F + hidden[None, :]
+    tl.store(at_a, (b_a * score[:, None]).to(p_a.dtype.element_ty), mask=mask)
+    b_grad *= score[:, None]
+    if ACTIVATION == "swiglu":
+        tl.store(p_dz + z_offsets + F, (b_grad * b_silu).to(p_dz.dtype.element_ty), mask=mask)
+    tl.store(p_dz + z_offsets, (b_grad * b_slope).to(p_dz.dtype.element_ty), mask=mask)
+    return part
+
+
+@triton.jit
+def finish_split(
+    b_grad,
+    score,
+    rows,
+    m_row,
+    first_col,
+    p_z,
+    p_dz,
+    p_a,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    W: tl.constexpr,
+):
+    """`finish_columns` in SPLIT parts, a power of two."""
+    if SPLIT == 1:
+        part = finish_columns(b_grad, score, rows, m_row, first_col, p_z, p_dz, p_a, F, ACTIVATION, W)
+    else:
+        b_left, b_right = column_halves(b_grad, BM, W)
+        part = finish_split(
+            b_left, score, rows, m_row, first_col, p_z, p_dz, p_a, F, ACTIVATION, SPLIT // 2, BM, W // 2
+        )
+        part += finish_split(
+            b_right, score, rows, m_row, first_col + W // 2, p_z, p_dz, p_a, F, ACTIVATION, SPLIT // 2, BM, W // 2
+        )
+    return part
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    p_grad,  # *dtype [R, D], or [T, D] with choices
+    p_choice,  # *i64 [R], or None
+    p_score,  # *f [T, K], or None; with choices only
+    p_weight,  # *dtype [s, D, F]
+    p_z,  # *dtype [R, O]
+    p_slot,  # *i32 [B]
+    p_first_row,  # *i32 [B]
+    p_ends,  # *i32 [s]
+    p_dz,  # *dtype [R, O], written
+    p_a,  # *dtype [R, F], written
+    p_parts,  # *f32 [C + 1, R], of which C are written, or None
+    num_rows,
+    num_slots,
+    num_row_tiles,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    MASKED: tl.constexpr = D % BK != 0 or F % BN != 0
+    row_tile, col_tile = tile_of_program(tl.program_id(0), num_row_tiles, tl.cdiv(F, BN), GROUP)
+    slot = tl.load(p_slot + row_tile)
+    if slot >= num_slots:
+        return
+    first_row = tl.load(p_first_row + row_tile)
+    # [BM]; past the slot's end the first row again, which is safe to read.
+    offsets = tl.arange(0, BM)
+    m_row = first_row + offsets < tl.load(p_ends + slot)
+    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
+    sources = rows
+    if p_choice is not None:
+        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    first_col = col_tile * BN
+    cols = first_col + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    at_grad = p_grad + sources[:, None] * D + depth[None, :]
+    at_weight = p_weight + slot.to(tl.int64) * D * F + depth[:, None] * F + cols[None, :]
+    b_grad = tl.zeros([BM, BN], dtype=tl.float32)
+    for k in range(0, D, BK):
+        m_k = depth < D - k
+        b_y = load_block(at_grad + k, m_k[None, :], D % BK != 0)
+        b_weight = load_block(at_weight, m_k[:, None] & (cols < F)[None, :], MASKED)
+        b_grad = dot(b_y, b_weight, b_grad, PRECISION)
+        at_weight += BK * F
+    score = tl.full([BM], 1.0, dtype=tl.float32)
+    if p_score is not None:
+        score = tl.load(p_score + tl.load(p_choice + rows)).to(tl.float32)
+    # In column parts, one after the other: all at once they do not fit the registers beside the product.
+    part = finish_split(b_grad, score, rows, m_row, first_col, p_z, p_dz, p_a, F, ACTIVATION, SPLIT, BM, BN)
+    if p_parts is not None:
+        tl.store(p_parts + col_tile.to(tl.int64) * num_rows + rows, part, mask=m_row)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    p_left,  # *dtype [R, OUT], or [T, OUT] with choices
+    p_right,  # *dtype [R, IN], or [T, IN] with choices
+    p_left_choice,  # *i64 [R], or None
+    p_right_choice,  # *i64 [R], or None
+    p_ends,  # *i32 [s]
+    p_grad,  # *dtype [s, OUT, IN], written
+    TOP_K: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    ROW_TILES: tl.constexpr = (OUT + BM - 1) // BM
+    COL_TILES: tl.constexpr = (IN + BN - 1) // BN
+    slot = tl.program_id(0) // (ROW_TILES * COL_TILES)
+    program = tl.program_id(0) % (ROW_TILES * COL_TILES)
+    row_tile, col_tile = tile_of_program(program, ROW_TILES, COL_TILES, GROUP)
+    start = tl.load(p_ends + slot - 1, mask=slot > 0, other=0)
+    end = tl.load(p_ends + slot)
+    outs = row_tile * BM + tl.arange(0, BM)
+    ins = col_tile * BN + tl.arange(0, BN)
+    b_grad = tl.zeros([BM, BN], dtype=tl.float32)
+    # A slot without rows takes no step, and stores zeros.
+    for first_row in range(start, end, BK):
+        # [BK]
+        rows = first_row + tl.arange(0, BK)
+        m_row = rows < end
+        lefts, rights = rows.to(tl.int64), rows.to(tl.int64)
+        if p_left_choice is not None:
+            lefts = (tl.load(p_left_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
+        if p_right_choice is not None:
+            rights = (tl.load(p_right_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
+        # Rows past the end are masked on both sides: 0 * nan is nan.
+        at_left = p_left + lefts[None, :] * OUT + outs[:, None]
+        b_left = tl.load(at_left, mask=m_row[None, :] & (outs < OUT)[:, None], other=0.0)
+        at_right = p_right + rights[:, None] * IN + ins[None, :]
+        b_right = tl.load(at_right, mask=m_row[:, None] & (ins < IN)[None, :], other=0.0)
+        b_grad = dot(b_left, b_right, b_grad, PRECISION)
+    at_grad = p_grad + slot.to(tl.int64) * OUT * IN + outs[:, None] * IN + ins[None, :]
+    tl.store(at_grad, b_grad.to(p_grad.dtype.element_ty), mask=(outs < OUT)[:, None] & (ins < IN)[None, :])

@@ -1,0 +1,261 @@
+"""The experts' two products forward, each slot's rows with its own matrices.
+
+R rows, D model dim, F hidden dim, s slots, B row tiles, O / I out and in features of one matrix (O = 2F for swiglu's
+first). BM, BN: a program's tile of the result; BK: its step in depth.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swiftmoe_lightning.kernels.triton.tiles import (
+    Rows,
+    Tile,
+    column_halves,
+    dot,
+    dot_precision,
+    load_block,
+    tile_of_program,
+)
+
+
+def up(
+    x: Tensor, weight_sOD: Tensor, bias_sO: Tensor | None, rows: Rows, activation: str, keep_z: bool
+) -> tuple[Tensor | None, Tensor]:
+    """act(W @ x), with x [T, D] gathered by `rows.choice_R` on the way in, or [R, D].
+
+    Returns Z [R, O], before the activation and only if asked for, and A [R, F]. Nobody's rows are not written.
+    """
+    (_, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
+    hidden_dim, cols = (out_features // 2, tile.cols // 2) if activation == "swiglu" else (out_features, tile.cols)
+    z_RO = torch.empty(rows.num_rows, out_features, dtype=x.dtype, device=x.device) if keep_z else None
+    a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=x.dtype, device=x.device)
+    up_kernel[(len(rows.slot_B) * triton.cdiv(hidden_dim, cols),)](
+        x,
+        rows.choice_R,
+        weight_sOD,
+        bias_sO,
+        rows.slot_B,
+        rows.first_row_B,
+        rows.ends_s,
+        z_RO,
+        a_RF,
+        len(rows.ends_s),
+        len(rows.slot_B),
+        TOP_K=rows.top_k,
+        D=dim,
+        F=hidden_dim,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(x.dtype),
+        SPLIT=tile.split,
+        **tile.arguments(),
+    )
+    return z_RO, a_RF
+
+
+def grouped_product(
+    x_RI: Tensor, weight: Tensor, bias_sO: Tensor | None, rows: Rows, tile: Tile, transposed: bool = False
+) -> Tensor:
+    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Nobody's rows are zero."""
+    in_features = x_RI.shape[1]
+    out_features = weight.shape[2 if transposed else 1]
+    y_RO = torch.empty(rows.num_rows, out_features, dtype=x_RI.dtype, device=x_RI.device)
+    grouped_kernel[(len(rows.slot_B) * triton.cdiv(out_features, tile.cols),)](
+        x_RI,
+        weight,
+        bias_sO,
+        rows.slot_B,
+        rows.first_row_B,
+        rows.ends_s,
+        y_RO,
+        rows.num_rows,
+        len(rows.ends_s),
+        len(rows.slot_B),
+        IN=in_features,
+        OUT=out_features,
+        TRANSPOSED=transposed,
+        PRECISION=dot_precision(x_RI.dtype),
+        **tile.arguments(),
+    )
+    return y_RO
+
+
+@triton.jit
+def hidden_of(z, ACTIVATION: tl.constexpr):
+    """act(z) in float32, for an activation without a gate."""
+    if ACTIVATION == "gelu":
+        hidden = 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        hidden = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+    return hidden
+
+
+@triton.jit
+def finish_hidden(
+    b_z,  # [BM, W], rounded
+    rows,  # [BM] int64
+    m_row,  # [BM]
+    first_col,
+    p_z,
+    p_a,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Write W columns of Z and of A in SPLIT parts, a power of two; for an activation without a gate."""
+    if SPLIT == 1:
+        cols = first_col + tl.arange(0, W)
+        at = rows[:, None] * F + cols[None, :]
+        mask = m_row[:, None] & (cols < F)[None, :]
+        if p_z is not None:
+            tl.store(p_z + at, b_z, mask=mask)
+        b_a = hidden_of(b_z.to(tl.float32), ACTIVATION)
+        tl.store(p_a + at, b_a.to(p_a.dtype.element_ty), mask=mask)
+    else:
+        b_left, b_right = column_halves(b_z, BM, W)
+        finish_hidden(b_left, rows, m_row, first_col, p_z, p_a, F, ACTIVATION, SPLIT // 2, BM, W // 2)
+        finish_hidden(b_right, rows, m_row, first_col + W // 2, p_z, p_a, F, ACTIVATION, SPLIT // 2, BM, W // 2)
+
+
+@triton.jit
+def up_kernel(
+    p_x,  # *dtype [T or R, D]
+    p_choice,  # *i64 [R], or None
+    p_weight,  # *dtype [s, O, D]
+    p_bias,  # *dtype [s, O], or None
+    p_slot,  # *i32 [B]
+    p_first_row,  # *i32 [B]
+    p_ends,  # *i32 [s]
+    p_z,  # *dtype [R, O], written, or None
+    p_a,  # *dtype [R, F], written
+    num_slots,
+    num_row_tiles,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    OUT: tl.constexpr = 2 * F if GATED else F
+    BF: tl.constexpr = BN // 2 if GATED else BN
+    MASKED: tl.constexpr = D % BK != 0 or F % BF != 0
+    row_tile, col_tile = tile_of_program(tl.program_id(0), num_row_tiles, tl.cdiv(F, BF), GROUP)
+    slot = tl.load(p_slot + row_tile)
+    if slot >= num_slots:
+        return
+    first_row = tl.load(p_first_row + row_tile)
+    # [BM]; past the slot's end the first row again, which is safe to read.
+    offsets = tl.arange(0, BM)
+    m_row = first_row + offsets < tl.load(p_ends + slot)
+    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
+    sources = rows
+    if p_choice is not None:
+        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    # [BN]; gates and ups take turns of 8 columns, the width that one thread of a product's result holds pairs in.
+    cols = tl.arange(0, BN)
+    hidden = col_tile * BF + cols
+    weight_rows = hidden
+    if GATED:
+        hidden = col_tile * BF + cols // 16 * 8 + cols % 8
+        weight_rows = hidden + cols // 8 % 2 * F
+    depth = tl.arange(0, BK)
+    at_x = p_x + sources[:, None] * D + depth[None, :]
+    at_weight = p_weight + slot.to(tl.int64) * OUT * D + weight_rows[None, :] * D + depth[:, None]
+    b_z = tl.zeros([BM, BN], dtype=tl.float32)
+    for k in range(0, D, BK):
+        m_k = depth < D - k
+        b_x = load_block(at_x + k, m_k[None, :], D % BK != 0)
+        b_weight = load_block(at_weight + k, m_k[:, None] & (hidden < F)[None, :], MASKED)
+        b_z = dot(b_x, b_weight, b_z, PRECISION)
+    if p_bias is not None:
+        b_z += tl.load(p_bias + slot * OUT + weight_rows, mask=hidden < F, other=0.0).to(tl.float32)[None, :]
+    # Backward starts from the rounded Z, so A is of the rounded Z in forward too.
+    b_z = b_z.to(p_a.dtype.element_ty)
+    first_col = col_tile * BF
+    if GATED:
+        # [BM, BF] each
+        b_pair = b_z.reshape(BM, BN // 16, 2, 8).permute(0, 1, 3, 2).reshape(BM, BF, 2)
+        b_gate, b_up = b_pair.split()
+        at_a = rows[:, None] * F + first_col + tl.arange(0, BF)[None, :]
+        m_a = m_row[:, None] & (first_col + tl.arange(0, BF) < F)[None, :]
+        if p_z is not None:
+            at_z = at_a + rows[:, None] * F
+            tl.store(p_z + at_z, b_gate, mask=m_a)
+            tl.store(p_z + at_z + F, b_up, mask=m_a)
+        b_gate = b_gate.to(tl.float32)
+        b_a = b_gate * tl.sigmoid(b_gate) * b_up.to(tl.float32)
+        tl.store(p_a + at_a, b_a.to(p_a.dtype.element_ty), mask=m_a)
+    else:
+        # In column parts, one after the other: all at once, the activation does not fit the registers.
+        finish_hidden(b_z, rows, m_row, first_col, p_z, p_a, F, ACTIVATION, SPLIT, BM, BN)
+
+
+@triton.jit
+def grouped_kernel(
+    p_x,  # *dtype [R, IN]
+    p_weight,  # *dtype [s, OUT, IN], or [s, IN, OUT] if TRANSPOSED
+    p_bias,  # *dtype [s, OUT], or None
+    p_slot,  # *i32 [B]
+    p_first_row,  # *i32 [B]
+    p_ends,  # *i32 [s]
+    p_y,  # *dtype [R, OUT], written
+    num_rows,
+    num_slots,
+    num_row_tiles,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    MASKED: tl.constexpr = IN % BK != 0 or OUT % BN != 0
+    row_tile, col_tile = tile_of_program(tl.program_id(0), num_row_tiles, tl.cdiv(OUT, BN), GROUP)
+    slot = tl.load(p_slot + row_tile)
+    if slot > num_slots:
+        return
+    # A tile of nobody's rows has no depth, and stores zeros.
+    owned = slot < num_slots
+    end = tl.load(p_ends + slot, mask=owned, other=num_rows)
+    total_depth = tl.where(owned, IN, 0)
+    first_row = tl.load(p_first_row + row_tile)
+    # [BM]; past the slot's end the first row again, which is safe to read.
+    offsets = tl.arange(0, BM)
+    m_row = first_row + offsets < end
+    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
+    cols = col_tile * BN + tl.arange(0, BN)
+    m_col = cols < OUT
+    depth = tl.arange(0, BK)
+    at_x = p_x + rows[:, None] * IN + depth[None, :]
+    at_weight = p_weight + slot.to(tl.int64) * OUT * IN
+    if TRANSPOSED:
+        at_weight += depth[:, None] * OUT + cols[None, :]
+    else:
+        at_weight += depth[:, None] + cols[None, :] * IN
+    b_y = tl.zeros([BM, BN], dtype=tl.float32)
+    for k in range(0, total_depth, BK):
+        m_k = depth < IN - k
+        b_x = load_block(at_x + k, m_k[None, :], IN % BK != 0)
+        b_weight = load_block(at_weight, m_k[:, None] & m_col[None, :], MASKED)
+        b_y = dot(b_x, b_weight, b_y, PRECISION)
+        at_weight += BK * (OUT if TRANSPOSED else 1)
+    if p_bias is not None:
+        b_y += tl.load(p_bias + slot * OUT + cols, mask=cols < tl.where(owned, OUT, 0), other=0.0).to(tl.float32)[
+            None, :
+        ]
+    at_y = p_y + rows[:, None] * OUT + cols[None, :]
+    tl.store(at_y, b_y.to(p_y.dtype.element_ty), mask=m_row[:, None] & m_col[None, :])

@@ -1,0 +1,111 @@
+"""The experts' activations, element by element, in float32.
+
+R rows, F hidden dim. swiglu takes [R, 2F], the gate's half first; gelu (exact) and relu2 take [R, F].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swiftmoe_lightning.kernels.triton.launch import column_block, device_of
+
+
+def activate(z_RF: Tensor, activation: str) -> Tensor:
+    """[R, F]: `reference.activate`."""
+    num_rows, dim = len(z_RF), z_RF.shape[1] // (2 if activation == "swiglu" else 1)
+    out_RF = torch.empty(num_rows, dim, dtype=z_RF.dtype, device=z_RF.device)
+    if out_RF.numel():
+        _launch(activate_kernel, (z_RF.contiguous(), out_RF), activation)
+    return out_RF
+
+
+def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
+    """The gradient of z, in its shape: `reference.activate_backward`."""
+    grad_z_RF = torch.empty(z_RF.shape, dtype=z_RF.dtype, device=z_RF.device)
+    if grad_z_RF.numel():
+        _launch(activate_backward_kernel, (z_RF.contiguous(), grad_z_RF, grad_RF.contiguous()), activation)
+    return grad_z_RF
+
+
+def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], activation: str) -> None:
+    """tensors: the last one is [R, F]."""
+    num_rows, dim = tensors[-1].shape
+    block_f, num_warps = column_block(dim, tensors[0].element_size())
+    block_r = max(1024 // block_f, 1)
+    with device_of(tensors[0]):
+        kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(dim, block_f))](
+            *tensors,
+            num_rows,
+            F=dim,
+            ACTIVATION=activation,
+            BLOCK_R=block_r,
+            BLOCK_F=block_f,
+            num_warps=max(num_warps, 4),
+        )
+
+
+@triton.jit
+def _tile(num_rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+    """(rows [BLOCK_R, 1], columns [1, BLOCK_F], mask) of this program."""
+    b_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    b_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    return b_r, b_f, (b_r < num_rows) & (b_f < F)
+
+
+@triton.jit
+def activate_kernel(
+    p_z,  # [R, 2F] for swiglu, else [R, F]
+    p_out,  # [R, F]
+    num_rows,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    b_r, b_f, m = _tile(num_rows, F, BLOCK_R, BLOCK_F)
+    if ACTIVATION == "swiglu":
+        b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
+        b_up = tl.load(p_z + b_r * (2 * F) + F + b_f, mask=m, other=0.0).to(tl.float32)
+        b_out = b_gate * tl.sigmoid(b_gate) * b_up
+    else:
+        b_z = tl.load(p_z + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
+        if ACTIVATION == "gelu":
+            b_out = 0.5 * b_z * (1 + tl.erf(b_z * 0.7071067811865476))
+        else:
+            # Not a maximum, which would turn nan into 0.
+            b_out = tl.where(b_z <= 0, 0.0, b_z * b_z)
+    tl.store(p_out + b_r * F + b_f, b_out, mask=m)
+
+
+@triton.jit
+def activate_backward_kernel(
+    p_z,  # [R, 2F] for swiglu, else [R, F]
+    p_grad_z,  # as p_z
+    p_grad,  # [R, F]
+    num_rows,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    b_r, b_f, m = _tile(num_rows, F, BLOCK_R, BLOCK_F)
+    b_grad = tl.load(p_grad + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
+    if ACTIVATION == "swiglu":
+        b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
+        b_up = tl.load(p_z + b_r * (2 * F) + F + b_f, mask=m, other=0.0).to(tl.float32)
+        b_sigmoid = tl.sigmoid(b_gate)
+        b_grad_gate = b_grad * b_up * b_sigmoid * (1 + b_gate * (1 - b_sigmoid))
+        tl.store(p_grad_z + b_r * (2 * F) + b_f, b_grad_gate, mask=m)
+        tl.store(p_grad_z + b_r * (2 * F) + F + b_f, b_grad * b_gate * b_sigmoid, mask=m)
+    else:
+        b_z = tl.load(p_z + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
+        if ACTIVATION == "gelu":
+            # 0.3989... is 1 / sqrt(2 pi), the normal density's factor.
+            b_slope = 0.5 * (1 + tl.erf(b_z * 0.7071067811865476))
+            b_slope += b_z * 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
+        else:
+            b_slope = tl.where(b_z <= 0, 0.0, 2 * b_z)
+        tl.store(p_grad_z + b_r * F + b_f, b_grad * b_slope, mask=m)
