@@ -41,7 +41,8 @@ def write_tables(results: dict[str, Any], path: Path) -> Path:
         lines.append("|---" * (len(rows) + 1) + "|")
         for name in rows[0]["policies"]:
             lines.append(f"| {name} | " + " | ".join(_cell(row, name) for row in rows) + " |")
-        bounds = [f"{_percent(row['bounds']['dropped'])}{row['bounds']['imbalance']:.2f}" for row in rows]
+        percent = [_percent(row["bounds"]["dropped"]) if factor else "" for row in rows]
+        bounds = [f"{text}{row['bounds']['imbalance']:.2f}" for text, row in zip(percent, rows, strict=True)]
         lines.append("| *best possible* | " + " | ".join(bounds) + " |")
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -119,10 +119,8 @@ def plan(  # noqa: PLR0913 - options
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what placement policies would have made of a recorded trace, before any GPU is rented."""
-    from rich.console import Console
-
     from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, make_plan, read_trace
-    from swiftmoe_lightning.report.plan_table import plan_table
+    from swiftmoe_lightning.report.plan_table import print_plan
 
     with _clear_errors("plan"):
         found = read_trace(trace)
@@ -139,7 +137,7 @@ def plan(  # noqa: PLR0913 - options
         )
         options = PlanOptions(
             policies=_names(policies),
-            capacity_factor=capacity_factor,
+            capacity_factor=capacity_factor or None,
             capacity=capacity,
             lag=lag,
             replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
@@ -149,7 +147,7 @@ def plan(  # noqa: PLR0913 - options
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2))
     else:
-        Console().print(plan_table(result))
+        print_plan(result)
 
 
 @app.command()
@@ -169,8 +167,8 @@ def report(  # noqa: PLR0913 - options
     from swiftmoe_lightning.report.plan_page import plan_page
 
     with _clear_errors("report"):
-        path = run_or_trace / "placements.npz" if run_or_trace.is_dir() else run_or_trace
-        found = read_trace(path)
+        recording = run_or_trace / "placements.npz"
+        found = read_trace(recording if recording.exists() else run_or_trace)
         sizes = Sizes.of(found, ranks, slots, capacity_factor)
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)

@@ -72,7 +72,7 @@ class Placer:
         return [self._uniform if m.overruled else placement for m, placement in zip(memories, planned, strict=True)]
 
     def next_placements(self, observed: Mapping[str, Observation]) -> dict[str, Placement]:
-        """Layer name -> its placement for the next step.
+        """Layer name -> its placement for the next step. A layer that saw no token-choice stays as it is.
 
         Raises ValueError when the policy's placements do not fit.
         """
@@ -82,6 +82,9 @@ class Placer:
         found = {}
         planned = self._planned(memories)
         for (name, observation), memory, chosen in zip(observed.items(), memories, planned, strict=True):
+            if not observation.popularity_E.any():
+                found[name] = observation.placement
+                continue
             if self._keeps_even and self._may_stay(observation, chosen):
                 chosen = observation.placement
             if self.policy.is_guarded:

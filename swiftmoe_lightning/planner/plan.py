@@ -172,13 +172,14 @@ def _sum_of_step(seconds: list[float | None], num_steps: int) -> float | None:
 
 
 def _bounds(popularity_SLE: np.ndarray, machine: Machine, capacity_factor: float | None) -> dict[str, float]:
-    """Means over all steps and layers of a clairvoyant's best: whole replicas, at least one of every expert."""
+    """Means over all steps and layers of a clairvoyant's best: whole replicas, at least one of every expert.
+
+    As in a replay, a layer's step without tokens counts as even.
+    """
     uniform = Placement.uniform(popularity_SLE.shape[2], machine.num_ranks, machine.slots_per_rank)
     no_load_W = np.zeros(machine.num_ranks, dtype=np.int64)
     dropped, imbalance = 0.0, []
     for popularity_E in popularity_SLE.reshape(-1, popularity_SLE.shape[2]):
-        if not popularity_E.any():
-            continue
         imbalance.append(certify_imbalance(popularity_E, uniform, no_load_W).bounds["prediction"])
         if capacity_factor is not None:
             total = int(popularity_E.sum())

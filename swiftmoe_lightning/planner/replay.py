@@ -28,7 +28,7 @@ from swiftmoe_lightning.placement import (
 )
 from swiftmoe_lightning.planner.cost import busiest_phase
 
-# Certificates cost as much as the replay itself: this many steps, evenly spread, stand for all.
+# Certificates cost as much as the replay itself: this many steps, evenly spread over those with tokens, stand for all.
 _CERTIFIED_STEPS: Final = 200
 
 
@@ -85,11 +85,11 @@ class Rules:
 def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
     """Run `policy` on a trace, by the placer and the token split of training.
 
-    popularity_SLE: [S, L, E] int64 token-choices.
+    popularity_SLE: [S, L, E] int64 token-choices, not all 0.
     """
     num_steps, num_layers, num_experts = popularity_SLE.shape
     run = _Run(policy, rules, num_layers, num_experts)
-    certified = set(np.linspace(0, num_steps - 1, min(num_steps, _CERTIFIED_STEPS)).round().astype(int).tolist())
+    certified = _spread(np.flatnonzero(popularity_SLE.any((1, 2))))
     certificates: list[Certificate] = []
     found = _Arrays(num_steps, num_layers, num_experts, policy.world_size)
     seconds = 0.0
@@ -115,6 +115,12 @@ def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) ->
     )
 
 
+def _spread(steps: np.ndarray) -> set[int]:
+    """At most `_CERTIFIED_STEPS` of these steps, the first and the last among them."""
+    places = np.linspace(0, len(steps) - 1, min(len(steps), _CERTIFIED_STEPS)).round().astype(int)
+    return set(steps[places].tolist())
+
+
 class _Run:
     """Steps as training has them: run with a placement, be told of the step, place for a later one."""
 
@@ -124,7 +130,8 @@ class _Run:
         self._placer = Placer(policy, num_experts, decay=rules.decay, keeps_even=rules.interval == "auto")
         self._placements: Sequence[Placement] = self._placer.placements_of(self._names)
         self._unseen: deque[list[Observation]] = deque()
-        self._since: list[list[Observation]] = []
+        # By layer: what it saw since it was placed.
+        self._since: list[list[Observation]] = [[] for _ in self._names]
 
     def step(self, popularity_LE: np.ndarray) -> tuple[Sequence[Placement], list[DispatchPlan]]:
         """One row of the trace -> where its experts were, and what every layer's ranks got."""
@@ -137,23 +144,40 @@ class _Run:
             plan_dispatch(popularity_E[None], placement, self._rules.split, self._rules.capacity)
             for popularity_E, placement in zip(popularity_LE, self._placements, strict=True)
         ]
-        layers = zip(self._placements, popularity_LE, plans, strict=True)
-        self._unseen.append([Observation(p, popularity_E, plan.wanted_W) for p, popularity_E, plan in layers])
+        if self._rules.lag:
+            layers = zip(self._placements, popularity_LE, plans, strict=True)
+            self._unseen.append([Observation(p, popularity_E, plan.wanted_W) for p, popularity_E, plan in layers])
         return self._placements, plans
 
     def _see(self, observed: list[Observation]) -> None:
-        self._since.append(observed)
         interval = self._rules.interval if isinstance(self._rules.interval, int) else 1
-        if len(self._since) == interval:
-            summed = [_summed(steps) for steps in zip(*self._since, strict=True)]
-            found = self._placer.next_placements(dict(zip(self._names, summed, strict=True)))
-            self._placements = [found[name] for name in self._names]
-            self._since = []
+        seen = {}
+        for layer, observation in enumerate(observed):
+            since = self._since[layer]
+            # As in training, a layer that a step did not use has nothing to go by, and does not count the step.
+            if observation.popularity_E.any():
+                since.append(observation)
+            is_due = len(since) == interval
+            seen[self._names[layer]] = _summed(since if is_due else [], self._placements[layer])
+            if is_due:
+                since.clear()
+        # All layers or none: some policies remember them as one table.
+        if any(observation.popularity_E.any() for observation in seen.values()):
+            found = self._placer.next_placements(seen)
+            self._placements = [
+                # With a lag, to stay is not to go back to where it was when that step ran.
+                now if self._rules.interval == "auto" and found[name] is seen[name].placement else found[name]
+                for name, now in zip(self._names, self._placements, strict=True)
+            ]
 
 
-def _summed(steps: Sequence[Observation]) -> Observation:
-    popularity_E = np.sum([step.popularity_E for step in steps], axis=0)
-    return Observation(steps[-1].placement, popularity_E, np.sum([step.wanted_W for step in steps], axis=0))
+def _summed(steps: Sequence[Observation], placement: Placement) -> Observation:
+    """These steps as one; of no steps, one without tokens."""
+    popularity_E = np.zeros(placement.num_experts, dtype=np.int64)
+    wanted_W = np.zeros(placement.world_size, dtype=np.int64)
+    for step in steps:
+        popularity_E, wanted_W = popularity_E + step.popularity_E, wanted_W + step.wanted_W
+    return Observation(steps[-1].placement if steps else placement, popularity_E, wanted_W)
 
 
 def _certify(

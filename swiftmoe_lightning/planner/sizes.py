@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swiftmoe_lightning.config import check_whole
 from swiftmoe_lightning.planner.trace import Trace
 
 
@@ -19,19 +20,21 @@ class Sizes:
     def of(
         cls, trace: Trace, num_ranks: int | None, slots_per_rank: int | None, capacity_factor: float | None
     ) -> Sizes:
-        """What is given, else what the trace's own run had.
+        """What is given, else what the trace's own run had. A given capacity factor of 0 is dropless, too.
 
-        Raises ValueError when neither says how many ranks or slots there are.
+        Raises ValueError when neither says how many ranks or slots there are, or the trace's metadata is damaged.
         """
 
         def known(name: str, given: int | None, key: str) -> int:
             value = trace.metadata.get(key) if given is None else given
             if value is None:
                 raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
+            check_whole(**{name if given is not None else f"{key} of the trace's metadata": value})
             return int(value)
 
-        if capacity_factor is None:
-            capacity_factor = trace.metadata.get("capacity_factor")
+        factor = trace.metadata.get("capacity_factor") if capacity_factor is None else capacity_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float | None):
+            raise ValueError(f"capacity_factor of the trace's metadata must be a number, got {factor!r}. Record again.")
         return cls(
-            known("ranks", num_ranks, "world_size"), known("slots", slots_per_rank, "slots_per_rank"), capacity_factor
+            known("ranks", num_ranks, "world_size"), known("slots", slots_per_rank, "slots_per_rank"), factor or None
         )

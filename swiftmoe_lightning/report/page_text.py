@@ -21,7 +21,7 @@ LOSS_TERMS: Final = {
 def summary(data: PageData) -> str:
     """The result in one plain sentence, best policy first; not escaped."""
     num_steps, num_layers, num_experts = data.counts_SLE.shape
-    size = f"{_many(num_steps, 'step')}, {_many(num_layers, 'layer')}, {_many(num_experts, 'expert')}"
+    size = f"{many(num_steps, 'step')}, {many(num_layers, 'layer')}, {many(num_experts, 'expert')}"
     if not data.policies:
         return f"Popularity over {size}."
     if data.capacity_factor is None:
@@ -118,7 +118,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
-def _many(number: int, thing: str) -> str:
+def many(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from swiftmoe_lightning.planner.plan import Plan
-from swiftmoe_lightning.report.page_text import bytes_text
+from swiftmoe_lightning.report.page_text import bytes_text, many
 
 _COLUMNS: Final = (
     "dropped",
@@ -21,6 +23,16 @@ _COLUMNS: Final = (
     "step",
     "paper's step",
 )
+# More than any table needs.
+_WIDEST: Final = 1000
+
+
+def print_plan(plan: Plan) -> None:
+    """The table on standard output. Numbers are never cut: where the terminal, or a file, is too narrow, rows wrap."""
+    console, table = Console(), plan_table(plan)
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -31,8 +43,9 @@ def plan_table(plan: Plan) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts on {machine.num_ranks} "
-        f"ranks of {machine.slots_per_rank} slots, {capacity}, plans {age_text(options.lag)}",
+        title=f"{many(trace.num_steps, 'step')}, {many(trace.num_layers, 'layer')}, "
+        f"{many(trace.num_experts, 'expert')} on {many(machine.num_ranks, 'rank')} of "
+        f"{many(machine.slots_per_rank, 'slot')}, {capacity}, plans {age_text(options.lag)}",
         caption="imbalance: busiest rank / mean rank. sent: bytes a step in both weight phases, all layers and ranks, "
         f"for experts of {bytes_text(machine.expert_bytes)}; paper's: the same placements, sent its way. moved: "
         "experts new on a rank, a step.",

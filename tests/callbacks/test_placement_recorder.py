@@ -87,7 +87,13 @@ def test_a_parquet_path_gets_the_counts_as_a_table(tmp_path: Path) -> None:
     assert trace.counts_SWLE.shape == (NUM_STEPS, 2, 1, 5)
     assert trace.counts_SWLE.sum(0)[:, 0].tolist() == found["counts"]
     assert trace.step_S.tolist() == list(range(1, NUM_STEPS + 1))
-    assert trace.metadata == {"format_version": 1, "layers": [LAYER], "world_size": 2, "slots_per_rank": 4}
+    assert trace.metadata == {
+        "format_version": 1,
+        "capacity_factor": 1.0,
+        "layers": [LAYER],
+        "world_size": 2,
+        "slots_per_rank": 4,
+    }
 
 
 def test_a_parquet_path_without_pyarrow_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
