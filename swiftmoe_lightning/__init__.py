@@ -8,7 +8,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.modules import Experts, LayerLoad, LoadReader, MoE, RouterOutput, TopKRouter, auxiliary_loss
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
-from swiftmoe_lightning.strategies import SwiftMoEStrategy, register
+from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
 
 __all__ = [
     "ExpertPopularityMonitor",
@@ -24,6 +24,7 @@ __all__ = [
     "SwiftMoEEngine",
     "SwiftMoEStrategy",
     "TopKRouter",
+    "accelerate",
     "auxiliary_loss",
 ]
 

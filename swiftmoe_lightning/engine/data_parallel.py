@@ -21,11 +21,11 @@ class ExpertDataParallel(DistributedDataParallel):
     def __init__(self, module: nn.Module, engine: SwiftMoEEngine, **ddp_options: Any) -> None:
         ignore_expert_parameters(module)
         super().__init__(module, **ddp_options)
-        self._engine = engine
+        self.engine = engine
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        with super().no_sync(), self._engine.no_sync():
+        with super().no_sync(), self.engine.no_sync():
             yield
 
 

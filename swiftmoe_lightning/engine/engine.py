@@ -100,14 +100,17 @@ class SwiftMoEEngine:
             for layer in self.layers:
                 layer.connect(agreement, self._on_backward)
 
-    def data_parallel(self, **ddp_options: Any) -> nn.Module:
+    def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
         """The module, wrapped so that its dense gradients are averaged over ranks (DistributedDataParallel).
 
-        Use the result for forward and `no_sync()`. On one rank, the module itself.
+        Use the result for forward and `no_sync()`; its `engine` is this engine. On one rank, the module itself.
+
+        module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
         """
+        module = self.module if module is None else module
         if self.group is None:
-            return self.module
-        return ExpertDataParallel(self.module, self, **ddp_options)
+            return module
+        return ExpertDataParallel(module, self, **ddp_options)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
@@ -233,6 +236,17 @@ class SwiftMoEEngine:
         if self.group is None:
             return torch.amp.GradScaler(device, **options)
         return ShardedGradScaler(self.group, self._updates, device, **options)
+
+    def scaler_like(self, scaler: torch.amp.GradScaler, device: str) -> torch.amp.GradScaler:
+        """The same for the settings of a stock scaler that has not scaled yet."""
+        return self.grad_scaler(
+            device,
+            init_scale=scaler.get_scale(),
+            growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(),
+            growth_interval=scaler.get_growth_interval(),
+            enabled=scaler.is_enabled(),
+        )
 
     def full_state_dict(self) -> dict[str, Any]:
         """The module's state dict with every expert whole, on the CPU, on every rank. A collective."""

@@ -151,14 +151,7 @@ class SwiftMoEStrategy(DDPStrategy):
         plugin.clip_grad_by_norm = functools.partial(_clip_by_norm, self)  # type: ignore[method-assign]
         plugin.clip_grad_by_value = functools.partial(_clip_by_value, self)  # type: ignore[method-assign]
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            plugin.scaler = engine.grad_scaler(
-                plugin.device,
-                init_scale=plugin.scaler.get_scale(),
-                growth_factor=plugin.scaler.get_growth_factor(),
-                backoff_factor=plugin.scaler.get_backoff_factor(),
-                growth_interval=plugin.scaler.get_growth_interval(),
-                enabled=plugin.scaler.is_enabled(),
-            )
+            plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

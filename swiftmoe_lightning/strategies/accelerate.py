@@ -1,0 +1,189 @@
+"""Hugging Face Accelerate: the engine in a plain Accelerate loop."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine import SwiftMoEEngine
+from swiftmoe_lightning.engine.checkpoint import full_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# In a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
+STATE_FILE: Final = "swiftmoe.pt"
+_KNOWN_TYPES: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *rest: Any,
+    config: SwiftMoEConfig | None = None,
+    **ddp_options: Any,
+) -> tuple[Any, ...]:
+    """Like `accelerator.prepare(model, optimizer, *rest)`, with the model's experts spread over the processes.
+
+    The loop stays as it is: `accumulate`, `backward`, `clip_grad_norm_`, `clip_grad_value_`, schedulers, mixed
+    precision, `save_state` and `load_state` (whose folders a plain Accelerate run reads and writes alike),
+    `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
+    returned as Accelerate prepares it.
+
+    optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' masters.
+    rest: data loaders and schedulers, in any order.
+    config: None takes the defaults. ddp_options: as of `DistributedDataParallel`.
+
+    Returns (model, optimizer, *rest), prepared. A collective.
+    Raises ValueError for a model or optimizer that was prepared before, an optimizer of other parameters or one that
+    has stepped, another parallelism of Accelerate's, or processes that Accelerate does not see.
+    """
+    _check_processes(accelerator)
+    _check_inputs(accelerator, model, optimizer)
+    if accelerator.num_processes == 1:
+        SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
+        return tuple(accelerator.prepare(model, optimizer, *rest))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    callable_model = accelerator.prepare_model(model, evaluation_mode=True)
+    engine = SwiftMoEEngine(model, config, device=accelerator.device)
+    _rebind(optimizer, model, names)
+    engine.prepare_optimizer(optimizer)
+    # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
+    optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
+    if accelerator.scaler is not None:
+        accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
+    _save_whole_experts(accelerator, model, engine)
+    if accelerator.device.type != "cpu":
+        ddp_options = {"device_ids": [accelerator.device.index], **ddp_options}
+    wrapped = engine.data_parallel(callable_model, **ddp_options)
+    prepared = accelerator.prepare(optimizer, *rest)
+    return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Accelerate's own idea of the processes must be that of torch and of the launcher."""
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but this Accelerator sees {accelerator.num_processes}: each would "
+            "train alone. Without GPUs make it as Accelerator(cpu=True)."
+        )
+    if started == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        warnings.warn(
+            "`accelerate launch` started one process, so there are no ranks to spread experts over. On GPUs add "
+            "--multi_gpu --num_processes N; on the CPU start N processes with torchrun --nproc-per-node N, and make "
+            "Accelerator(cpu=True).",
+            stacklevel=3,
+        )
+    kind = accelerator.distributed_type.name
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
+    if kind not in _KNOWN_TYPES or axes:
+        found = " and ".join([*([kind] if kind not in _KNOWN_TYPES else []), *axes])
+        raise ValueError(
+            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
+            "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
+        )
+
+
+def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    if isinstance(model, Optimizer) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"prepare takes the accelerator, the model, then the optimizer, got a {type(model).__name__} and a "
+            f"{type(optimizer).__name__}. Data loaders and schedulers come after them."
+        )
+    done = [
+        type(thing).__name__
+        for thing in (model, optimizer)
+        if getattr(thing, "_is_accelerate_prepared", False) or isinstance(thing, nn.parallel.DistributedDataParallel)
+    ]
+    if done or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
+        raise ValueError(
+            "this model or optimizer has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead of "
+            "accelerator.prepare, once, with the model and the optimizer as they were built."
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
+            "that is prepared."
+        )
+    if any(int(state.get("step", 0)) > 0 for state in optimizer.state.values()):
+        raise ValueError(
+            "the optimizer has stepped already, and its state would not fit the experts' shards. Prepare first, then "
+            "step, or load with accelerator.load_state."
+        )
+
+
+def _rebind(optimizer: Optimizer, model: nn.Module, names: dict[int, str]) -> None:
+    """Let the optimizer's groups hold what the engine put in place of their parameters."""
+    now = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            master = now[names[id(parameter)]]
+            group["params"][i] = master
+            if master is not parameter and parameter in optimizer.state:
+                optimizer.state[master] = optimizer.state.pop(parameter)
+
+
+def load_whole(model: nn.Module, folder: Path, suffix: str) -> None:
+    """Read what `save_state` wrote of a model. No communication.
+
+    Raises ValueError, naming the keys, where the file and the model differ.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / f"model{suffix}.safetensors"
+    if path.exists():
+        state = load_file(path)
+    else:
+        state = torch.load(folder / f"pytorch_model{suffix}.bin", map_location="cpu", weights_only=True)
+    found = model.load_state_dict(state, strict=False)
+    live = model.state_dict(keep_vars=True)
+    # Of tied weights a file holds one.
+    held = {id(live[name]) for name in state if name in live}
+    missing = [name for name in found.missing_keys if id(live[name]) not in held]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"{folder} belongs to another model: it lacks {missing}, and holds {found.unexpected_keys} that this one "
+            "does not have. Build the model that was saved, or load another folder."
+        )
+
+
+def _save_whole_experts(accelerator: Accelerator, model: nn.Module, engine: SwiftMoEEngine) -> None:
+    """Accelerate's savers see whole experts, and `save_state` also keeps where they were."""
+    get_state_dict: Callable[..., Any] = accelerator.get_state_dict
+
+    @functools.wraps(get_state_dict)
+    def get_whole(*args: Any, **kwargs: Any) -> Any:
+        return full_state(get_state_dict(*args, **kwargs), keep=True)
+
+    accelerator.get_state_dict = get_whole
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            torch.save(engine.state_dict(), Path(folder, STATE_FILE))
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        for index, saved in enumerate(models):
+            load_whole(saved, Path(folder), f"_{index}" if index else "")
+        # Done: Accelerate's own loader looks at storages, which masters do not show.
+        models.clear()
+        # A folder of a plain run has no such file: placements then start from nothing.
+        if Path(folder, STATE_FILE).exists():
+            engine.load_state_dict(torch.load(Path(folder, STATE_FILE), weights_only=True))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

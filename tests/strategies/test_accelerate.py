@@ -1,0 +1,200 @@
+"""A plain Accelerate loop on W ranks is the same loop on one process, and its folders are Accelerate's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+import swiftmoe_lightning as sml
+from tests.engine import dense, models
+from tests.helpers import rank_errors, run_ranks
+
+STEPS = 6
+BATCH = dense.TOKENS
+
+
+def data(world_size: int, num_steps: int = STEPS) -> DataLoader[Any]:
+    """Global batches of 24 tokens; Accelerate deals whole batches to the ranks in turn."""
+    parts = [dense.batch(step, 0, torch.float64) for step in range(num_steps)]
+    return DataLoader(TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), BATCH // world_size)
+
+
+class Loop:
+    """A training loop as Accelerate's documentation writes it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.accumulation = options.pop("accumulation", 1)
+        self.clip_norm, self.clip_value = options.pop("clip_norm", None), options.pop("clip_value", None)
+        self.mixed_precision, self.ours = options.pop("mixed_precision", "no"), options.pop("ours", True)
+        self.save, self.load = options.pop("save", None), options.pop("load", None)
+        self.skip, self.stop = options.pop("skip", 0), options.pop("stop", STEPS)
+        self.optimizer = options.pop("optimizer", torch.optim.AdamW)
+        self.scheduled = options.pop("scheduled", True)
+        self.config = sml.SwiftMoEConfig(placement=models.RandomPolicy, slots_per_rank=4)
+        assert not options
+
+    def __call__(self) -> dict[str, Any]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=self.accumulation, mixed_precision=self.mixed_precision
+        )
+        model = models.build(torch.float64 if self.mixed_precision == "no" else torch.float32)
+        optimizer = self.optimizer(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step * self.scheduled))
+        prepare: Callable[..., Any] = accelerator.prepare
+        if self.ours:
+
+            def prepare(*objects: Any) -> Any:
+                return sml.accelerate.prepare(accelerator, *objects, config=self.config)
+
+        model, optimizer, loader, scheduler = prepare(model, optimizer, data(accelerator.num_processes), scheduler)
+        if self.load:
+            accelerator.load_state(self.load)
+        losses = self.train(accelerator, model, optimizer, loader, scheduler)
+        if self.save:
+            accelerator.save_state(self.save)
+        state = accelerator.get_state_dict(model)
+        return {"state": {k: v.detach().clone() for k, v in state.items()}, "losses": losses}
+
+    def train(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, loader: Any, scheduler: Any
+    ) -> list[float]:
+        losses = []
+        for step, (x, target) in enumerate(loader):
+            if not self.skip <= step < self.stop:
+                continue
+            with accelerator.accumulate(model):
+                dtype = next(accelerator.unwrap_model(model).parameters()).dtype
+                loss = F.mse_loss(model(x.to(dtype)), target.to(dtype))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and self.clip_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), self.clip_norm)
+                if accelerator.sync_gradients and self.clip_value:
+                    accelerator.clip_grad_value_(model.parameters(), self.clip_value)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses.append(float(accelerator.gather_for_metrics(loss.detach()[None]).mean()))
+        return losses
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+CASES = {
+    "plain": {},
+    "accumulated": {"accumulation": 2},
+    "clipped by norm": {"clip_norm": 0.3},
+    "clipped by value": {"clip_value": 0.01, "optimizer": torch.optim.SGD},
+    "accumulated and clipped": {"accumulation": 3, "clip_norm": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_ranks_with_spread_experts_train_like_plain_accelerate_with_whole_ones(options: dict[str, Any]) -> None:
+    expected = run_ranks(Loop(**options, ours=False), 2, init=False)
+    for found, plain in zip(run_ranks(Loop(**options), 2, init=False), expected, strict=True):
+        assert found["losses"] == pytest.approx(plain["losses"], rel=1e-9)
+        close(found["state"], plain["state"])
+
+
+def test_four_ranks_train_like_one_process() -> None:
+    (expected,) = run_ranks(Loop(ours=False, scheduled=False), 1)
+    for found in run_ranks(Loop(scheduled=False), 4, init=False):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+        close(found["state"], expected["state"])
+
+
+def test_one_process_is_a_plain_run() -> None:
+    (expected,), (found,) = run_ranks(Loop(ours=False), 1), run_ranks(Loop(), 1)
+    close(found["state"], expected["state"])
+
+
+def test_bf16_differs_from_plain_accelerate_by_rounding_only() -> None:
+    expected = run_ranks(Loop(mixed_precision="bf16", ours=False), 2, init=False)[0]
+    for found in run_ranks(Loop(mixed_precision="bf16"), 2, init=False):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+        close(found["state"], expected["state"], rtol=2e-2)
+
+
+@pytest.mark.parametrize(("saver", "loader"), [(True, False), (False, True), (True, True)])
+def test_a_folder_of_save_state_goes_on_with_and_without_spread_experts(
+    tmp_path: Path, saver: bool, loader: bool
+) -> None:
+    whole = run_ranks(Loop(ours=False), 2, init=False)[0]
+    folder = str(tmp_path / "half")
+    run_ranks(Loop(ours=saver, stop=3, save=folder), 2, init=False)
+    for found in run_ranks(Loop(ours=loader, skip=3, load=folder), 2, init=False):
+        assert found["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
+        close(found["state"], whole["state"])
+
+
+def test_a_folder_goes_on_at_another_number_of_processes(tmp_path: Path) -> None:
+    (whole,) = run_ranks(Loop(ours=False, scheduled=False), 1)
+    folder = str(tmp_path / "half")
+    run_ranks(Loop(stop=3, save=folder, scheduled=False), 2, init=False)
+    for found in run_ranks(Loop(skip=3, load=folder, scheduled=False), 4, init=False):
+        assert found["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
+        close(found["state"], whole["state"])
+
+
+def build_twice() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = models.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = sml.accelerate.prepare(accelerator, model, optimizer)
+    sml.accelerate.prepare(accelerator, model, optimizer)
+
+
+def build_with_foreign_optimizer() -> None:
+    sml.accelerate.prepare(Accelerator(cpu=True), models.build(), torch.optim.AdamW(models.build().parameters()))
+
+
+def build_after_a_step() -> None:
+    model = models.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, dense.DIM)).sum().backward()
+    optimizer.step()
+    sml.accelerate.prepare(Accelerator(cpu=True), model, optimizer)
+
+
+def build_the_wrong_way_round() -> None:
+    model = models.build()
+    sml.accelerate.prepare(Accelerator(cpu=True), torch.optim.AdamW(model.parameters()), model)
+
+
+def build_where_accelerate_sees_one_process() -> None:
+    model = models.build()
+    accelerator = Accelerator()
+    sml.accelerate.prepare(accelerator, model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (build_twice, "has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead"),
+        (build_with_foreign_optimizer, "12 parameters of the optimizer are not the model's"),
+        (build_after_a_step, "the optimizer has stepped already"),
+        (build_the_wrong_way_round, "prepare takes the accelerator, the model, then the optimizer, got a AdamW"),
+        (build_where_accelerate_sees_one_process, "2 processes were started, but this Accelerator sees 1"),
+    ],
+)
+def test_misuse_is_named_on_every_rank(misuse: Callable[[], None], message: str) -> None:
+    for error in rank_errors(misuse, 2, init=False):
+        assert message in error
