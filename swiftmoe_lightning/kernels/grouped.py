@@ -5,7 +5,7 @@ R rows, s slots, D model dim, F hidden dim, O / I out and in features of one mat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -15,23 +15,30 @@ from torch import Tensor
 from swiftmoe_lightning.kernels import reference
 
 ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
+# One of these, or rows [R, 2F] (gated) or [R, F] -> [R, F].
+Activation = str | Callable[[Tensor], Tensor]
 
 
-def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: str) -> Tensor:
+def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
     """[R, D] -> [R, D]: down(act(up(x))), each row with its own slot's matrices.
 
-    weights: `gate_up_proj [s, 2F, D]` (swiglu) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
+    weights: `gate_up_proj [s, 2F, D]` (gated) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
         `..._bias` [s, O] beside it.
     ends_s: [s] int32, the end of each slot's rows; the last one is R.
     """
-    first = "gate_up_proj" if activation == "swiglu" else "up_proj"
+    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     z_R = grouped_linear(x_RD, weights[first], ends_s, weights.get(f"{first}_bias"))
+    return grouped_linear(activate(z_R, activation), weights["down_proj"], ends_s, weights.get("down_proj_bias"))
+
+
+def activate(z_R: Tensor, activation: Activation) -> Tensor:
+    """[R, 2F] (gated) or [R, F] -> [R, F]."""
+    if callable(activation):
+        return activation(z_R)
     if activation == "swiglu":
         gate_RF, up_RF = z_R.chunk(2, dim=-1)
-        hidden_RF = F.silu(gate_RF) * up_RF
-    else:
-        hidden_RF = F.gelu(z_R) if activation == "gelu" else F.relu(z_R).square()
-    return grouped_linear(hidden_RF, weights["down_proj"], ends_s, weights.get("down_proj_bias"))
+        return F.silu(gate_RF) * up_RF
+    return F.gelu(z_R) if activation == "gelu" else F.relu(z_R).square()
 
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
