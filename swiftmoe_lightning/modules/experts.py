@@ -94,6 +94,8 @@ class Experts(nn.Module):
         like = "swiglu" if "gate_up_proj" in parameters else "gelu"
         experts = cls(num_experts, dim, hidden_dim, activation=like, device="meta")
         experts.activation, experts.transposed = activation, transposed
+        # In the given order, which is an optimizer's.
+        experts._parameters.clear()
         for name, parameter in parameters.items():
             experts.register_parameter(name, parameter)
         return experts

@@ -50,10 +50,10 @@ def as_experts(module: nn.Module) -> Experts:
     parameters = _fused_parameters(module)
     # Below what picks another implementation of the same sums (grouped_mm, kernels).
     forward = inspect.unwrap(type(module).forward)
-    arguments = list(inspect.signature(forward).parameters)[1:]
-    if len(arguments) not in (1, 3):
+    kind = Experts if _takes(forward, 3) else RepeatedExperts
+    if not _takes(forward, 3) and not _takes(forward, 1):
+        arguments = list(inspect.signature(forward).parameters)[1:]
         raise ValueError(f"its forward takes {arguments}, not hidden states, expert ids and their weights")
-    kind = RepeatedExperts if len(arguments) == 1 else Experts
     activation = _activation_of(module, gated="gate_up_proj" in parameters)
     reason = f"the shapes of its tensors do not fit together: { {n: list(p.shape) for n, p in parameters.items()} }"
     for transposed in (False, True):
@@ -88,6 +88,15 @@ def _fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if "forward" in vars(module) or any(hooks):
         raise ValueError("its forward is replaced or has hooks (offloading, expert parallelism): convert() before that")
     return own
+
+
+def _takes(forward: Callable[..., Tensor], num_arguments: int) -> bool:
+    """Whether a method can be called with so many arguments."""
+    try:
+        inspect.signature(forward).bind(*range(1 + num_arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def _shapes(names: Iterable[str], num_experts: int, dim: int, hidden_dim: int, transposed: bool) -> dict[str, Any]:
