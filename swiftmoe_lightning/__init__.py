@@ -6,7 +6,16 @@ Importing it registers `strategy="swiftmoe"` with Lightning.
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
-from swiftmoe_lightning.modules import Experts, LayerLoad, LoadReader, MoE, RouterOutput, TopKRouter, auxiliary_loss
+from swiftmoe_lightning.modules import (
+    Experts,
+    LayerLoad,
+    LoadReader,
+    MoE,
+    RouterOutput,
+    TopKRouter,
+    auxiliary_loss,
+    convert,
+)
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
 
@@ -26,6 +35,7 @@ __all__ = [
     "TopKRouter",
     "accelerate",
     "auxiliary_loss",
+    "convert",
 ]
 
 register()

@@ -21,6 +21,7 @@ NAMES = [
     "SwiftMoEStrategy",
     "TopKRouter",
     "auxiliary_loss",
+    "convert",
 ]
 
 
@@ -51,6 +52,7 @@ def test_signatures_are_what_they_were() -> None:
         "dtype",
     ]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
+    assert arguments(sml.convert) == ["model"]
     options = [
         "slots_per_rank",
         "placement",

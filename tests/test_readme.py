@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from tests import hf_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,8 +40,6 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
 
 
 def test_the_plain_loop_runs() -> None:
-    import torch
-
     import swiftmoe_lightning as sml
 
     model = sml.MoE(8, 8, 4)
@@ -46,6 +47,20 @@ def test_the_plain_loop_runs() -> None:
     exec(compile(BLOCKS[1], "README.md", "exec"), names)
     names["wrapped"](torch.randn(3, 8)).sum().backward()  # type: ignore[operator]
     names["optimizer"].step()  # type: ignore[attr-defined]
+
+
+def test_the_hugging_face_block_converts_and_saves(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import swiftmoe_lightning as sml
+
+    hf_models.build("olmoe").save_pretrained(tmp_path / "model")
+    here = BLOCKS[2].replace("allenai/OLMoE-1B-7B-0924", str(tmp_path / "model"))
+    here = here.replace('"trained"', repr(str(tmp_path / "trained")))
+    names: dict[str, Any] = {"sml": sml}
+    exec(compile(here, "README.md", "exec"), names)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    ids = hf_models.tokens(0)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, names["model"](input_ids=ids).logits)
 
 
 def test_the_policy_in_the_docs_places_the_hottest_expert_on_every_rank() -> None:

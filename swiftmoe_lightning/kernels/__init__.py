@@ -2,11 +2,12 @@
 
 from swiftmoe_lightning.kernels.grouped import expert_mlp
 from swiftmoe_lightning.kernels.ops import SortedChoices, activate, combine, permute, sort_choices
-from swiftmoe_lightning.kernels.reference import ACTIVATIONS
+from swiftmoe_lightning.kernels.reference import ACTIVATIONS, Activation
 from swiftmoe_lightning.kernels.routing import Routed, route
 
 __all__ = [
     "ACTIVATIONS",
+    "Activation",
     "Routed",
     "SortedChoices",
     "activate",

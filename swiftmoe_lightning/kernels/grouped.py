@@ -14,18 +14,19 @@ from torch import Tensor
 
 from swiftmoe_lightning.kernels import reference
 from swiftmoe_lightning.kernels.ops import activate
+from swiftmoe_lightning.kernels.reference import Activation
 
 
-def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: str) -> Tensor:
+def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
     """[R, D] -> [R, D]: down(act(up(x))), each row with its own slot's matrices.
 
-    weights: `gate_up_proj [s, 2F, D]` (swiglu) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
+    weights: `gate_up_proj [s, 2F, D]` (gated) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
         `..._bias` [s, O] beside it.
     ends_s: [s] int32, the end of each slot's rows; the last one is R.
     """
-    first = "gate_up_proj" if activation == "swiglu" else "up_proj"
+    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     z_R = grouped_linear(x_RD, weights[first], ends_s, weights.get(f"{first}_bias"))
-    hidden_RF = activate(z_R, activation)
+    hidden_RF = activation(z_R) if callable(activation) else activate(z_R, activation)
     return grouped_linear(hidden_RF, weights["down_proj"], ends_s, weights.get("down_proj_bias"))
 
 

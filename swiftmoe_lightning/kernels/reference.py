@@ -10,6 +10,7 @@ A `..._backward` takes the gradient of the outputs and returns that of the float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
+# One of these, or a function of rows: [R, 2F] (gated) or [R, F] -> [R, F].
+Activation = str | Callable[[Tensor], Tensor]
 SCORES: Final = ("softmax", "sigmoid")
 # What a sum of scores is at least, when it divides: a token of zero scores has zero shares, not nan.
 _MIN_SUM: Final = 1e-20

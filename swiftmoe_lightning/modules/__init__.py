@@ -1,5 +1,6 @@
 """nn.Modules: router, experts, MoE block. They run on one device as they are, and over ranks under an engine."""
 
+from swiftmoe_lightning.modules.convert import convert
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
 from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.load import ExpertLoad, TrainedLoad
@@ -21,5 +22,6 @@ __all__ = [
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
+    "convert",
     "shape_message",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
-from swiftmoe_lightning.kernels import ACTIVATIONS, expert_mlp
+from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_mlp
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.initialise import fill_rows_uniform
@@ -64,7 +64,8 @@ class Experts(nn.Module):
         check_whole(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, dim, hidden_dim
-        self.activation, self.capacity = activation, capacity
+        self.activation: Activation = activation
+        self.capacity, self.transposed = capacity, False
         up_name, up_rows = ("gate_up_proj", 2 * hidden_dim) if activation == "swiglu" else ("up_proj", hidden_dim)
         shapes: dict[str, tuple[int, ...]] = {up_name: (up_rows, dim), "down_proj": (dim, hidden_dim)}
         if bias:
@@ -77,6 +78,27 @@ class Experts(nn.Module):
         self.register_load_state_dict_pre_hook(_check_loaded_shapes)
         if not self.is_meta:
             self.reset_parameters()
+
+    @classmethod
+    def from_parameters(
+        cls, parameters: Mapping[str, nn.Parameter], activation: Activation, transposed: bool = False
+    ) -> Self:
+        """Experts that hold these very parameters, named as above.
+
+        activation: also a function of rows, [M, 2F] (or [M, F] with `up_proj`) -> [M, F].
+        transposed: weights are [E, in, out]: `gate_up_proj [E, D, 2F]`, `down_proj [E, F, D]`.
+        """
+        num_experts, dim, hidden_dim = parameters["down_proj"].shape
+        if transposed:
+            dim, hidden_dim = hidden_dim, dim
+        like = "swiglu" if "gate_up_proj" in parameters else "gelu"
+        experts = cls(num_experts, dim, hidden_dim, activation=like, device="meta")
+        experts.activation, experts.transposed = activation, transposed
+        # In the given order, which is an optimizer's.
+        experts._parameters.clear()
+        for name, parameter in parameters.items():
+            experts.register_parameter(name, parameter)
+        return experts
 
     @property
     def is_meta(self) -> bool:
@@ -128,6 +150,8 @@ class Experts(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             rows_MD, ends_s = dispatcher.dispatch(x_TD)
             weights = {name: w.to(x_TD.dtype) for name, w in hosting.weights().items()}
+            if self.transposed:
+                weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
             y_MD = expert_mlp(rows_MD, weights, ends_s, self.activation)
             out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
         load = ExpertLoad.of(counts_WE, plan)
@@ -161,7 +185,8 @@ class Experts(nn.Module):
         self.trained_load = TrainedLoad(self.hosting.placement)
 
     def extra_repr(self) -> str:
-        return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {self.activation}"
+        name = getattr(self.activation, "__qualname__", self.activation)
+        return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {name}"
 
 
 def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:

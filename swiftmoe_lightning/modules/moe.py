@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_coefficient, check_whole
+from swiftmoe_lightning.kernels import activate
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter, load_balancing_loss, z_loss
 from swiftmoe_lightning.placement import Capacity
@@ -128,13 +128,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        hidden_TF: Tensor = self.up_proj(x_TD)
-        if self.activation == "swiglu":
-            gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
-            hidden_TF = F.silu(gate_TF) * up_TF
-        else:
-            hidden_TF = F.gelu(hidden_TF) if self.activation == "gelu" else F.relu(hidden_TF).square()
-        out_TD: Tensor = self.down_proj(hidden_TF)
+        out_TD: Tensor = self.down_proj(activate(self.up_proj(x_TD), self.activation))
         return out_TD
 
 
