@@ -20,6 +20,7 @@ NAMES = [
     "SwiftMoEEngine",
     "SwiftMoEStrategy",
     "TopKRouter",
+    "accelerate",
     "auxiliary_loss",
     "convert",
 ]

@@ -126,10 +126,11 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(dim, rows, bias=False, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        out_TD: Tensor = self.down_proj(activate(self.up_proj(x_TD), self.activation))
-        return out_TD
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        hidden_TF = activate(self.up_proj(x.reshape(-1, x.shape[-1])), self.activation)
+        out_TD: Tensor = self.down_proj(hidden_TF)
+        return out_TD.reshape(x.shape)
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:
