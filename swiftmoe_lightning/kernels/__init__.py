@@ -1,6 +1,7 @@
 """The expert layer's operations: a torch reference of each, and the fast paths beside it."""
 
 from swiftmoe_lightning.kernels.grouped import expert_mlp
+from swiftmoe_lightning.kernels.layer import expert_layer, expert_rows
 from swiftmoe_lightning.kernels.ops import SortedChoices, activate, combine, permute, sort_choices
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS, Activation
 from swiftmoe_lightning.kernels.routing import Routed, route
@@ -12,7 +13,9 @@ __all__ = [
     "SortedChoices",
     "activate",
     "combine",
+    "expert_layer",
     "expert_mlp",
+    "expert_rows",
     "permute",
     "route",
     "sort_choices",

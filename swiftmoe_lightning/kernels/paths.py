@@ -38,6 +38,24 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> Path:
     return path
 
 
+# Above these, the products are long enough that gathering and activating apart from them costs little, and cuBLAS's
+# grouped product is the faster one. To be confirmed by measurement.
+_WIDE_EXPERT: Final = 2048
+_MANY_ROWS: Final = 2048
+
+
+def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int) -> Path:
+    """The path of a whole expert layer: "triton" is one of fused kernels, "torch" the operations around `F.grouped_mm`.
+
+    rows_per_slot: mean rows of an expert. hidden_dim: F. `F.grouped_mm` is fast in bfloat16 alone.
+    """
+    path = choose(device, dtype)
+    is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
+    if _forced is None and path.name == "triton" and dtype == torch.bfloat16 and is_coarse:
+        return Path("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
+    return path
+
+
 @functools.cache
 def _path_on(device: torch.device) -> Path:
     if device.type == "cpu":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.kernels import combine, permute
+from swiftmoe_lightning.kernels import SortedChoices, combine, permute, sort_choices
 from swiftmoe_lightning.modules.hosting import ExpertHosting
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
@@ -21,7 +21,7 @@ from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 class SourceRows:
     """The rows this rank sends, ordered by (host, expert), inside that by token.
 
-    choice_R: [R] int64, the choice t * K + k in each row; rows_TK: [T, K] int64, its inverse, -1 where dropped.
+    choice_R: [R] int32, the choice t * K + k in each row; rows_TK: [T, K] int32, its inverse, -1 where dropped.
     counts_D: [D] int64, rows for each hosted pair.
     """
 
@@ -39,17 +39,16 @@ def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, s
     order_D = plan.placement.by_expert_D
     sent_D = side.sent_D[order_D]
     assigned = torch.from_numpy(sent_D).to(device)
-    by_expert_N = torch.argsort(expert_ids_TK.flatten(), stable=True)
+    by_expert_N = sort_choices(expert_ids_TK.flatten(), plan.placement.num_experts).choice_N
     num_assigned = int(sent_D.sum())
     pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
     choice_N = by_expert_N[:num_assigned]
     if plan.num_dropped_tokens:
         kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_D, side.kept_B)
         choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
-    order_R = torch.argsort(pair_N, stable=True)
-    choice_R = choice_N[order_R]
-    rows_TK = torch.full_like(expert_ids_TK, -1, dtype=torch.int64)
-    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device)
+    choice_R = choice_N[sort_choices(pair_N, len(order_D)).choice_N]
+    rows_TK = torch.full_like(expert_ids_TK, -1, dtype=torch.int32)
+    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device, dtype=torch.int32)
     counts_D = _count(pair_N, len(order_D))
     return SourceRows(choice_R, rows_TK, counts_D)
 
@@ -77,25 +76,21 @@ class TokenDispatcher:
     def __init__(self, hosting: ExpertHosting, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
         self._hosting, self._plan, self._side, self._source = hosting, plan, side, source
 
-    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> ([M, D] rows sorted by this rank's experts, [s] int32 ends of each slot's rows)."""
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedChoices]:
+        """[T, D] -> ([M, D] rows as they arrived, their order by the slots of this rank)."""
         rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
         arrived_MD = self._hosting.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
         expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
         expert_M = expert_M.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_MD))
-        self._sorted_M = torch.argsort(expert_M, stable=True)
-        self._arrival_M = torch.empty_like(self._sorted_M)
-        self._arrival_M[self._sorted_M] = torch.arange(len(arrived_MD), device=x_TD.device)
-        ends_s = counts_Wd.sum(0).cumsum(0).to(torch.int32)
-        unused = self._plan.placement.slots_per_rank - num_local
-        ends_s = torch.cat([ends_s, ends_s[-1:].expand(unused)])
-        return permute(arrived_MD, self._sorted_M, self._arrival_M.unsqueeze(1)), ends_s
+        # Slots that hold no expert of their own come out as empty ones.
+        self._order = sort_choices(expert_M, self._plan.placement.slots_per_rank)
+        return arrived_MD, self._order
 
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[M, D] expert outputs -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
-        arrived_MD = permute(y_MD, self._arrival_M, self._sorted_M.unsqueeze(1))
+        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
+        arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
         rows_RD = self._hosting.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
         return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
 

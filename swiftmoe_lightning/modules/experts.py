@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
-from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_mlp
+from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.initialise import fill_rows_uniform
-from swiftmoe_lightning.modules.load import ExpertLoad, OnceInBackward, TrainedLoad
+from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, ExpertLoad, OnceInBackward, TrainedLoad
 from swiftmoe_lightning.placement import Capacity, plan_dispatch
 
 
@@ -27,12 +27,12 @@ class ExpertsOutput:
     """What one forward found.
 
     hidden_TD: [T, D], the experts' weighted sum for each token.
-    load: token-choices of all ranks in this forward.
+    popularity_E: [E] int, token-choices of all ranks in this forward, on the device of `hidden_TD`.
     world_size: ranks that took part.
     """
 
     hidden_TD: Tensor
-    load: ExpertLoad
+    popularity_E: Tensor
     world_size: int
 
 
@@ -141,6 +141,8 @@ class Experts(nn.Module):
         x_TD = x_TD.to(_compute_dtype(x_TD))
         if scores_finite is None:
             scores_finite = weights_TK.isfinite().all()
+        if isinstance(hosting, LocalHosting) and self.capacity is None:
+            return self._run_alone(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
         counts_E = self._count(expert_ids_TK)
         counts_WE = hosting.gather_counts(counts_E, scores_finite, x_TD.dtype)
         placement = hosting.placement
@@ -148,11 +150,11 @@ class Experts(nn.Module):
         side = plan.side_of(hosting.rank)
         dispatcher = TokenDispatcher(hosting, plan, side, choose_rows(expert_ids_TK, weights_TK, plan, side))
         with torch.autocast(x_TD.device.type, enabled=False):
-            rows_MD, ends_s = dispatcher.dispatch(x_TD)
-            weights = {name: w.to(x_TD.dtype) for name, w in hosting.weights().items()}
-            if self.transposed:
-                weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
-            y_MD = expert_mlp(rows_MD, weights, ends_s, self.activation)
+            arrived_MD, order = dispatcher.dispatch(x_TD)
+            rows_M1 = order.row_N.unsqueeze(1)
+            y_MD = expert_rows(
+                arrived_MD, order.choice_N, rows_M1, order.ends_G, self._weights(x_TD.dtype), self.activation
+            )
             out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
         load = ExpertLoad.of(counts_WE, plan)
 
@@ -160,7 +162,39 @@ class Experts(nn.Module):
             self.trained_load.add(load, placement)
             hosting.on_backward()
 
-        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), load, placement.world_size)
+        popularity_E = torch.from_numpy(load.popularity_E).to(out_TD.device)
+        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), popularity_E, placement.world_size)
+
+    def _run_alone(
+        self,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        weights_TK: Tensor,
+        scores_finite: Tensor,
+        out_dtype: torch.dtype,
+    ) -> ExpertsOutput:
+        """The same on one device, which need not know the counts: nothing here waits for a GPU."""
+        if scores_finite.device.type == "cpu" and not scores_finite:
+            raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
+        order = sort_choices(expert_ids_TK.flatten(), self.num_experts)
+        rows_TK = order.row_N.view(expert_ids_TK.shape)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            weights = self._weights(x_TD.dtype)
+            out_TD = expert_layer(x_TD, weights_TK, order.choice_N, rows_TK, order.ends_G, weights, self.activation).to(
+                out_dtype
+            )
+
+        def on_backward() -> None:
+            self.trained_load.add_on_device(order.counts_G, scores_finite)
+
+        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), order.counts_G, 1)
+
+    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
+        weights = {name: w.to(dtype) for name, w in self.hosting.weights().items()}
+        if self.transposed:
+            weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
+        return weights
 
     def _count(self, expert_ids_TK: Tensor) -> Tensor:
         """[E] int64: this rank's choices of each expert; ids outside 0..E-1 are nobody's."""

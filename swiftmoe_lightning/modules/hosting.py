@@ -13,15 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.modules.experts import Experts
-
-NON_FINITE_SCORES = (
-    "the router gave non-finite scores in {where}. Training has diverged, or its input holds inf or nan: lower the "
-    "learning rate, clip gradients, or add a z-loss (MoE(z_loss_coef=1e-3))."
-)
 
 
 class ExpertHosting(ABC):

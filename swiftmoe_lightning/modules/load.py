@@ -11,9 +11,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from swiftmoe_lightning.placement import DispatchPlan, Placement
+
+NON_FINITE_SCORES = (
+    "the router gave non-finite scores in {where}. Training has diverged, or its input holds inf or nan: lower the "
+    "learning rate, clip gradients, or add a z-loss (MoE(z_loss_coef=1e-3))."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,12 @@ class ExpertLoad:
     def zero(num_experts: int, world_size: int) -> ExpertLoad:
         zero_W = np.zeros(world_size, np.int64)
         return ExpertLoad(np.zeros((world_size, num_experts), np.int64), zero_W, zero_W, 0)
+
+    @staticmethod
+    def alone(counts_E: np.ndarray) -> ExpertLoad:
+        """A single device's, which drops nothing."""
+        load_W = counts_E.sum(keepdims=True)
+        return ExpertLoad(counts_E[None], load_W, load_W, 0)
 
     @staticmethod
     def of(counts_WE: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
@@ -88,11 +100,31 @@ class TrainedLoad:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self.total = ExpertLoad.zero(placement.num_experts, placement.world_size)
+        self._total = ExpertLoad.zero(placement.num_experts, placement.world_size)
+        # [E + 1] int64: what one device counted, and forwards with non-finite scores, not yet asked for.
+        self._on_device: Tensor | None = None
+
+    @property
+    def total(self) -> ExpertLoad:
+        """Waits for the device if it has counted since.
+
+        Raises FloatingPointError if scores were not finite.
+        """
+        if self._on_device is not None:
+            numbers = self._on_device.cpu().numpy()
+            self._on_device = None
+            if numbers[-1]:
+                raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
+            self._total = self._total + ExpertLoad.alone(numbers[:-1])
+        return self._total
 
     def add(self, load: ExpertLoad, placement: Placement) -> None:
-        self.placement = placement
-        self.total = self.total + load
+        self._total, self.placement = self.total + load, placement
+
+    def add_on_device(self, counts_E: Tensor, scores_finite: Tensor) -> None:
+        """The load of a single device, without waiting for it."""
+        numbers = torch.cat([counts_E.to(torch.int64), scores_finite.logical_not().view(1).to(torch.int64)])
+        self._on_device = numbers if self._on_device is None else self._on_device + numbers
 
     def since(self, earlier: ExpertLoad) -> ExpertLoad:
         """What was trained after `earlier`, an earlier `total`; everything, if the ranks were others then."""

@@ -101,10 +101,10 @@ class MoE(nn.Module):
         top_k = routed.expert_ids_TK.shape[1]
         loss = routed.logits_TE.new_zeros(())
         if self.aux_loss_coef:
-            balance = load_balancing_loss(routed.probs_TE, result.load.popularity_E, result.world_size, top_k)
+            balance = load_balancing_loss(routed.probs_TE, result.popularity_E, result.world_size, top_k)
             loss = loss + self.aux_loss_coef * balance
         if self.z_loss_coef:
-            num_tokens = result.load.num_choices / top_k
+            num_tokens = result.popularity_E.sum() / top_k
             loss = loss + self.z_loss_coef * z_loss(routed.logits_TE, num_tokens, result.world_size)
         return loss
 

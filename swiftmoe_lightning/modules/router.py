@@ -110,23 +110,24 @@ class TopKRouter(nn.Module):
             self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)
 
 
-def load_balancing_loss(probs_TE: Tensor, popularity_E: np.ndarray, world_size: int, top_k: int) -> Tensor:
+def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int, top_k: int) -> Tensor:
     """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
 
     f_e is expert e's share of the token-choices of ALL ranks, P_e the mean share of its score. Ranks share the
     global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
 
-    probs_TE: [T, E] of this rank. popularity_E: [E] int64 of all ranks.
+    probs_TE: [T, E] of this rank. popularity_E: [E] int of all ranks.
     """
-    num_choices = max(int(popularity_E.sum()), 1)
-    share_E = torch.from_numpy(popularity_E / num_choices).to(probs_TE)
+    popularity_E = popularity_E.to(probs_TE)
+    num_choices = popularity_E.sum().clamp(min=1)
+    share_E = popularity_E / num_choices
     mean_prob_E = probs_TE.sum(0) * (world_size * top_k / num_choices)
     return len(popularity_E) * (share_E * mean_prob_E).sum()
 
 
-def z_loss(logits_TE: Tensor, num_tokens: float, world_size: int) -> Tensor:
+def z_loss(logits_TE: Tensor, num_tokens: Tensor, world_size: int) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), over the tokens of all ranks.
 
-    num_tokens: of all ranks. The mean over ranks is the loss of the global batch, as above.
+    num_tokens: [], of all ranks. The mean over ranks is the loss of the global batch, as above.
     """
-    return logits_TE.logsumexp(-1).square().sum() * (world_size / max(num_tokens, 1))
+    return logits_TE.logsumexp(-1).square().sum() * (world_size / num_tokens.clamp(min=1))

@@ -38,7 +38,7 @@ def test_route_equals_the_router_module_in_values_and_gradients(score, renormali
     for ours, theirs in [
         (lambda found: found.weights_TK, lambda expected: expected.weights_TK),
         (lambda found: found.prob_sums_E, lambda expected: expected.probs_TE.sum(0)),
-        (lambda found: found.square_sum, lambda expected: z_loss(expected.logits_TE, 1, 1)),
+        (lambda found: found.square_sum, lambda expected: z_loss(expected.logits_TE, torch.tensor(1.0), 1)),
     ]:
         found, expected = ours(route(x_TE, router.expert_bias, top_k, score, renormalise)), theirs(router(x_TE))
         assert_close(found, expected)

@@ -99,16 +99,16 @@ def switch_loss(probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
 
 def test_losses_of_ranks_average_to_the_loss_of_the_whole_batch() -> None:
     out = router()(X_TD)
-    popularity_E = np.bincount(out.expert_ids_TK.flatten().numpy(), minlength=6)
+    popularity_E = torch.bincount(out.expert_ids_TK.flatten(), minlength=6)
     parts = [slice(0, 13), slice(13, 50)]
     balance = [load_balancing_loss(out.probs_TE[part], popularity_E, 2, 2) for part in parts]
     torch.testing.assert_close(torch.stack(balance).mean(), switch_loss(out.probs_TE, out.expert_ids_TK))
-    stability = [z_loss(out.logits_TE[part], 50, 2) for part in parts]
+    stability = [z_loss(out.logits_TE[part], torch.tensor(50.0), 2) for part in parts]
     torch.testing.assert_close(torch.stack(stability).mean(), out.logits_TE.logsumexp(1).square().mean())
 
 
 def test_the_balancing_loss_is_1_when_balanced_and_e_when_all_choose_one() -> None:
     uniform = torch.full((12, 4), 0.25)
-    assert float(load_balancing_loss(uniform, np.array([3, 3, 3, 3]), 1, 1)) == pytest.approx(1)
+    assert float(load_balancing_loss(uniform, torch.tensor([3, 3, 3, 3]), 1, 1)) == pytest.approx(1)
     one_hot = torch.eye(4)[torch.zeros(12, dtype=torch.int64)]
-    assert float(load_balancing_loss(one_hot, np.array([12, 0, 0, 0]), 1, 1)) == pytest.approx(4)
+    assert float(load_balancing_loss(one_hot, torch.tensor([12, 0, 0, 0]), 1, 1)) == pytest.approx(4)
