@@ -52,7 +52,11 @@ def _candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     for key, child in list(module._modules.items()):
         if child is None:
             continue
-        own = {*child._parameters, *child._buffers}
+        inner: nn.Module = child
+        while (wrapped := inner._modules.get("base_layer")) is not None:
+            # An adapter around experts is a candidate as a whole: what it wraps must not be changed under it.
+            inner = wrapped
+        own = {*inner._parameters, *inner._buffers}
         is_fused = "down_proj" in own and bool(own & {"gate_up_proj", "up_proj"}) and "gate_proj" not in own
         kind = type(child).__name__
         is_named = key == "experts" or (kind.endswith("Experts") and "Shared" not in kind)

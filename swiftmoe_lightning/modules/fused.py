@@ -72,8 +72,9 @@ def _fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if "base_layer" in module._modules or "parametrizations" in module._modules:
         raise ValueError("its weights are wrapped (an adapter, LoRA): merge or unload the adapter before convert()")
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    if "down_proj" not in own or not any(name in own for name in _UP):
-        raise ValueError("it has no tensors gate_up_proj (or up_proj) and down_proj of all experts, fused as in v5")
+    weights = [own[name] for name in ("down_proj", *_UP) if name in own]
+    if "down_proj" not in own or len(weights) != 2 or any(w.dim() != 3 for w in weights):
+        raise ValueError("it has no 3-D tensors gate_up_proj (or up_proj) and down_proj, fused over experts as in v5")
     for name, p in own.items():
         if not p.is_floating_point() or p.element_size() == 1:
             raise ValueError(f"{name} is quantised ({p.dtype}): load the model without a quantization_config")
@@ -159,7 +160,7 @@ def _difference(module: nn.Module, forward: Callable[..., Tensor], experts: Expe
     """
     generator = torch.Generator().manual_seed(0)
     num_experts, dim = experts.num_experts, experts.hidden_dim
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         shapes = _shapes(experts.expert_parameters(), num_experts, dim, _SMALL_F, experts.transposed)
         # Activations are pushed to where clamps act.
         scales = {name: 8 / dim**0.5 if name in _UP else 1.0 for name in shapes}

@@ -319,6 +319,12 @@ def of_other_sizes() -> nn.Module:
     return experts
 
 
+def flattened() -> nn.Module:
+    experts = Fused()
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().flatten())
+    return experts
+
+
 class Doubled(Fused):
     def forward(self, *args: Tensor) -> Tensor:
         return 2 * super().forward(*args)
@@ -358,7 +364,8 @@ REASONS: dict[Callable[[], nn.Module], str] = {
     Failing: r"RuntimeError: only on a full moon",
     Masked: r"its forward takes \['hidden_states', 'mask'\], not hidden states, expert ids and their weights",
     Silent: r"no act_fn or _apply_gate that says what its activation is",
-    legacy: r"no tensors gate_up_proj \(or up_proj\) and down_proj of all experts, fused as in v5",
+    legacy: r"no 3-D tensors gate_up_proj \(or up_proj\) and down_proj, fused over experts as in v5",
+    flattened: r"no 3-D tensors gate_up_proj \(or up_proj\) and down_proj, fused over experts as in v5",
 }
 
 
@@ -373,6 +380,13 @@ def test_what_cannot_be_taken_over_is_named_with_the_reason(make: Callable[[], n
     )
 
 
+def test_experts_inside_nested_adapters_are_left_whatever_their_name() -> None:
+    wrapper = ParamWrapper()
+    wrapper.base_layer = ParamWrapper()
+    with pytest.raises(ValueError, match=r"take over:\n  ffn \(ParamWrapper\): its weights are wrapped"):
+        sml.convert(nn.ModuleDict({"ffn": wrapper}))
+
+
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(ValueError, match="found no experts in Linear that it can take over, and nothing in it looks"):
         sml.convert(nn.Linear(2, 2))
@@ -384,7 +398,7 @@ def test_experts_that_stay_beside_converted_ones_are_one_warning() -> None:
     with pytest.warns(UserWarning, match=r"left these experts as they are") as caught:
         sml.convert(model)
     (warning,) = caught
-    assert "old.experts and 1 more (ModuleList): it has no tensors" in str(warning.message)
+    assert "old.experts and 1 more (ModuleList): it has no 3-D tensors" in str(warning.message)
     assert warning.filename == __file__
     assert len(experts_of(model)) == 1
 
@@ -419,3 +433,13 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     found, expected = sml.convert(model)["experts"](x, ids, weights), original.float()(x.float(), ids, weights)
     assert found.dtype == torch.bfloat16
     assert F.mse_loss(found.float(), expected) < 1e-3 * expected.square().mean()
+
+
+def test_autocast_and_default_dtype_around_convert_do_not_matter() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (experts,) = experts_of(sml.convert(fused_model()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert experts.activation == "swiglu"
