@@ -150,6 +150,14 @@ def test_no_tokens_and_no_rows(num_tokens, num_rows):
         assert not value.any()
 
 
+@pytest.mark.usefixtures("path")
+def test_an_infinite_gradient_does_not_reach_the_weight_of_a_choice_without_a_row():
+    choice_R, rows_TK = torch.tensor([0]), torch.tensor([[0, -1]])
+    weights_TK = torch.ones(1, 2, requires_grad=True)
+    combine(torch.ones(1, 3), weights_TK, choice_R, rows_TK).backward(torch.full((1, 3), float("inf")))
+    assert weights_TK.grad.tolist() == [[float("inf"), 0.0]]
+
+
 # T tokens, K top-k, D model dim; more than one column block in the last.
 SIZES = [(1, 1, 1), (7, 3, 33), (7, 4, 100), (5, 2, 1), (3, 1, 1030)]
 

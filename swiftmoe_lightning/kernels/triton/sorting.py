@@ -26,14 +26,15 @@ def sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor
         return choice_N, row_N, counts_G.zero_(), ends_G.zero_()
     key_N = key_N.contiguous()
     num_blocks = triton.cdiv(num_choices, BLOCK)
-    counts_GB = torch.empty((num_groups + 1) * num_blocks, dtype=torch.int32, device=key_N.device)
+    num_cells = (num_groups + 1) * num_blocks
+    counts_GB, sums_GB = (torch.empty(num_cells, dtype=torch.int32, device=key_N.device) for _ in range(2))
     # Two bins more than groups: nobody's choices, and what the last block has beyond N.
     num_bins = triton.next_power_of_2(num_groups + 2)
     with device_of(key_N):
         count_kernel[(num_blocks,)](
             key_N, counts_GB, num_choices, num_groups, BLOCK=BLOCK, NUM_BINS=num_bins, num_warps=4
         )
-        sums_GB = counts_GB.cumsum(0, dtype=torch.int32)
+        torch.cumsum(counts_GB, 0, dtype=torch.int32, out=sums_GB)
         place_kernel[(num_blocks,)](
             key_N,
             counts_GB,
