@@ -92,7 +92,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a block may have. Without a GPU kernels are interpreted, or only compiled: as much as an H100's."""
     if device.type != "cuda":
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
