@@ -40,8 +40,7 @@ def fused_expert_mlp(
     and in a fixed order: equal inputs give equal bits.
     Raises ValueError for a dtype or activation that has no kernel.
     """
-    call = _Call(choice_R, rows_TK, ends_s, activation)
-    return _run(call, x, None, weights)
+    return _run(_Call(choice_R, rows_TK, ends_s, activation), x, None, weights)
 
 
 def fused_moe(
@@ -57,8 +56,7 @@ def fused_moe(
 
     Neither the rows' inputs nor their outputs are saved: the weights' gradients come from the hidden layer's.
     """
-    call = _Call(choice_R, rows_TK, ends_s, activation)
-    return _run(call, x_TD, weights_TK.contiguous(), weights)
+    return _run(_Call(choice_R, rows_TK, ends_s, activation), x_TD, weights_TK, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,9 @@ def _run(call: _Call, x: Tensor, scores_TK: Tensor | None, weights: Mapping[str,
     tensors = [None if t is None else t.contiguous() for t in (x, scores_TK, *matrices)]
     # Inside forward, autograd no longer tells whether a backward will come.
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: Tensor = _FusedMlp.apply(_Call(call.choice_R, call.rows_TK, call.ends_s, call.activation, keep_z), *tensors)
+    choice_R, rows_TK = (None if t is None else t.contiguous() for t in (call.choice_R, call.rows_TK))
+    call = _Call(choice_R, rows_TK, call.ends_s.contiguous(), call.activation, keep_z)
+    out: Tensor = _FusedMlp.apply(call, *tensors)
     return out
 
 
@@ -114,12 +114,12 @@ class _FusedMlp(torch.autograd.Function):
         assert first is not None
         assert second is not None
         num_rows = len(x) if call.choice_R is None else len(call.choice_R)
-        tiles = choose_tiles(x.dtype, num_rows, len(call.ends_s))
+        tiles = choose_tiles(x, num_rows, len(call.ends_s))
         with device_of(x):
             rows = map_rows(call.choice_R, call.top_k, call.ends_s, num_rows, tiles)
             z_RO, a_RF = up(x, first, first_bias, rows, call.activation, call.keep_z)
             y_RD = grouped_product(a_RF, second, second_bias, rows, tiles.down)
-        ctx.call, ctx.tiles = call, tiles
+        ctx.top_k, ctx.activation, ctx.tiles = call.top_k, call.activation, tiles
         routing = (call.choice_R, call.rows_TK, call.ends_s, rows.slot_B, rows.first_row_B)
         ctx.save_for_backward(x, scores_TK, z_RO, *weights, *routing)
         return y_RD if scores_TK is None else _sum_rows(y_RD, call.rows_TK, scores_TK)
@@ -132,9 +132,9 @@ class _FusedMlp(torch.autograd.Function):
 
         x, scores_TK, z_RO, *rest = ctx.saved_tensors
         choice_R, rows_TK, ends_s, slot_B, first_row_B = rest[4:]
-        rows = Rows(choice_R, ctx.call.top_k, ends_s, slot_B, first_row_B, len(z_RO), ctx.tiles)
+        rows = Rows(choice_R, ctx.top_k, ends_s, slot_B, first_row_B, len(z_RO), ctx.tiles)
         first, _, second, second_bias = rest[:4]
-        saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, ctx.call.activation)
+        saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, ctx.activation)
         with device_of(x):
             return None, *_gradients(grad.contiguous(), saved, rows, ctx.needs_input_grad[1:])
 

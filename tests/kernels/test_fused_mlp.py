@@ -116,7 +116,7 @@ def test_float32_follows_torchs_precision(precision, monkeypatch):
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     expected = {"high": ("tf32", tiles.TENSOR_FLOAT), "highest": ("ieee", tiles.SINGLE)}[precision]
-    assert (tiles.dot_precision(torch.float32), tiles.choose_tiles(torch.float32, 4096, 4)) == expected
+    assert (tiles.dot_precision(torch.float32), tiles.choose_tiles(torch.empty(1), 4096, 4)) == expected
     if DEVICE == "cpu":
         # The interpreter multiplies as float32 either way.
         assert_moe_equals_the_loop((40, 2, 33, 40, 2), "swiglu", True, torch.float32)
@@ -232,6 +232,17 @@ def test_a_dtype_or_activation_without_a_kernel_is_refused():
         fused_expert_mlp(inputs["x"].double(), *routing, weights, "swiglu")
     with pytest.raises(ValueError, match=r"activations .*'swiglu', 'gelu', 'relu2'.* got 'tanh'"):
         fused_expert_mlp(inputs["x"], *routing, weights, "tanh")
+
+
+def test_big_tiles_are_for_many_rows_and_gpus_that_have_room(monkeypatch):
+    from swiftmoe_lightning.kernels.triton import tiles
+
+    x = torch.empty(1, dtype=torch.bfloat16)
+    assert tiles.choose_tiles(x, 960, 10) is tiles.HALF_MANY
+    assert tiles.choose_tiles(x, 959, 10) is tiles.HALF_FEW
+    # An A100's, in bytes.
+    monkeypatch.setattr(tiles, "_shared_memory", lambda _: 163 * 1024)
+    assert tiles.choose_tiles(x, 960, 10) is tiles.HALF_FEW
 
 
 def test_no_two_slots_share_a_tile_of_rows():

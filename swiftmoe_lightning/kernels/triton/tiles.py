@@ -63,7 +63,7 @@ HALF_FEW: Final = MlpTiles(
 SINGLE: Final = MlpTiles(
     up=Tile(64, 64, 32, 4, 3),
     down=Tile(64, 64, 32, 4, 3),
-    grad_hidden=Tile(64, 64, 32, 4, 3, split=2),
+    grad_hidden=Tile(64, 64, 32, 8, 3, split=2),
     grad_rows=Tile(64, 64, 32, 4, 3),
     grad_weight=Tile(64, 64, 32, 4, 5),
 )
@@ -76,13 +76,24 @@ TENSOR_FLOAT: Final = MlpTiles(
 )
 # Below this many rows per slot, most of a tile of 128 rows would be padding.
 MANY_ROWS: Final = 96
+# Bytes of shared memory that the tiles for many rows take at most; those for few take 97 KB.
+MANY_SHARED: Final = 192 * 1024
 
 
-def choose_tiles(dtype: torch.dtype, num_rows: int, num_slots: int) -> MlpTiles:
-    """By what the host knows: the mean of rows per slot, not each slot's own."""
-    if dtype == torch.float32:
-        return SINGLE if dot_precision(dtype) == "ieee" else TENSOR_FLOAT
-    return HALF_MANY if num_rows >= MANY_ROWS * num_slots else HALF_FEW
+def choose_tiles(x: Tensor, num_rows: int, num_slots: int) -> MlpTiles:
+    """By what the host knows: dtype and device of `x`, and the mean of rows per slot, not each slot's own."""
+    if x.dtype == torch.float32:
+        return SINGLE if dot_precision(x.dtype) == "ieee" else TENSOR_FLOAT
+    many = num_rows >= MANY_ROWS * num_slots
+    return HALF_MANY if many and _shared_memory(x.device) >= MANY_SHARED else HALF_FEW
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have. Without a GPU kernels are interpreted, or only compiled: as much as an H100's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
