@@ -4,7 +4,7 @@ T tokens, D model dim, F hidden dim, K top-k, R rows (surviving choices, sorted 
 first matrix (2F for swiglu). Saved for backward: the input, Z [R, O] (before the activation) and the routing.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from swiftmoe_lightning.kernels.ops import keep_nothing, refuse_second_derivative
 from swiftmoe_lightning.kernels.paths import DTYPES
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS
 
@@ -40,7 +40,7 @@ def fused_expert_mlp(
     and in a fixed order: equal inputs give equal bits.
     Raises ValueError for a dtype or activation that has no kernel.
     """
-    return _run(_Call(choice_R, rows_TK, ends_s, activation), x, None, weights)
+    return _run(x, None, choice_R, rows_TK, ends_s, weights, activation)
 
 
 def fused_moe(
@@ -56,38 +56,31 @@ def fused_moe(
 
     Neither the rows' inputs nor their outputs are saved: the weights' gradients come from the hidden layer's.
     """
-    return _run(_Call(choice_R, rows_TK, ends_s, activation), x_TD, weights_TK, weights)
+    return _run(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What does not take part in the gradient."""
-
-    choice_R: Tensor | None
-    rows_TK: Tensor | None
-    ends_s: Tensor
-    activation: str
-    keep_z: bool = True
-
-    @property
-    def top_k(self) -> int:
-        return 1 if self.rows_TK is None else self.rows_TK.shape[1]
-
-
-def _run(call: _Call, x: Tensor, scores_TK: Tensor | None, weights: Mapping[str, Tensor]) -> Tensor:
-    _check(x, weights, call)
-    first = "gate_up_proj" if call.activation == "swiglu" else "up_proj"
+def _run(
+    x: Tensor,
+    scores_TK: Tensor | None,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    weights: Mapping[str, Tensor],
+    activation: str,
+) -> Tensor:
+    _check(x, weights, activation)
+    assert ends_s.dtype == torch.int32, ends_s.dtype
+    assert (choice_R is None) == (rows_TK is None)
+    first = "gate_up_proj" if activation == "swiglu" else "up_proj"
     matrices = [weights[first], weights.get(f"{first}_bias"), weights["down_proj"], weights.get("down_proj_bias")]
-    tensors = [None if t is None else t.contiguous() for t in (x, scores_TK, *matrices)]
-    # Inside forward, autograd no longer tells whether a backward will come.
-    keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    choice_R, rows_TK = (None if t is None else t.contiguous() for t in (call.choice_R, call.rows_TK))
-    call = _Call(choice_R, rows_TK, call.ends_s.contiguous(), call.activation, keep_z)
-    out: Tensor = _FusedMlp.apply(call, *tensors)
+    # Inside the operator, autograd no longer tells whether a backward will come.
+    keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scores_TK, *matrices))
+    tensors = [None if t is None else t.contiguous() for t in (x, scores_TK, choice_R, rows_TK, ends_s, *matrices)]
+    out: Tensor = _fused_mlp(*tensors, activation, keep_z)[0]
     return out
 
 
-def _check(x: Tensor, weights: Mapping[str, Tensor], call: _Call) -> None:
+def _check(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> None:
     dtypes = {x.dtype, *(w.dtype for w in weights.values())}
     if len(dtypes) != 1 or x.dtype not in DTYPES:
         found = ", ".join(sorted(map(str, dtypes)))
@@ -95,48 +88,127 @@ def _check(x: Tensor, weights: Mapping[str, Tensor], call: _Call) -> None:
             f"The fused experts take inputs and weights of one dtype, float32, bfloat16 or float16, got {found}. Cast "
             "the weights to the inputs' dtype, or use `expert_mlp`."
         )
-    if call.activation not in ACTIVATIONS:
-        raise ValueError(f"The fused experts know the activations {ACTIVATIONS}, got {call.activation!r}.")
-    assert call.ends_s.dtype == torch.int32, call.ends_s.dtype
-    assert (call.choice_R is None) == (call.rows_TK is None)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"The fused experts know the activations {ACTIVATIONS}, got {activation!r}.")
 
 
-class _FusedMlp(torch.autograd.Function):
-    """Forward: up, down and, with scores, combine. Backward: the hidden layer's gradient, then one product for each."""
+@torch.library.custom_op("swiftmoe::fused_mlp", mutates_args=())
+def _fused_mlp(  # noqa: PLR0913 - an operator takes tensors one by one
+    x: Tensor,
+    scores_TK: Tensor | None,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    activation: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """Up, down and, with scores, combine. Returns (out, Z for backward; empty without `keep_z`)."""
+    from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product, up
+    from swiftmoe_lightning.kernels.triton.launch import device_of
 
-    @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, scores_TK: Tensor | None, *weights: Tensor | None) -> Tensor:
-        from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product, up
-        from swiftmoe_lightning.kernels.triton.launch import device_of
-        from swiftmoe_lightning.kernels.triton.tiles import choose_tiles, map_rows
+    with device_of(x):
+        rows = _map_rows(x, choice_R, rows_TK, ends_s)
+        z_RO, a_RF = up(x, first, first_bias, rows, activation, keep_z)
+        y_RD = grouped_product(a_RF, second, second_bias, rows, rows.tiles.down)
+        out = y_RD if scores_TK is None else _sum_rows(y_RD, rows_TK, scores_TK)
+    return out, x.new_empty(0) if z_RO is None else z_RO
 
-        first, first_bias, second, second_bias = weights
-        assert first is not None
-        assert second is not None
-        num_rows = len(x) if call.choice_R is None else len(call.choice_R)
-        tiles = choose_tiles(x, num_rows, len(call.ends_s))
-        with device_of(x):
-            rows = map_rows(call.choice_R, call.top_k, call.ends_s, num_rows, tiles)
-            z_RO, a_RF = up(x, first, first_bias, rows, call.activation, call.keep_z)
-            y_RD = grouped_product(a_RF, second, second_bias, rows, tiles.down)
-        ctx.top_k, ctx.activation, ctx.tiles = call.top_k, call.activation, tiles
-        routing = (call.choice_R, call.rows_TK, call.ends_s, rows.slot_B, rows.first_row_B)
-        ctx.save_for_backward(x, scores_TK, z_RO, *weights, *routing)
-        return y_RD if scores_TK is None else _sum_rows(y_RD, call.rows_TK, scores_TK)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from swiftmoe_lightning.kernels.triton.launch import device_of
-        from swiftmoe_lightning.kernels.triton.tiles import Rows
+@_fused_mlp.register_fake
+def _(  # noqa: PLR0913 - as above
+    x: Tensor,
+    scores_TK: Tensor | None,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    activation: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
+    num_rows = x.shape[0] if choice_R is None else choice_R.shape[0]
+    num_out = num_rows if scores_TK is None else scores_TK.shape[0]
+    z_RO = x.new_empty(num_rows, first.shape[1]) if keep_z else x.new_empty(0)
+    return x.new_empty(num_out, second.shape[1]), z_RO
 
-        x, scores_TK, z_RO, *rest = ctx.saved_tensors
-        choice_R, rows_TK, ends_s, slot_B, first_row_B = rest[4:]
-        rows = Rows(choice_R, ctx.top_k, ends_s, slot_B, first_row_B, len(z_RO), ctx.tiles)
-        first, _, second, second_bias = rest[:4]
-        saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, ctx.activation)
-        with device_of(x):
-            return None, *_gradients(grad.contiguous(), saved, rows, ctx.needs_input_grad[1:])
+
+@torch.library.custom_op("swiftmoe::fused_mlp_backward", mutates_args=())
+def _fused_mlp_backward(  # noqa: PLR0913 - as above
+    grad: Tensor,
+    x: Tensor,
+    scores_TK: Tensor | None,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    second: Tensor,
+    second_bias: Tensor | None,
+    z_RO: Tensor,
+    activation: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The hidden layer's gradient, then one product for each; those that are not needed come out empty."""
+    from swiftmoe_lightning.kernels.triton.launch import device_of
+
+    saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, activation)
+    with device_of(x):
+        rows = _map_rows(x, choice_R, rows_TK, ends_s)
+        found = _gradients(grad.contiguous(), saved, rows, tuple(needed))
+    return [x.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+@_fused_mlp_backward.register_fake
+def _(  # noqa: PLR0913 - as above
+    grad: Tensor,
+    x: Tensor,
+    scores_TK: Tensor | None,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    second: Tensor,
+    second_bias: Tensor | None,
+    z_RO: Tensor,
+    activation: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    biases = x.new_empty(first.shape[:2]), x.new_empty(second.shape[:2])
+    like = (x, x.new_empty(0) if scores_TK is None else scores_TK, first, biases[0], second, biases[1])
+    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needed, strict=True)]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _fused_mlp_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, scores_TK, choice_R, rows_TK, ends_s, first, _, second, second_bias, z_RO = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needed = [needs[i] for i in (0, 1, 5, 6, 7, 8)]
+    saved = (x, scores_TK, choice_R, rows_TK, ends_s, first, second, second_bias, z_RO)
+    found = _fused_mlp_backward(grad, *saved, ctx.activation, needed)
+    grads = [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
+    return (*grads[:2], None, None, None, *grads[2:], None, None)
+
+
+_fused_mlp.register_autograd(_fused_mlp_gradient, setup_context=_keep_inputs)
+_fused_mlp_backward.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
+
+
+def _map_rows(x: Tensor, choice_R: Tensor | None, rows_TK: Tensor | None, ends_s: Tensor) -> Any:
+    """The tile map (`tiles.Rows`): made again in backward, which costs less than to keep it."""
+    from swiftmoe_lightning.kernels.triton.tiles import choose_tiles, map_rows
+
+    num_rows = len(x) if choice_R is None else len(choice_R)
+    top_k = 1 if rows_TK is None else rows_TK.shape[1]
+    return map_rows(choice_R, top_k, ends_s, num_rows, choose_tiles(x, num_rows, len(ends_s)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +225,7 @@ class _Saved:
     activation: str
 
 
-def _gradients(grad: Tensor, saved: _Saved, rows: Rows, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, saved: _Saved, rows: "Rows", needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Of x, scores, first matrix and bias, second matrix and bias, as far as `needed`, from dO [T, D] or dY [R, D]."""
     from swiftmoe_lightning.kernels.triton.gemm_backward import hidden_gradient, weight_gradient
     from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product

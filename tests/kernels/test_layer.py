@@ -106,3 +106,44 @@ def test_a_small_table_picks_the_layers_path_on_a_gpu(dtype, rows_per_slot, hidd
         found = paths.choose_layer(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
     assert found.name == expected
     assert found.reason.endswith(".")
+
+
+def fused_arguments(bias):
+    inputs, ids_TK = values(5, 2, 3, "swiglu", bias)
+    # Without nobody's rows, for which Z is left as it lies in memory: two calls are compared bit by bit.
+    ids_TK = ids_TK.clamp(max=2)
+    order = sort_choices(ids_TK.flatten(), 3)
+    names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    weights = [inputs[name].requires_grad_() if name in inputs else None for name in names]
+    x, scores = inputs["x"].requires_grad_(), inputs["scores"].requires_grad_()
+    return (x, scores, order.choice_N, order.row_N.view(5, 2), order.ends_G, *weights, "swiglu", True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_operators_keep_torchs_contract(bias):
+    pytest.importorskip("triton")
+    arguments = fused_arguments(bias)
+    torch.library.opcheck(torch.ops.swiftmoe.fused_mlp.default, arguments)
+    x, scores, choice, rows, ends, first, _, second, second_bias = arguments[:9]
+    with torch.no_grad():
+        out, z_RO = torch.ops.swiftmoe.fused_mlp(*arguments)
+    saved = [t if t is None else t.detach() for t in (x, scores, choice, rows, ends, first, second, second_bias)]
+    needed = [True, True, True, bias, True, False]
+    backward = (torch.ones_like(out), *saved, z_RO, "swiglu", needed)
+    torch.library.opcheck(torch.ops.swiftmoe.fused_mlp_backward.default, backward)
+
+
+def test_the_fused_layer_compiles_in_one_graph_and_refuses_a_second_derivative():
+    pytest.importorskip("triton")
+    inputs, ids_TK = values(9, 2, 3, "swiglu", False)
+    with paths.forced("triton"):
+        eager, compiled = leaves(inputs), leaves(inputs)
+        expected = run_layer(eager, ids_TK, 3, "swiglu")
+        layer_graph = torch.compile(run_layer, backend="aot_eager", fullgraph=True)
+        found = layer_graph(compiled, ids_TK, 3, "swiglu")
+        assert torch.equal(found, expected)
+        wanted, got = gradients(expected, eager), gradients(found, compiled)
+        assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
+        (first,) = torch.autograd.grad(run_layer(eager, ids_TK, 3, "swiglu").sum(), [eager["x"]], create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            first.sum().backward()
