@@ -132,7 +132,8 @@ def _activation_of(module: nn.Module, gated: bool) -> Activation:
     else:
         raise ValueError("it has no act_fn or _apply_gate that says what its activation is")
     # Small and large values: a clamp shows on the large ones alone.
-    z_R = torch.linspace(-20, 20, 64, device="cpu").outer(torch.tensor([1.0, 30.0, 1e5], device="cpu")).flatten()
+    scale = torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)
+    z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32).outer(scale).flatten()
     z_RF = z_R.roll(7).view(2, -1)
     for name in ACTIVATIONS:
         if gated == (name == "swiglu") and torch.equal(activate(z_RF, name), function(z_RF)):
