@@ -44,7 +44,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     if len(x_TD) == 0:
         return x_TD.new_zeros(len(choice_R), x_TD.shape[1])
     token_R = choice_R.clamp(min=0) // rows_TK.shape[1]
-    return x_TD.index_select(0, token_R).masked_fill_((choice_R < 0).unsqueeze(-1), 0.0)
+    return _zero_where_(x_TD.index_select(0, token_R), choice_R < 0)
 
 
 def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
@@ -54,11 +54,12 @@ def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) 
         return out_TD.to(y_RD.dtype)
     for k in range(rows_TK.shape[1]):
         term_TD = _rows_or_zero(y_RD, rows_TK[:, k]).to(out_TD.dtype)
-        if weights_TK is not None:
+        if weights_TK is None:
+            out_TD += term_TD
+        else:
             # A mask, not a zero weight: 0 * nan is nan.
             weight_T = weights_TK[:, k].masked_fill(rows_TK[:, k] < 0, 0.0)
-            term_TD = term_TD * weight_T.unsqueeze(-1).to(out_TD.dtype)
-        out_TD += term_TD
+            out_TD.addcmul_(term_TD, weight_T.unsqueeze(-1).to(out_TD.dtype))
     return out_TD.to(y_RD.dtype)
 
 
@@ -69,11 +70,10 @@ def combine_backward(
     if len(y_RD) == 0 or len(grad_TD) == 0:
         return torch.zeros_like(y_RD), torch.zeros_like(weights_TK)
     wide = _sum_dtype(y_RD)
-    nobodys_R = choice_R < 0
     grad_RD = grad_TD.index_select(0, choice_R.clamp(min=0) // rows_TK.shape[1]).to(wide)
     weight_R = weights_TK.reshape(-1).index_select(0, choice_R.clamp(min=0)).to(wide)
-    grad_y_RD = (grad_RD * weight_R.unsqueeze(-1)).masked_fill_(nobodys_R.unsqueeze(-1), 0.0)
-    grad_weight_R = (grad_RD * y_RD).sum(-1)
+    grad_weight_R = torch.bmm(grad_RD.unsqueeze(1), y_RD.to(wide).unsqueeze(2)).flatten()
+    grad_y_RD = _zero_where_(grad_RD * weight_R.unsqueeze(-1), choice_R < 0)
     grad_weights_TK = _rows_or_zero(grad_weight_R.unsqueeze(-1), rows_TK.reshape(-1)).view(rows_TK.shape)
     return grad_y_RD.to(y_RD.dtype), grad_weights_TK.to(weights_TK.dtype)
 
@@ -94,9 +94,8 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
     wide_RF, grad_RF = z_RF.to(_sum_dtype(z_RF)), grad_RF.to(_sum_dtype(z_RF))
     if activation == "swiglu":
         gate_RF, up_RF = wide_RF.chunk(2, dim=-1)
-        sigmoid_RF = gate_RF.sigmoid()
-        slope_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-        return torch.cat([grad_RF * up_RF * slope_RF, grad_RF * gate_RF * sigmoid_RF], dim=-1).to(z_RF.dtype)
+        grad_gate_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+        return torch.cat([grad_gate_RF, grad_RF * F.silu(gate_RF)], dim=-1).to(z_RF.dtype)
     if activation == "gelu":
         below_RF = 0.5 * (1 + torch.erf(wide_RF * 0.5**0.5))
         density_RF = torch.exp(-0.5 * wide_RF.square()) * (2 * torch.pi) ** -0.5
@@ -169,7 +168,14 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _rows_or_zero(y_RD: Tensor, rows_N: Tensor) -> Tensor:
     """[N, D]: the named rows, zero for -1. Row 0 stands in for those, so its values must not leak: a mask."""
-    return y_RD.index_select(0, rows_N.clamp(min=0)).masked_fill_((rows_N < 0).unsqueeze(-1), 0.0)
+    return _zero_where_(y_RD.index_select(0, rows_N.clamp(min=0)), rows_N < 0)
+
+
+def _zero_where_(values_ND: Tensor, is_nobodys_N: Tensor) -> Tensor:
+    """In place. On a CPU, to look whether there is anything to do is cheaper than to do it."""
+    if is_nobodys_N.device.type == "cpu" and not is_nobodys_N.any():
+        return values_ND
+    return values_ND.masked_fill_(is_nobodys_N.unsqueeze(-1), 0.0)
 
 
 def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:
