@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from swiftmoe_lightning.kernels.fused import fused_moe
+from swiftmoe_lightning.kernels import fused
 from tests.kernels.aot import MAX_SHARED, compile_all, launched_by
 
 pytest.importorskip("triton")
@@ -37,12 +37,16 @@ def forward_and_backward(sizes, activation, bias, dtype):
     shapes = {first: (rows, dim), "down_proj": (dim, hidden_dim)}
     if bias:
         shapes |= {f"{first}_bias": (rows,), "down_proj_bias": (dim,)}
-    weights = {name: meta(slots, *shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
-    x_TD = meta(tokens, dim, dtype=dtype, requires_grad=True)
-    scores_TK = meta(tokens, top_k, requires_grad=True)
+    weights = {name: meta(slots, *shape, dtype=dtype) for name, shape in shapes.items()}
+    first_bias, second_bias = weights.get(f"{first}_bias"), weights.get("down_proj_bias")
+    x_TD, scores_TK = meta(tokens, dim, dtype=dtype), meta(tokens, top_k)
     routing = [meta(tokens * top_k), meta(tokens, top_k), meta(slots)]
-    out = fused_moe(x_TD, scores_TK, *(t.to(torch.int32) for t in routing), weights, activation)
-    torch.autograd.grad(out, [x_TD, scores_TK, *weights.values()], torch.empty_like(out))
+    inputs = [x_TD, scores_TK, *(t.to(torch.int32) for t in routing)]
+    # The operators' bodies: given a meta tensor, an operator runs its fake.
+    forward, backward = fused._fused_mlp._init_fn, fused._fused_mlp_backward._init_fn
+    out, z_RO = forward(*inputs, weights[first], first_bias, weights["down_proj"], second_bias, activation, True)
+    saved = (*inputs, weights[first], weights["down_proj"], second_bias, z_RO)
+    backward(torch.empty_like(out), *saved, activation, [True, True, True, bias, True, bias])
 
 
 def all_builds():
