@@ -76,7 +76,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D].
 
-        Raises ValueError for another last dim, FloatingPointError, on every rank, for non-finite router scores.
+        Raises ValueError for another last dim, FloatingPointError, on every rank, for non-finite router scores (on a
+        single GPU without a capacity when loads are next read, so as not to wait for it).
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
