@@ -93,7 +93,8 @@ class SwiftMoEEngine:
             self.group = ExpertGroup(device_type, self._ranks_per_node)
             mix_with_plain_tensors()
             self._placers = Placers(self.config, self.group)
-        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, self._placers)
+        placer_of = None if self._placers is None else self._placers.of
+        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, placer_of)
         if self.group is not None and self.layers:
             widest = max(layer.experts.num_experts for layer in self.layers)
             agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING
-
+from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine.tracking import TrackedLayer
 from swiftmoe_lightning.placement import Placement, Placer, make_policy
-
-if TYPE_CHECKING:
-    from swiftmoe_lightning.comms import ExpertGroup
-    from swiftmoe_lightning.engine.tracking import TrackedLayer
 
 _log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ W ranks, E experts.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
-from swiftmoe_lightning.engine.placing import Placers
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import Observation, Placement, Placer
@@ -133,9 +133,12 @@ def track_layers(
     config: SwiftMoEConfig,
     device: torch.device,
     known: list[TrackedLayer],
-    placers: Placers | None,
+    placer_of: Callable[[int], Placer] | None,
 ) -> list[TrackedLayer]:
-    """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective."""
+    """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective.
+
+    placer_of: E -> the placer of layers of E experts; None on one rank.
+    """
     router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
     known_by_id = {id(t.experts): t for t in known}
     tracked: list[TrackedLayer] = []
@@ -145,8 +148,8 @@ def track_layers(
             tracked.append(t)
     for index, t in enumerate(tracked):
         t.index = index
-        if group is not None and placers is not None:
-            t.shard(group, config, device, placers.of(t.experts.num_experts))
+        if group is not None and placer_of is not None:
+            t.shard(group, config, device, placer_of(t.experts.num_experts))
             assert t.sharded is not None
             t.sharded.index = index
     materialise_dense(module, device)
