@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+
 from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.tracking import TrackedLayer
