@@ -79,6 +79,25 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
     return said | {"errors": errors, "same_bits": same_bits, "passed": same_bits and is_close}
 
 
+def warm_up(shape: Shape) -> dict[str, Any]:
+    """Compile on a GPU what a layer of this shape needs, with as few rows and experts as take the same kernels."""
+    said = {"task": f"compile for {shape.model}", "passed": False}
+    # Triton compiles anew for numbers that are no longer, or newly, multiples of 16: keep what they are.
+    experts = 16 if shape.experts % 16 == 0 else 8
+    few = shape.tokens * shape.top_k < 96 * shape.experts
+    tokens = (1024 if few else 2048) // shape.top_k
+    small = Shape(**(asdict(shape) | {"experts": experts, "tokens": tokens}))
+    try:
+        if _tiles_of(small, torch.bfloat16) != _tiles_of(shape, torch.bfloat16):
+            return said | {"error": "the small shape takes other tiles"}
+        case = make_case(small, "balanced", "cuda", torch.bfloat16)
+        for run in (on_triton(ours_fused), ours_grouped):
+            outputs_and_gradients(case, run, case.weights)
+    except Exception as error:
+        return said | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return said | {"passed": True}
+
+
 def _tiles_of(shape: Shape, dtype: torch.dtype) -> str:
     from swiftmoe_lightning.kernels.triton import tiles
 
