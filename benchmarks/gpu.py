@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, Final
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.certificate import birth_certificate, write_result
-from benchmarks.gpu_check import Check, checks, run_check, warm_up
+from benchmarks.gpu_check import Check, checks, run_checks, warm_up
 from benchmarks.gpu_contenders import Contender, contenders
 from benchmarks.gpu_measure import Budget, Clock, measure_layer
 from benchmarks.gpu_shapes import ROUTINGS, SHAPES, Shape
@@ -36,25 +37,32 @@ _GROUPED: Final = "ours, grouped_mm"
 def check_all(found: Sequence[Check], shapes: Sequence[Shape], workers: int) -> list[dict[str, Any]]:
     """Every check on the GPU, in several processes, since most of the time goes to compiling. Meanwhile they compile
     what `shapes` will need."""
-    tasks: list[Callable[[], dict[str, Any]]] = [partial(run_check, check, "cuda") for check in found]
-    tasks += [partial(warm_up, shape) for shape in shapes]
+    # Checks that differ in routing alone run the same kernels: one process compiles them, once.
+    together: dict[Check, list[Check]] = {}
+    for check in found:
+        together.setdefault(replace(check, routing=""), []).append(check)
+    tasks = [partial(warm_up, shape) for shape in shapes]
+    tasks += [partial(run_checks, checks, "cuda") for checks in together.values()]
     results = _in_processes(tasks, workers)
     # The first one to fail so takes its process's GPU from those that come after, so each gets a process of its own.
-    again = [index for index, result in enumerate(results) if "CUDA error" in result.get("error", "")]
-    redone = _in_processes([tasks[index] for index in again], workers, 1)
-    for index, result in zip(again, redone, strict=True):
-        results[index] = result
-    return results
+    lost = [check for check in found if any(_lost_gpu(r) and r.items() >= asdict(check).items() for r in results)]
+    redone = _in_processes([partial(run_checks, [check], "cuda") for check in lost], workers, 1) if lost else []
+    return [result for result in results if not _lost_gpu(result)] + redone
+
+
+def _lost_gpu(result: dict[str, Any]) -> bool:
+    return "CUDA error" in result.get("error", "")
 
 
 def _in_processes(
-    tasks: Sequence[Callable[[], dict[str, Any]]], workers: int, tasks_of_each: int | None = None
+    tasks: Sequence[partial[list[dict[str, Any]]]], workers: int, tasks_of_each: int | None = None
 ) -> list[dict[str, Any]]:
+    """What the tasks return, one after the other."""
     results = []
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=tasks_of_each) as pool:
         for task, future in [(task, pool.submit(task)) for task in tasks]:
             try:
-                results.append(future.result())
+                results += future.result()
             except Exception as error:  # a process that died
                 results.append({"died": str(task), "passed": False, "error": f"{type(error).__name__}: {error}"})
     return results
@@ -69,9 +77,15 @@ def print_checks(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return failed
 
 
-def measure(names: Sequence[str], results: dict[str, Any], failed: Sequence[dict[str, Any]], budget: Budget) -> None:
+def measure(
+    names: Sequence[str],
+    results: dict[str, Any],
+    failed: Sequence[dict[str, Any]],
+    certificate: dict[str, Any],
+    budget: Budget,
+) -> None:
     """Fill `results` on the GPU, and write them as they come: a run may be cut off. What failed is not timed."""
-    certificate, clock = birth_certificate(), Clock("cuda")
+    clock = Clock("cuda")
     found, results["missing"] = contenders()
     # Of what is timed. A process that died says nothing of what it checked, so nothing of ours is trusted.
     wrong = {_BASELINE if check["tiles"] else _GROUPED for check in failed if check.get("dtype") == "bfloat16"}
@@ -156,18 +170,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="gpu", help="of the result file")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="with commas between, in the order to measure")
     parser.add_argument("--seconds", type=float, default=450, help="for everything; what does not fit is left out")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that check")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that check")
     given = parser.parse_args(words)
     names = given.shapes.split(",")
     if unknown := set(names) - SHAPES.keys():
         parser.error(f"--shapes must be some of {', '.join(SHAPES)}, got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         return check_without_a_gpu()
-    budget = Budget(given.seconds)
+    budget, certificate = Budget(given.seconds), birth_certificate()
     results: dict[str, Any] = {"name": given.name, "shapes": {name: vars(SHAPES[name]) for name in names}}
     results["correctness"] = check_all(checks(tiny=False), [SHAPES[name] for name in names], given.workers)
     failed = print_checks(results["correctness"])
-    measure(names, results, failed, budget)
+    measure(names, results, failed, certificate, budget)
     return 1 if failed else 0
 
 
@@ -179,7 +193,7 @@ def check_without_a_gpu() -> int:
         return subprocess.run([sys.executable, "-m", "benchmarks.gpu"], env=environment).returncode
     print("No GPU: kernels run under Triton's interpreter on small sizes, and nothing is timed.")
     with np.errstate(all="ignore"):
-        results = [run_check(check, "cpu") for check in checks(tiny=True)]
+        results = run_checks(checks(tiny=True), "cpu")
     return 1 if print_checks(results) else 0
 
 

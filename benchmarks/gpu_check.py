@@ -5,7 +5,7 @@ T tokens, D model dim, F hidden dim, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -55,8 +55,13 @@ def checks(tiny: bool) -> list[Check]:
             if tiny:
                 routings = ("drops", "one") if activation == "swiglu" else ("empty",) if tiles == "HALF_FEW" else ()
             found += [Check(tiles, dtype, of, routing) for routing in routings]
-    found += [Check("", "bfloat16", of, routing) for of in (few, many) for routing in ("zipf", "empty", "one")]
+    found += [Check("", "bfloat16", of, routing) for of in (few, many) for routing in ("drops", "empty", "one")]
     return found
+
+
+def run_checks(found: Iterable[Check], device: str) -> list[dict[str, Any]]:
+    """`run_check` of each."""
+    return [run_check(check, device) for check in found]
 
 
 def run_check(check: Check, device: str) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
     return said | {"errors": errors, "same_bits": same_bits, "passed": same_bits and is_close}
 
 
-def warm_up(shape: Shape) -> dict[str, Any]:
+def warm_up(shape: Shape) -> list[dict[str, Any]]:
     """Compile on a GPU what a layer of this shape needs, with as few rows and experts as take the same kernels."""
     said = {"task": f"compile for {shape.model}", "passed": False}
     # Triton compiles anew for numbers that are no longer, or newly, multiples of 16: keep what they are.
@@ -89,13 +94,13 @@ def warm_up(shape: Shape) -> dict[str, Any]:
     small = Shape(**(asdict(shape) | {"experts": experts, "tokens": tokens}))
     try:
         if _tiles_of(small, torch.bfloat16) != _tiles_of(shape, torch.bfloat16):
-            return said | {"error": "the small shape takes other tiles"}
+            return [said | {"error": "the small shape takes other tiles"}]
         case = make_case(small, "balanced", "cuda", torch.bfloat16)
         for run in (on_triton(ours_fused), ours_grouped):
             outputs_and_gradients(case, run, case.weights)
     except Exception as error:
-        return said | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-    return said | {"passed": True}
+        return [said | {"error": f"{type(error).__name__}: {str(error)[:500]}"}]
+    return [said | {"passed": True}]
 
 
 def _tiles_of(shape: Shape, dtype: torch.dtype) -> str:

@@ -164,10 +164,8 @@ def scattermoe() -> Callable[..., Tensor]:
 
 def sonicmoe() -> Callable[..., Tensor]:
     """SonicMoE, given the routing."""
-    module = importlib.import_module("sonicmoe")
     kinds = importlib.import_module("sonicmoe.enums").ActivationType
     function = importlib.import_module("sonicmoe.functional").moe_general_routing_inputs
-    assert module is not None
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
         token_R = torch.arange(shape.tokens, device=x.device, dtype=torch.int32).repeat_interleave(shape.top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def test_what_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("benchmarks.gpu_check.ours_grouped", lambda *inputs: gpu_contenders.eager_loop(*inputs) * 1.02)
     assert gpu.main([]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_checks_whose_process_lost_its_gpu_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [check for check in checks(tiny=True) if check.tiles == "HALF_MANY"]
+    calls = []
+
+    def in_processes(tasks: Any, workers: int, tasks_of_each: int | None = None) -> list[dict[str, Any]]:
+        calls.append(([task.args[0] for task in tasks], tasks_of_each))
+        results: list[dict[str, Any]] = []
+        for task in tasks:
+            lost = tasks_of_each is None and not isinstance(task.args[0], Shape)
+            checked = [TINY] if isinstance(task.args[0], Shape) else task.args[0]
+            results += [asdict(of) | ({"error": "CUDA error: gone"} if lost else {"passed": True}) for of in checked]
+        return results
+
+    monkeypatch.setattr(gpu, "_in_processes", in_processes)
+    results = gpu.check_all(found, [TINY], 2)
+    assert len(results) == len(found) + 1
+    assert all(result["passed"] for result in results)
+    # bfloat16 and float16 first, each with all its routings; then one check a process.
+    assert [len(group) for group in calls[0][0][1:]] == [2, 2]
+    assert calls[1] == ([[check] for check in found], 1)
 
 
 def test_every_tile_configuration_that_ships_is_checked() -> None:
