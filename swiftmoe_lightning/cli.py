@@ -176,6 +176,18 @@ def report(  # noqa: PLR0913 - options
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+    """Say what is installed here, on which devices it runs, and which path each operation takes, with the reason."""
+    from swiftmoe_lightning.doctor import examine, print_findings
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_findings(found)
+
+
 def _names(policies: str) -> tuple[str, ...]:
     from swiftmoe_lightning.planner import CONTENDERS
 

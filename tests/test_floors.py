@@ -25,6 +25,7 @@ FLOORS = [
     "strategies",
     "callbacks report",
     "demo",
+    "doctor",
     "cli",
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names.split()}
@@ -37,7 +38,7 @@ HOMES = {
     "matplotlib": {"report"},
     "pyarrow": {"planner"},
     "typer": {"cli"},
-    "rich": {"cli", "demo", "report"},
+    "rich": {"cli", "demo", "doctor", "report"},
 }
 OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
 WITHOUT_TORCH = {"config", "placement", "planner"}

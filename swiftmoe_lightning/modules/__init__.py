@@ -2,6 +2,7 @@
 
 from swiftmoe_lightning.modules.convert import convert
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
+from swiftmoe_lightning.modules.hf_experts import register_hf_experts
 from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.load import ExpertLoad, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
@@ -23,5 +24,6 @@ __all__ = [
     "TrainedLoad",
     "auxiliary_loss",
     "convert",
+    "register_hf_experts",
     "shape_message",
 ]

@@ -138,7 +138,7 @@ class Experts(nn.Module):
         """
         self._check_input(x_TD)
         hosting, out_dtype = self.hosting, x_TD.dtype
-        x_TD = x_TD.to(_compute_dtype(x_TD))
+        x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
             scores_finite = weights_TK.isfinite().all()
         if isinstance(hosting, LocalHosting) and self.capacity is None:
@@ -239,7 +239,7 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matmul of `x` would run in here: autocast's, if it is on."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:

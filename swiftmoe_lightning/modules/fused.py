@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, activate
+from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, activate, paths
 from swiftmoe_lightning.modules.experts import Experts
 
 _UP: Final = ("gate_up_proj", "up_proj")
@@ -131,14 +131,19 @@ def _activation_of(module: nn.Module, gated: bool) -> Activation:
         function = functools.partial(_gate, act_fn) if gated else act_fn
     else:
         raise ValueError("it has no act_fn or _apply_gate that says what its activation is")
+    return named_activation(function, gated) or function
+
+
+@torch.no_grad()
+def named_activation(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
+    """Our kernels' name of `function` where it is the same to the bit in float32, None if it is another."""
     # Small and large values: a clamp shows on the large ones alone.
-    scale = torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)
-    z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32).outer(scale).flatten()
-    z_RF = z_R.roll(7).view(2, -1)
-    for name in ACTIVATIONS:
-        if gated == (name == "swiglu") and torch.equal(activate(z_RF, name), function(z_RF)):
-            return name
-    return function
+    z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32)
+    z_RF = z_R.outer(torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)).flatten().roll(7).view(2, -1)
+    with paths.forced("torch"):
+        ours = {name: activate(z_RF, name) for name in ACTIVATIONS if gated == (name == "swiglu")}
+    theirs = function(z_RF)
+    return next((name for name, value in ours.items() if torch.equal(value, theirs)), None)
 
 
 def _gate(act_fn: Callable[[Tensor], Tensor], z_R: Tensor) -> Tensor:

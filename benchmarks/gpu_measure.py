@@ -1,0 +1,162 @@
+"""A clock for work on a GPU, a budget of time, and whole layers on it, contender beside contender.
+
+T tokens, D model dim, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check import errors_of, outputs_and_gradients, reference
+from benchmarks.gpu_contenders import Contender
+from benchmarks.gpu_shapes import Case, Shape, make_case
+from benchmarks.spread import spread
+
+ROUNDS: Final = 3
+# Of a round, for each contender and pass.
+_ROUND_MS: Final = 60.0
+_MOST_IN_A_ROUND: Final = 20
+# More than a GPU's L2 holds.
+_FLUSHED_BYTES: Final = 2**28
+# What is off by more than this is not timed, whoever made it; others round bfloat16 more often than we do.
+_WRONG: Final = 2e-2
+
+
+class Budget:
+    """seconds: for everything, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+class Clock:
+    """Milliseconds on a GPU by its events, with its L2 cache flushed in between; on a CPU, for tests, by the wall."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        is_gpu = device != "cpu"
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if is_gpu else None
+
+    def times(self, call: Callable[[], object], count: int) -> list[float]:
+        """Of `count` calls, one after the other."""
+        if self._flushed is None:
+            found = []
+            for _ in range(count):
+                start = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - start) * 1e3)
+            return found
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for first, last in events:
+            self._flushed.zero_()
+            first.record()
+            call()
+            last.record()
+        torch.cuda.synchronize()
+        return [first.elapsed_time(last) for first, last in events]
+
+    def count_of(self, call: Callable[[], object]) -> int:
+        """How many calls make a round, after two to warm up."""
+        slowest = max(self.times(call, 2)[1], 1e-3)
+        return int(min(max(_ROUND_MS / slowest, 2), _MOST_IN_A_ROUND)) if self.device != "cpu" else 1
+
+    def spread_of(self, call: Callable[[], object]) -> dict[str, float]:
+        """Milliseconds of one call, over all rounds at once."""
+        return spread(self.times(call, ROUNDS * self.count_of(call)))
+
+
+def measure_layer(
+    shape: Shape, routing: str, contenders: dict[str, Contender], clock: Clock, budget: Budget
+) -> dict[str, Any]:
+    """Contender -> what was measured, or {"skipped": why}. First all are checked against float64, on the very inputs
+    that they are timed with; then they run in turns, so that a GPU that grows warm or slow does so for all."""
+    case = make_case(shape, routing, clock.device, torch.bfloat16)
+    found, passes = _check(case, contenders, clock, budget)
+    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "forward_backward": []} for name in passes}
+    counts = {(n, kind): clock.count_of(call) for n, calls in passes.items() for kind, call in calls.items()}
+    for _ in range(ROUNDS):
+        for name, calls in passes.items():
+            for kind, call in calls.items():
+                times[name][kind] += clock.times(call, counts[name, kind])
+    for name, of_pass in times.items():
+        flops = {"forward": shape.flops_forward, "forward_backward": 3 * shape.flops_forward}
+        found[name] |= {f"ms_{kind}": spread(values) for kind, values in of_pass.items()}
+        medians = {kind: found[name][f"ms_{kind}"]["median"] for kind in flops}
+        found[name]["tflops"] = {kind: flops[kind] / medians[kind] / 1e9 for kind in flops}
+    return found
+
+
+def _check(
+    case: Case, contenders: dict[str, Contender], clock: Clock, budget: Budget
+) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], object]]]]:
+    """(contender -> errors and bytes, or why it is skipped; contender -> its passes, if it is right)."""
+    counts_E = torch.bincount(case.ids.flatten(), minlength=case.shape.experts)
+    kept = sorted({0, int(counts_E.argmax()), int(counts_E.argmin())})
+    expected = reference(case, kept)
+    found: dict[str, Any] = {}
+    passes: dict[str, dict[str, Callable[[], object]]] = {}
+    for name, contender in contenders.items():
+        if (reason := contender.refuses(case.shape)) is not None:
+            found[name] = {"skipped": reason}
+            continue
+        if budget.left() < 0:
+            found[name] = {"skipped": "no time was left"}
+            continue
+        try:
+            weights = contender.prepare(case.weights)
+            errors = errors_of(outputs_and_gradients(case, contender.run, weights, contender.restore), expected, kept)
+            # Not "any above": nan is above nothing.
+            if not all(error <= _WRONG for error in errors.values()):
+                found[name] = {"skipped": "wrong", "errors": errors}
+                continue
+            calls = _passes(case, contender, weights)
+            found[name] = {"errors": errors} | _bytes(calls["forward"], calls["forward_backward"], weights, clock)
+            passes[name] = calls
+        except Exception as error:  # one that does not run here must not stop the others
+            found[name] = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
+        gc.collect()
+    return found, passes
+
+
+def _passes(case: Case, contender: Contender, weights: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """The forward of training, which keeps what backward needs, and forward with backward."""
+    x, scores = case.x.detach().requires_grad_(), case.scores.detach().requires_grad_()
+    weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
+    leaves = [x, scores, *weights.values()]
+
+    def forward() -> Tensor:
+        return contender.run(case.shape, x, case.ids, scores, weights)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), leaves, case.grad)
+
+    return {"forward": forward, "forward_backward": forward_backward}
+
+
+def _bytes(
+    forward: Callable[[], object], forward_backward: Callable[[], object], weights: dict[str, Tensor], clock: Clock
+) -> dict[str, int | None]:
+    """bytes_saved: held from forward to backward, the output included. peak_bytes_saved: the most that forward and
+    backward held, less the weights' gradients. Both beside weights and inputs."""
+    if clock.device == "cpu":
+        return {"bytes_saved": None, "peak_bytes_saved": None}
+    # The first call after a compilation may hold what later ones do not.
+    forward_backward()
+    before = torch.cuda.memory_allocated()
+    out = forward()
+    saved = torch.cuda.memory_allocated() - before
+    del out
+    torch.cuda.reset_peak_memory_stats()
+    forward_backward()
+    gradients = sum(value.numel() * value.element_size() for value in weights.values())
+    peak = torch.cuda.max_memory_allocated() - before - gradients
+    return {"bytes_saved": saved, "peak_bytes_saved": max(peak, saved)}

@@ -1,0 +1,114 @@
+"""What is installed here, on what it can run, and which path each operation takes, with the reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import defaultdict
+from importlib import metadata
+from typing import Any, Final
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from swiftmoe_lightning.comms.backends import available_backends
+from swiftmoe_lightning.kernels import paths
+
+_LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Name -> (mean rows of an expert, hidden dim, top-k): two published models on 8,192 tokens.
+_SHAPES: Final = {
+    "layer, coarse experts (8, hidden 14336, top 2)": (2048, 14336, 2),
+    "layer, fine experts (64, hidden 1024, top 8)": (1024, 1024, 8),
+}
+
+
+def examine() -> dict[str, Any]:
+    """JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes. backends: names.
+    paths: one entry for each device, operation and dtype, with the path's name and the reason."""
+    devices = _devices()
+    return {
+        "versions": _versions(),
+        "devices": devices,
+        "backends": available_backends(),
+        "paths": [entry for device in devices for entry in _paths(torch.device(device["device"]))],
+    }
+
+
+def print_findings(found: dict[str, Any]) -> None:
+    """What `examine` returned, as tables on standard output."""
+    console = Console()
+    versions = _table("library", "version")
+    for name, version in found["versions"].items():
+        versions.add_row(name, version or "not installed")
+    console.print(versions)
+    devices = _table("device", "name", "capability", "memory")
+    for device in found["devices"]:
+        memory = device["memory"]
+        size = "" if memory is None else f"{memory / 2**30:.1f} GiB"
+        devices.add_row(device["device"], device["name"], device["capability"] or "", size)
+    console.print(devices)
+    if len(found["devices"]) == 1:
+        console.print("No GPU is seen by torch.\n")
+    console.print(f"Process-group backends: {', '.join(found['backends']) or 'none'}.\n")
+    console.print(_path_table(found["paths"]))
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = None
+    built_for = {"CUDA of torch": torch.version.cuda, "ROCm of torch": torch.version.hip}
+    return found | {name: version for name, version in built_for.items() if version is not None}
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The CPU first, then every accelerator; a capability, such as "9.0", is an NVIDIA or AMD GPU's."""
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu, "capability": None, "memory": None}]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            gpu = {"device": f"cuda:{index}", "name": properties.name, "capability": capability}
+            found.append(gpu | {"memory": properties.total_memory})
+    elif (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        for index in range(torch.accelerator.device_count()):
+            other = {"device": f"{accelerator.type}:{index}", "name": accelerator.type}
+            found.append(other | {"capability": None, "memory": None})
+    return found
+
+
+def _paths(device: torch.device) -> list[dict[str, str]]:
+    found = []
+    for dtype in _DTYPES:
+        chosen = {"sort, permute, combine, activate, route": paths.choose(device, dtype)}
+        for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
+            chosen[name] = paths.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
+        for operation, path in chosen.items():
+            entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
+            found.append(entry | {"path": path.name, "reason": path.reason})
+    return found
+
+
+def _path_table(entries: list[dict[str, str]]) -> Table:
+    """Dtypes that go one way for one reason share a row."""
+    dtypes_of = defaultdict(list)
+    for entry in entries:
+        dtypes_of[entry["device"], entry["operation"], entry["path"], entry["reason"]].append(entry["dtype"])
+    table = _table("device", "operation", "dtypes", "path", "why")
+    for (device, operation, path, reason), dtypes in dtypes_of.items():
+        table.add_row(device, operation, ", ".join(dtypes), path, reason)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table

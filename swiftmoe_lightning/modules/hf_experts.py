@@ -1,0 +1,94 @@
+"""`experts_implementation="swiftmoe"`: Hugging Face models keep their experts, and run them on our layer.
+
+This is for one device. Under an engine experts must be `Experts`, which `convert` makes of them.
+T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.kernels import Activation, combine, expert_layer, expert_rows, sort_choices
+from swiftmoe_lightning.modules.experts import compute_dtype
+from swiftmoe_lightning.modules.fused import named_activation
+
+NAME: Final = "swiftmoe"
+# Module -> (act_fn when it was tried, our kernels' name for its activation or None). A function of the module is not
+# kept here: it would keep the module alive.
+_names: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()
+
+
+def register_hf_experts() -> None:
+    """Make `experts_implementation="swiftmoe"` known to transformers, as for `model.set_experts_implementation`.
+
+    Repeatable. `import swiftmoe_lightning` does it when transformers was imported before.
+    Raises ImportError without transformers 5 or later.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            'experts_implementation="swiftmoe" needs transformers 5 or later: pip install "swiftmoe-lightning[hf]".'
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, run_hf_experts)
+
+
+# As for `Experts.run`: a graph break at the layer, not a recompilation when the number of rows changes.
+@torch.compiler.disable
+def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """[T, D] -> [T, D]: the experts' sum, weighted by `top_k_weights` [T, K].
+
+    module: with the flags and tensors that transformers' `use_experts_implementation` describes. Choices
+    `top_k_index` [T, K] int outside 0..E-1, as of experts on another rank, add nothing.
+    """
+    x_TD = hidden_states.to(compute_dtype(hidden_states))
+    activation, weights = _activation_of(module), _weights_of(module, x_TD.dtype)
+    order = sort_choices(top_k_index.flatten(), len(weights["down_proj"]))
+    routing = (order.choice_N, order.row_N.view(top_k_index.shape))
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if not getattr(module, "has_post_expert_norm", False):
+            out_TD = expert_layer(x_TD, top_k_weights, *routing, order.ends_G, weights, activation)
+        else:
+            y_ND = _whole_rows(expert_rows(x_TD, *routing, order.ends_G, weights, activation), order.choice_N)
+            out_TD = combine(module.post_expert_norm(y_ND), top_k_weights, *routing)
+    return out_TD.to(hidden_states.dtype)
+
+
+def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By the names, and in the layout, of `expert_mlp`."""
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    if module.has_bias:
+        names += [f"{name}_bias" for name in names]
+    weights = {name: getattr(module, name).to(dtype) for name in names}
+    if module.is_transposed:
+        weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
+    return weights
+
+
+def _activation_of(module: Any) -> Activation:
+    """Our kernels' name where it is the same to the bit, for they run in one with the products; else its own function.
+
+    Halves or interleaved (`is_concatenated`) is what `_apply_gate` knows.
+    """
+    act_fn = getattr(module, "act_fn", None)
+    function: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    tried, name = _names.get(module, (None, None))
+    if module not in _names or tried is not act_fn:
+        # One with parameters changes as it learns, and may live on a GPU.
+        is_fixed = not isinstance(act_fn, nn.Module) or not any(True for _ in act_fn.parameters())
+        name = named_activation(function, module.has_gate) if is_fixed else None
+        _names[module] = (act_fn, name)
+    return function if name is None else name
+
+
+def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:
+    """Zero in nobody's rows at the end, in what may hold anything there; `y_ND` may come without them."""
+    nobodys_N = choice_N < 0
+    if len(y_ND) < len(choice_N):
+        y_ND = torch.cat([y_ND, y_ND.new_zeros(len(choice_N) - len(y_ND), y_ND.shape[1])])
+    return y_ND.masked_fill(nobodys_N.unsqueeze(-1), 0.0)

@@ -1,0 +1,192 @@
+"""Hugging Face models with `experts_implementation="swiftmoe"` against their own eager experts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swiftmoe_lightning as sml
+from swiftmoe_lightning.kernels import paths
+from swiftmoe_lightning.modules import hf_experts
+from tests import hf_models
+
+transformers = pytest.importorskip("transformers")
+
+# Halves and interleaved, transposed, biases, clamps, no gate, and gates by another activation.
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "nemotron_h"]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    sml.register_hf_experts()
+
+
+def results(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, and the gradient of every parameter."""
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    return {"logits": output.logits} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def both(family: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ours, and eager's; and ours was really called."""
+    calls = []
+
+    def counted(*inputs: Any) -> Tensor:
+        calls.append(inputs)
+        return hf_experts.run_hf_experts(*inputs)
+
+    monkeypatch.setitem(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "swiftmoe", counted)
+    monkeypatch.setitem(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._local_mapping, "swiftmoe", counted)
+    found = []
+    for name in ("swiftmoe", "eager"):
+        model = hf_models.build(family)
+        model.set_experts_implementation(name)
+        found.append(results(model, hf_models.tokens(0)))
+    assert calls
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_all_gradients_equal_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equal(*both(family, monkeypatch))
+
+
+def test_logits_and_all_gradients_equal_eager_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    fused = []
+    monkeypatch.setattr("swiftmoe_lightning.kernels.layer.fused_moe", spy(fused))
+    with paths.forced("triton"):
+        assert_equal(*both("qwen3_moe", monkeypatch))
+    assert fused
+
+
+def spy(calls: list[Any]) -> Any:
+    from swiftmoe_lightning.kernels.fused import fused_moe
+
+    def call(*inputs: Any) -> Tensor:
+        calls.append(inputs)
+        return fused_moe(*inputs)
+
+    return call
+
+
+def test_a_model_may_be_loaded_with_it() -> None:
+    config = hf_models.build("olmoe").config
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="swiftmoe")
+    assert model.config._experts_implementation == "swiftmoe"
+
+
+def experts_of(family: str) -> Any:
+    model = hf_models.build(family)
+    model.set_experts_implementation("swiftmoe")
+    return next(m for m in model.modules() if hasattr(m, "is_transposed"))
+
+
+def inputs_of(experts: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x_TD = torch.randn(9, 16, generator=generator).to(dtype)
+    ids_TK = torch.rand(9, len(experts.down_proj), generator=generator).topk(2).indices
+    return x_TD, ids_TK, torch.rand(9, 2, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> None:
+    if path == "triton":
+        pytest.importorskip("triton")
+    experts = experts_of(family)
+    x_TD, ids_TK, weights_TK = inputs_of(experts)
+    elsewhere_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+    elsewhere_TK[0] = True
+    found = []
+    for ids, weights in (
+        (ids_TK.masked_fill(elsewhere_TK, len(experts.down_proj)), weights_TK),
+        (ids_TK, weights_TK.masked_fill(elsewhere_TK, 0.0)),
+    ):
+        x = x_TD.clone().requires_grad_()
+        experts.zero_grad()
+        with paths.forced(path):
+            out = experts(x, ids, weights)
+            out.square().sum().backward()
+        found.append({"out": out, "x": x.grad} | {name: p.grad for name, p in experts.named_parameters()})
+    assert not found[0]["out"][0].any()
+    assert_equal(*found)
+
+
+def test_a_norm_behind_the_experts_sees_only_rows_of_choices() -> None:
+    experts = experts_of("qwen3_moe")
+    x_TD, ids_TK, weights_TK = inputs_of(experts)
+    plain = experts(x_TD, ids_TK[:, :1], torch.ones(9, 1))
+    experts.has_post_expert_norm = True
+    experts.post_expert_norm = nn.RMSNorm(16)
+    out = experts(x_TD, torch.stack([ids_TK[:, 0], torch.full((9,), 5)], dim=1), weights_TK)
+    torch.testing.assert_close(out, experts.post_expert_norm(plain) * weights_TK[:, :1], rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in experts.parameters())
+
+
+def test_autocast_computes_in_its_dtype_and_returns_the_inputs() -> None:
+    experts = experts_of("qwen3_moe")
+    x_TD, ids_TK, weights_TK = inputs_of(experts)
+    expected = experts(x_TD, ids_TK, weights_TK)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = experts(x_TD, ids_TK, weights_TK)
+    assert out.dtype == torch.float32
+    error = (out - expected).norm() / expected.norm()
+    assert 1e-5 < error < 2e-2
+
+
+def test_an_activation_is_named_once_and_again_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = experts_of("qwen3_moe")
+    assert hf_experts._activation_of(experts) == "swiglu"
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_experts, "named_activation", None)
+        assert hf_experts._activation_of(experts) == "swiglu"
+    assert hf_experts._activation_of(copy.deepcopy(experts)) == "swiglu"
+    experts.act_fn = nn.Tanh()
+    assert hf_experts._activation_of(experts) == experts._apply_gate
+    # It may learn to be another.
+    experts.act_fn = nn.PReLU()
+    assert callable(hf_experts._activation_of(experts))
+    assert hf_experts._activation_of(experts_of("nemotron_h")) == "relu2"
+
+
+def test_what_is_remembered_of_a_module_does_not_keep_it_alive() -> None:
+    experts = experts_of("gpt_oss")
+    assert callable(hf_experts._activation_of(experts))
+    gone = weakref.ref(experts)
+    del experts
+    gc.collect()
+    assert gone() is None
+
+
+def test_importing_the_package_registers_it_where_transformers_is_loaded() -> None:
+    code = (
+        "import transformers, swiftmoe_lightning\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
+        "print('swiftmoe' in ALL_EXPERTS_FUNCTIONS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_without_transformers_5_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    message = 'needs transformers 5 or later: pip install "swiftmoe-lightning\\[hf\\]"'
+    with pytest.raises(ImportError, match=message):
+        sml.register_hf_experts()
