@@ -1,6 +1,6 @@
 """Adaptive expert replication for training Mixture-of-Experts models in PyTorch Lightning and plain PyTorch.
 
-Importing it registers `strategy="swiftmoe"` with Lightning.
+Importing it registers `strategy="swiftmoe"` with Lightning's Trainer and Fabric.
 """
 
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
@@ -17,7 +17,7 @@ from swiftmoe_lightning.modules import (
     convert,
 )
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
-from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
+from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, accelerate, register
 
 __all__ = [
     "ExpertPopularityMonitor",
@@ -31,6 +31,7 @@ __all__ = [
     "RouterOutput",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
+    "SwiftMoEFabricStrategy",
     "SwiftMoEStrategy",
     "TopKRouter",
     "accelerate",
