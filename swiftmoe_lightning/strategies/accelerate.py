@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state
-from swiftmoe_lightning.strategies.rebinding import rebind, refuse_stepped
+from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +55,7 @@ def prepare(
     if accelerator.num_processes == 1:
         SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
         return tuple(accelerator.prepare(model, optimizer, *rest))
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = names_of(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
     rebind(optimizer, model, names)

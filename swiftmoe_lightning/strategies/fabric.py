@@ -20,7 +20,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
-from swiftmoe_lightning.strategies.rebinding import rebind, refuse_stepped
+from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
 # Beside what the user saves: where each model's experts were, by the model's own key.
@@ -86,7 +86,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         engine = next((engine for engine in self._engines if engine.module is module), None)
         if engine is None:
-            self._names.append(WeakIdKeyDictionary({p: name for name, p in module.named_parameters()}))
+            self._names.append(names_of(module))
             engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
             self._engines.append(engine)
             self._adopt_scaler(engine)
@@ -111,8 +111,8 @@ class SwiftMoEFabricStrategy(DDPStrategy):
                 mine[engine] = any(shared)
         if held:
             raise ValueError(
-                f"{len(held)} parameters of the optimizer belong to no model that has been set up. Call "
-                "fabric.setup(model, optimizer), or fabric.setup_module(model) before fabric.setup_optimizers(optimizer)."
+                f"{len(held)} parameters of the optimizer belong to no model that has been set up. "
+                "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before setup_optimizers(optimizer)."
             )
         if sum(mine.values()) > 1:
             raise ValueError(
@@ -134,7 +134,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
         plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
 
     def _engine_of(self, module: nn.Module) -> SwiftMoEEngine | None:
-        inner = _unwrapped(module)
+        inner = module.module if isinstance(module, DistributedDataParallel) else module
         return next((engine for engine in self._engines if engine.module is inner), None)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -207,7 +207,3 @@ class _SyncControl(_BackwardSyncControl):
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module

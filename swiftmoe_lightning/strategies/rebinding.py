@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def names_of(module: nn.Module) -> WeakIdKeyDictionary:
+    """The name of every parameter that the module has now, for as long as an optimizer keeps it alive."""
+    return WeakIdKeyDictionary({parameter: name for name, parameter in module.named_parameters()})
 
 
 def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
@@ -14,10 +18,10 @@ def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
         raise ValueError(f"the optimizer has stepped already, and its state would not fit the experts' shards. {fix}")
 
 
-def rebind(optimizer: Optimizer, module: nn.Module, names: Mapping[Tensor, str]) -> None:
+def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
     """Let the optimizer's groups hold what the engine put in place of their parameters.
 
-    names: those of the module's parameters before the engine; others are left alone.
+    names: `names_of` the module before the engine; other parameters are left alone.
     """
     now = dict(module.named_parameters())
     for group in optimizer.param_groups:
