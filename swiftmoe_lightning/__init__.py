@@ -1,7 +1,7 @@
 """Adaptive expert replication for training Mixture-of-Experts models in PyTorch Lightning and plain PyTorch.
 
-Importing it registers `strategy="swiftmoe"` with Lightning, and `experts_implementation="swiftmoe"` with transformers
-where that is imported already.
+Importing it registers `strategy="swiftmoe"` with Lightning's Trainer and Fabric, and
+`experts_implementation="swiftmoe"` with transformers where that is imported already.
 """
 
 import sys
@@ -22,7 +22,7 @@ from swiftmoe_lightning.modules import (
     register_hf_experts,
 )
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
-from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
+from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, accelerate, register
 
 __all__ = [
     "ExpertPopularityMonitor",
@@ -36,6 +36,7 @@ __all__ = [
     "RouterOutput",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
+    "SwiftMoEFabricStrategy",
     "SwiftMoEStrategy",
     "TopKRouter",
     "accelerate",

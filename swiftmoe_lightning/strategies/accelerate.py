@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state
+from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,10 +55,10 @@ def prepare(
     if accelerator.num_processes == 1:
         SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
         return tuple(accelerator.prepare(model, optimizer, *rest))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = names_of(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
-    _rebind(optimizer, model, names)
+    rebind(optimizer, model, names)
     engine.prepare_optimizer(optimizer)
     # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
     optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
@@ -120,22 +121,7 @@ def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
             "that is prepared."
         )
-    if any(int(state.get("step", 0)) > 0 for state in optimizer.state.values()):
-        raise ValueError(
-            "the optimizer has stepped already, and its state would not fit the experts' shards. Prepare first, then "
-            "step, or load with accelerator.load_state."
-        )
-
-
-def _rebind(optimizer: Optimizer, model: nn.Module, names: dict[int, str]) -> None:
-    """Let the optimizer's groups hold what the engine put in place of their parameters."""
-    now = dict(model.named_parameters())
-    for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            master = now[names[id(parameter)]]
-            group["params"][i] = master
-            if master is not parameter and parameter in optimizer.state:
-                optimizer.state[master] = optimizer.state.pop(parameter)
+    refuse_stepped(optimizer, "Prepare first, then step, or load with accelerator.load_state.")
 
 
 def load_whole(model: nn.Module, folder: Path, suffix: str) -> None:

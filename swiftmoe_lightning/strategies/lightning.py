@@ -25,6 +25,7 @@ from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.joining import JoinRanks
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
+from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
@@ -70,11 +71,7 @@ class SwiftMoEStrategy(DDPStrategy):
             token_split=token_split,
         )
         super().__init__(**ddp_options)
-        if self._start_method != "popen":
-            raise ValueError(
-                f"strategy='swiftmoe' cannot start its processes with start_method={self._start_method!r}: expert "
-                "shards do not travel back through it. Use start_method='popen' (the default), or torchrun."
-            )
+        refuse_start_method(self._start_method)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._engine: SwiftMoEEngine | None = None
         self._evaluating: bool | None = None

@@ -1,4 +1,4 @@
-"""`strategy="swiftmoe"`, for the Trainer that knows our base classes, and an answer for the one that does not."""
+"""`strategy="swiftmoe"`, for the Trainer and the Fabric that know our base classes, and an answer for who does not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
+from swiftmoe_lightning.strategies.fabric import SwiftMoEFabricStrategy
 from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy
 
 
@@ -22,9 +24,10 @@ class _WrongPackage:
 
 
 def register() -> None:
-    """Make `strategy="swiftmoe"` known to Lightning's Trainer."""
+    """Make `strategy="swiftmoe"` known to Lightning's Trainer and to Fabric."""
     description = "Data parallel, with experts replicated by popularity anew every step"
     StrategyRegistry.register("swiftmoe", SwiftMoEStrategy, description=description, override=True)
+    STRATEGY_REGISTRY.register("swiftmoe", SwiftMoEFabricStrategy, description=description, override=True)
     if "pytorch_lightning" in sys.modules:
         registry: Callable[..., Any] = sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register
         registry("swiftmoe", _WrongPackage, description=description, override=True)

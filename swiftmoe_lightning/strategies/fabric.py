@@ -1,0 +1,209 @@
+"""`Fabric(strategy="swiftmoe")`: the engine under Lightning Fabric's loops, which users write themselves."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final, Literal
+
+import torch
+from lightning.fabric.plugins.precision import MixedPrecision
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
+
+from swiftmoe_lightning.comms import is_master
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
+from swiftmoe_lightning.engine import checkpoint as checkpoints
+from swiftmoe_lightning.placement import PlacementPolicy
+from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
+from swiftmoe_lightning.strategies.start_methods import refuse_start_method
+
+# Beside what the user saves: where each model's experts were, by the model's own key.
+STATE_KEY: Final = "swiftmoe_engines"
+
+
+class SwiftMoEFabricStrategy(DDPStrategy):
+    """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
+
+    The loop stays as it is under "ddp": `setup` (optimizers may be made before it), `setup_module` and
+    `setup_optimizers`, `backward`, `no_backward_sync`, `clip_gradients`, `save` and `load` (files hold whole experts,
+    and go on under "ddp" and back). On one device the model is a plain MoE.
+
+    slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
+        token_split: see `SwiftMoEConfig`.
+    ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
+
+    Raises ValueError for a setting out of range.
+    """
+
+    def __init__(  # noqa: PLR0913 - public options
+        self,
+        slots_per_rank: int | None = None,
+        placement: str | type[PlacementPolicy] = "balanced",
+        replace_every: int | Literal["auto"] = 1,
+        popularity_decay: float = 0.0,
+        param_dtype: str | None = None,
+        reduce_dtype: str = "float32",
+        offload_optimizer: bool = False,
+        token_split: str = "flow",
+        **ddp_options: Any,
+    ) -> None:
+        self.config = SwiftMoEConfig(
+            slots_per_rank=slots_per_rank,
+            placement=placement,
+            replace_every=replace_every,
+            popularity_decay=popularity_decay,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            offload_optimizer=offload_optimizer,
+            token_split=token_split,
+        )
+        super().__init__(**ddp_options)
+        refuse_start_method(self._start_method)
+        self._backward_sync_control = _SyncControl()
+        self._engines: list[SwiftMoEEngine] = []
+        # Of every parameter that a model was set up with: an optimizer may still hold it.
+        self._names: list[WeakIdKeyDictionary] = []
+
+    @property
+    def engine(self) -> SwiftMoEEngine:
+        """The engine of the model that was set up last.
+
+        Raises RuntimeError before `fabric.setup`.
+        """
+        if not self._engines:
+            raise RuntimeError("SwiftMoEFabricStrategy.engine exists once a model is set up: call fabric.setup first.")
+        return self._engines[-1]
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        engine = next((engine for engine in self._engines if engine.module is module), None)
+        if engine is None:
+            self._names.append(names_of(module))
+            engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
+            self._engines.append(engine)
+            self._adopt_scaler(engine)
+        else:
+            engine.attach(module)
+        device_ids = self._determine_ddp_device_ids()
+        # As DDPStrategy does for CUDA graphs.
+        context = nullcontext() if device_ids is None else torch.cuda.stream(torch.cuda.Stream())
+        with context:
+            return engine.data_parallel(module, device_ids=device_ids, **self._ddp_kwargs)
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        refuse_stepped(optimizer, "Set it up first, then step, or load with fabric.load.")
+        for engine, names in zip(self._engines, self._names, strict=True):
+            rebind(optimizer, engine.module, names)
+        held = {id(p): is_master(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = {}
+        for engine in self._engines:
+            shared = [held.pop(id(p)) for p in engine.module.parameters() if id(p) in held]
+            if shared:
+                mine[engine] = any(shared)
+        if held:
+            raise ValueError(
+                f"{len(held)} parameters of the optimizer belong to no model that has been set up. "
+                "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before setup_optimizers(optimizer)."
+            )
+        if sum(mine.values()) > 1:
+            raise ValueError(
+                "the optimizer holds experts of several models. Make one optimizer for each of the models."
+            )
+        for engine, has_masters in mine.items():
+            # Dense parameters of a second model are any optimizer's.
+            if has_masters or not any(mine.values()):
+                engine.prepare_optimizer(optimizer)
+        return optimizer
+
+    def _adopt_scaler(self, engine: SwiftMoEEngine) -> None:
+        """Let ranks skip a step together, though each sees the gradients of its own rows."""
+        plugin = self.precision
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not engine.layers:
+            return
+        if isinstance(plugin.scaler, ShardedGradScaler):
+            raise ValueError("at precision='16-mixed' one model with experts can be set up. Use 'bf16-mixed' for more.")
+        plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
+
+    def _engine_of(self, module: nn.Module) -> SwiftMoEEngine | None:
+        inner = module.module if isinstance(module, DistributedDataParallel) else module
+        return next((engine for engine in self._engines if engine.module is inner), None)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        self.precision.unscale_gradients(optimizer)
+        parameters = self.precision.main_params(optimizer)
+        norm = self.engine.clip_grad_norm_(max_norm, norm_type, parameters)
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. Pass "
+                "error_if_nonfinite=False to fabric.clip_gradients to scale the gradients by it anyway."
+            )
+        return norm
+
+    @override
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
+        self.precision.unscale_gradients(optimizer)
+        self.engine.clip_grad_value_(clip_val, self.precision.main_params(optimizer))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(
+        self, path: Any, state: dict[str, Any], storage_options: Any = None, filter: Any = None
+    ) -> None:
+        checkpoint = self._convert_stateful_objects_in_state(state, filter=filter or {})
+        engines = {
+            key: engine.state_dict()
+            for key, value in state.items()
+            if isinstance(value, nn.Module) and (engine := self._engine_of(value)) is not None
+        }
+        if engines:
+            checkpoint[STATE_KEY] = engines
+        whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint=whole, path=path, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(
+        self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        error: Exception | None = None
+        remainder: dict[str, Any] = {}
+        try:
+            remainder = super().load_checkpoint(path, state, strict, weights_only)
+        except Exception as caught:
+            error = caught
+        if not self.reduce_boolean_decision(error is None):
+            raise error or ValueError(checkpoints.unreadable(path, "another rank could not read it"))
+        if isinstance(state, dict) and state:
+            for key, saved in remainder.pop(STATE_KEY, {}).items():
+                engine = self._engine_of(state[key]) if isinstance(state.get(key), nn.Module) else None
+                if engine is not None:
+                    engine.load_state_dict(saved)
+        return remainder
+
+
+class _SyncControl(_BackwardSyncControl):
+    """On one device, where nothing wraps the model, there is nothing to block."""
+
+    @override
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()

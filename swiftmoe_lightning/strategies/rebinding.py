@@ -1,0 +1,34 @@
+"""Optimizers that were made before the engine: their groups go on with the masters."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+def names_of(module: nn.Module) -> WeakIdKeyDictionary:
+    """The name of every parameter that the module has now, for as long as an optimizer keeps it alive."""
+    return WeakIdKeyDictionary({parameter: name for name, parameter in module.named_parameters()})
+
+
+def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
+    """Raise ValueError for an optimizer whose state is of whole experts already; `fix` ends the message."""
+    if any(int(state.get("step", 0)) > 0 for state in optimizer.state.values()):
+        raise ValueError(f"the optimizer has stepped already, and its state would not fit the experts' shards. {fix}")
+
+
+def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
+    """Let the optimizer's groups hold what the engine put in place of their parameters.
+
+    names: `names_of` the module before the engine; other parameters are left alone.
+    """
+    now = dict(module.named_parameters())
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter not in names:
+                continue
+            master = now[names[parameter]]
+            group["params"][i] = master
+            if master is not parameter and parameter in optimizer.state:
+                optimizer.state[master] = optimizer.state.pop(parameter)
