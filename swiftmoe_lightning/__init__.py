@@ -3,6 +3,8 @@
 Importing it registers `strategy="swiftmoe"` with Lightning.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
@@ -19,6 +21,9 @@ from swiftmoe_lightning.modules import (
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEStrategy, accelerate, register
 
+if TYPE_CHECKING:
+    from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+
 __all__ = [
     "ExpertPopularityMonitor",
     "Experts",
@@ -32,10 +37,25 @@ __all__ = [
     "SwiftMoEConfig",
     "SwiftMoEEngine",
     "SwiftMoEStrategy",
+    "SwiftMoETrainer",
     "TopKRouter",
     "accelerate",
     "auxiliary_loss",
     "convert",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: it is a class of transformers, which is optional and slow to import.
+    if name != "SwiftMoETrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"SwiftMoETrainer needs transformers ({error}). Install it: pip install 'transformers>=5,<6'"
+        ) from error
+    return SwiftMoETrainer
+
 
 register()

@@ -19,6 +19,7 @@ NAMES = [
     "SwiftMoEConfig",
     "SwiftMoEEngine",
     "SwiftMoEStrategy",
+    "SwiftMoETrainer",
     "TopKRouter",
     "accelerate",
     "auxiliary_loss",
