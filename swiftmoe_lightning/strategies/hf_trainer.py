@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: the engine under `transformers.Trainer`. Imports transformers; import it on first use only."""
+"""Hugging Face's Trainer: the engine under `transformers.Trainer`. Imports transformers, so it is imported late."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PRIVATE: Final = (
 _missing = [name for name in _PRIVATE if not hasattr(Trainer, name)]
 if _missing:
     raise ImportError(
-        f"SwiftMoETrainer knows the Trainer of transformers 5, and that of {transformers.__version__} lacks {_missing}. "
+        f"SwiftMoETrainer knows the Trainer of transformers 5; that of {transformers.__version__} lacks {_missing}. "
         "Install one that it knows: pip install 'transformers>=5,<6'"
     )
 
@@ -45,7 +45,7 @@ _REFUSED: Final = {
 }
 
 
-class SwiftMoETrainer(Trainer):  # type: ignore[misc]
+class SwiftMoETrainer(Trainer):
     """`transformers.Trainer`, with the model's experts spread over the processes that torchrun started.
 
     Arguments, callbacks, evaluation and checkpoints stay the Trainer's own. A checkpoint holds whole experts, and the
@@ -84,8 +84,9 @@ class SwiftMoETrainer(Trainer):  # type: ignore[misc]
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         # Of whole parameters first: its groups are then the plain Trainer's, and checkpoints fit both.
-        super().create_optimizer(model)
-        optimizer: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        created: Optimizer = super().create_optimizer(model)
+        # In a second `train()` it is wrapped already.
+        optimizer: Optimizer = getattr(created, "optimizer", created)
         if self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -96,7 +97,7 @@ class SwiftMoETrainer(Trainer):  # type: ignore[misc]
             optimizer._swiftmoe_prepared = True  # type: ignore[attr-defined]
             # After the engine's own hook, which makes DTensors of local state.
             optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=not self._drops_state))
-        return self.optimizer
+        return created
 
     @override
     def _wrap_model(self, model: nn.Module, training: bool = True, *rest: Any, **options: Any) -> nn.Module:
@@ -162,8 +163,8 @@ def check_arguments(args: TrainingArguments) -> None:
             raise ValueError(f"{name}={value!r} cannot be combined with experts spread over processes. {fix}")
     if getattr(args.accelerator_config, "even_batches", True) is False:
         raise ValueError(
-            "even_batches=False gives processes different numbers of batches, and the Trainer would wait for ever where "
-            "it gathers losses. Leave it True: what evaluation repeats is dropped from its metrics."
+            "even_batches=False gives processes different numbers of batches, and the Trainer would wait for ever "
+            "where it gathers losses. Leave it True: what evaluation repeats is dropped from its metrics."
         )
 
 
@@ -179,7 +180,7 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(
-            f"{str(folder)!r} belongs to another model: {wrong}. Build the model that was saved, or resume from another "
-            "checkpoint."
+            f"{str(folder)!r} belongs to another model: {wrong}. Build the model that was saved, or resume from "
+            "another checkpoint."
         )
     model.load_state_dict(saved.state_dict())
