@@ -237,6 +237,9 @@ def test_a_run_that_resumes_is_one_that_never_stopped_and_checkpoints_are_ordina
 
     (alone,) = run_ranks(resume_alone, 1, str(tmp_path))
     same("one process", alone["alone"], alone["plain"])
+    # The first is of the two ranks, whose batches have other means.
+    for name in ("resumed", "plain"):
+        del alone[name]["eval_loss"][0]
     same("from two ranks to one process", alone["resumed"], alone["plain"])
 
 
