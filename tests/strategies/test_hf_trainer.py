@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,8 @@ def trainer(folder: str, *, ours: bool = True, family: str = "qwen3_moe", seed: 
     model = build(family, seed)
     if options.pop("own_optimizer", False):
         more["optimizers"] = (torch.optim.AdamW(model.parameters(), lr=1e-3), None)
+    if options.pop("model_init", False):
+        model, more["model_init"] = None, lambda: build(family, seed)
     arguments = TrainingArguments(folder, **{**defaults, **options})
     kind: Any = sml.SwiftMoETrainer if ours else Trainer
     return kind(model, arguments, train_dataset=rows(0, 40), eval_dataset=rows(40, 7), **more)
@@ -114,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "not clipped, state from the start": {"max_grad_norm": 0.0, "optim": "adagrad"},
     "activations checkpointed": {"activation_checkpointing": True},
     "an optimizer of the user's": {"own_optimizer": True},
+    "a model made by the trainer": {"model_init": True},
     "a module of the user's": {"family": "module"},
     # Adam would make whole steps of what rounds to another sign.
     "bf16": {"bf16": True, "optim": "sgd"},
@@ -278,6 +282,23 @@ def test_misuse_is_named_on_every_rank(tmp_path: Path) -> None:
     for messages in run_ranks(misuse, 2, str(tmp_path), init=False):
         for (_, expected), message in zip(MISUSES, messages, strict=True):
             assert expected in message
+
+
+def test_one_process_for_several_gpus_is_told_to_start_more() -> None:
+    from swiftmoe_lightning.strategies.hf_trainer import check_arguments
+
+    with pytest.raises(ValueError, match="one process was started for 2 GPUs.*torchrun --nproc-per-node 2"):
+        check_arguments(SimpleNamespace(n_gpu=2))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_model_is_named_with_its_keys(tmp_path: Path) -> None:
+    from swiftmoe_lightning.strategies.hf_trainer import load_pretrained
+
+    model = hf_models.build("qwen3_moe")
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"belongs to another model: .*'missing_keys': \['lm_head.weight'\]"):
+        load_pretrained(sml.convert(model), tmp_path)
 
 
 def test_without_transformers_the_trainer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
