@@ -50,7 +50,7 @@ def prepare(
     has stepped, another parallelism of Accelerate's, or processes that Accelerate does not see.
     """
     check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
-    _warn_of_one_process()
+    _warn_of_one_process(accelerator)
     _check_inputs(accelerator, model, optimizer)
     if accelerator.num_processes == 1:
         SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
@@ -94,8 +94,8 @@ def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
         )
 
 
-def _warn_of_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+def _warn_of_one_process(accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         warnings.warn(
             "`accelerate launch` started one process, so there are no ranks to spread experts over. On GPUs add "
             "--multi_gpu --num_processes N; on the CPU start N processes with torchrun --nproc-per-node N, and make "
