@@ -6,6 +6,8 @@ Importing it registers `strategy="swiftmoe"` with Lightning's Trainer and Fabric
 
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
@@ -24,6 +26,9 @@ from swiftmoe_lightning.modules import (
 from swiftmoe_lightning.placement import Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, accelerate, register
 
+if TYPE_CHECKING:
+    from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+
 __all__ = [
     "ExpertPopularityMonitor",
     "Experts",
@@ -38,12 +43,29 @@ __all__ = [
     "SwiftMoEEngine",
     "SwiftMoEFabricStrategy",
     "SwiftMoEStrategy",
+    "SwiftMoETrainer",
     "TopKRouter",
     "accelerate",
     "auxiliary_loss",
     "convert",
     "register_hf_experts",
 ]
+if find_spec("transformers") is None:
+    __all__.remove("SwiftMoETrainer")
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: it is a class of transformers, which is optional and slow to import.
+    if name != "SwiftMoETrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"SwiftMoETrainer needs transformers ({error}). Install it: pip install 'transformers>=5,<6'"
+        ) from error
+    return SwiftMoETrainer
+
 
 register()
 if "transformers" in sys.modules:

@@ -90,6 +90,7 @@ def _rank_main(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
+        "OMP_NUM_THREADS": "1",
     }
     try:
         if init and world_size > 1:

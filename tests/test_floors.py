@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
 KERNELS = PACKAGE / "kernels" / "triton"
+TRAINER = PACKAGE / "strategies" / "hf_trainer.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
@@ -35,12 +36,18 @@ HOMES = {
     "torch.distributed": {"comms", "engine", "strategies"},
     "lightning": {"strategies", "callbacks", "demo"},
     "accelerate": {"strategies"},
+    "transformers": {"strategies"},
     "matplotlib": {"report"},
     "pyarrow": {"planner"},
     "typer": {"cli"},
     "rich": {"cli", "demo", "doctor", "report"},
 }
 OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
+# What alone imports an optional library at module level, and is itself imported only where it is used.
+LATE = {
+    "swiftmoe_lightning.kernels.triton": (KERNELS, {"triton"}),
+    "swiftmoe_lightning.strategies.hf_trainer": (TRAINER, {"transformers"}),
+}
 WITHOUT_TORCH = {"config", "placement", "planner"}
 
 
@@ -99,17 +106,17 @@ def test_a_wrong_import_is_found(room: str, line: str) -> None:
 
 
 def eager_optionals(path: Path, source: str) -> set[str]:
-    """What a file imports at module level though the package must work without it: an optional library, or the
-    Triton kernels, whose files alone may import triton."""
-    within = path.is_relative_to(KERNELS)
+    """What a file imports at module level though the package must work without it: an optional library, or one of the
+    files that alone may import theirs."""
+    within = [name for name, (home, _) in LATE.items() if path.is_relative_to(home)]
+    allowed = {library for name in within for library in LATE[name][1]}
     found = set()
     for statement in ast.parse(source).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             names = set(imports(statement))
-            found |= {name for name in names if name.split(".")[0] in OPTIONAL - ({"triton"} if within else set())}
-            found |= {
-                name for name in names if f"{name}.".startswith("swiftmoe_lightning.kernels.triton.") and not within
-            }
+            found |= {name for name in names if name.split(".")[0] in OPTIONAL - allowed}
+            for late in LATE.keys() - within:
+                found |= {name for name in names if f"{name}.".startswith(f"{late}.")}
     return found
 
 
@@ -126,6 +133,9 @@ def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
         ("kernels/ops.py", "from swiftmoe_lightning.kernels.triton.rows import permute"),
         ("modules/moe.py", "from swiftmoe_lightning.kernels import triton"),
         ("kernels/triton/rows.py", "import pyarrow"),
+        ("strategies/accelerate.py", "import transformers"),
+        ("strategies/__init__.py", "from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer"),
+        ("strategies/hf_trainer.py", "import triton"),
     ],
 )
 def test_an_eager_import_is_found(file: str, line: str) -> None:

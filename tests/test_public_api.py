@@ -20,6 +20,7 @@ NAMES = [
     "SwiftMoEEngine",
     "SwiftMoEFabricStrategy",
     "SwiftMoEStrategy",
+    "SwiftMoETrainer",
     "TopKRouter",
     "accelerate",
     "auxiliary_loss",

@@ -50,7 +50,8 @@ def prepare(
     Raises ValueError for a model or optimizer that was prepared before, an optimizer of other parameters or one that
     has stepped, another parallelism of Accelerate's, or processes that Accelerate does not see.
     """
-    _check_processes(accelerator)
+    check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
+    _warn_of_one_process(accelerator)
     _check_inputs(accelerator, model, optimizer)
     if accelerator.num_processes == 1:
         SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
@@ -72,29 +73,35 @@ def prepare(
     return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
 
 
-def _check_processes(accelerator: Accelerator) -> None:
-    """Accelerate's own idea of the processes must be that of torch and of the launcher."""
+def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
+    """Accelerate's own idea of the processes must be that of torch and of the launcher, and plain data parallelism.
+
+    kind, on_cpu: what to call it in messages, and how to make it without GPUs.
+    """
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
-            f"{started} processes were started, but this Accelerator sees {accelerator.num_processes}: each would "
-            "train alone. Without GPUs make it as Accelerator(cpu=True)."
+            f"{started} processes were started, but this {kind} sees {accelerator.num_processes}: each would "
+            f"train alone. Without GPUs make it as {on_cpu}."
         )
-    if started == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    parallelism_kind = accelerator.distributed_type.name
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
+    if parallelism_kind not in _KNOWN_TYPES or axes:
+        found = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
+        raise ValueError(
+            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
+            "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
+        )
+
+
+def _warn_of_one_process(accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         warnings.warn(
             "`accelerate launch` started one process, so there are no ranks to spread experts over. On GPUs add "
             "--multi_gpu --num_processes N; on the CPU start N processes with torchrun --nproc-per-node N, and make "
             "Accelerator(cpu=True).",
             stacklevel=3,
-        )
-    kind = accelerator.distributed_type.name
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
-    if kind not in _KNOWN_TYPES or axes:
-        found = " and ".join([*([kind] if kind not in _KNOWN_TYPES else []), *axes])
-        raise ValueError(
-            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
-            "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
         )
 
 
@@ -114,6 +121,11 @@ def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             "this model or optimizer has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead of "
             "accelerator.prepare, once, with the model and the optimizer as they were built."
         )
+    check_fresh(optimizer, model)
+
+
+def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise ValueError unless the optimizer is of this model's parameters and has not stepped."""
     own = {id(parameter) for parameter in model.parameters()}
     foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
     if foreign:

@@ -1,0 +1,323 @@
+"""SwiftMoETrainer on 2 ranks is transformers' Trainer under DDP on 2 ranks, with the same arguments and checkpoints.
+
+The comparison with DDP is exact but for rounding: both see the same parts of a batch, and average gradients over ranks.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swiftmoe_lightning as sml
+from tests import hf_models
+from tests.engine.models import RandomPolicy
+from tests.helpers import run_ranks
+
+pytest.importorskip("transformers")
+
+STEPS = 6
+
+
+class Regression(nn.Module):
+    """Not a transformers model: any module with our MoE will do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(hf_models.VOCABULARY, 16)
+        self.moe = sml.MoE(dim=16, hidden_dim=12, num_experts=5, top_k=2)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.embed(input_ids)
+        logits = self.head(hidden + self.moe(hidden))[..., 0]
+        return {"loss": (logits - labels / hf_models.VOCABULARY).square().mean(), "logits": logits}
+
+
+def build(family: str, seed: int) -> Any:
+    if family == "dense":
+        return nn.Linear(2, 2)
+    if family != "module":
+        return hf_models.build(family, seed)
+    torch.manual_seed(seed)
+    return Regression()
+
+
+def rows(first: int, number: int) -> list[dict[str, Tensor]]:
+    """Sequences of tokens, some of whose labels do not count."""
+    sequences = [hf_models.tokens(step, 1)[0] for step in range(first, first + number)]
+    return [{"input_ids": ids, "labels": ids.masked_fill(ids % 7 == 0, -100)} for ids in sequences]
+
+
+def trainer(folder: str, *, ours: bool = True, family: str = "qwen3_moe", seed: int = 0, **options: Any) -> Any:
+    """A Trainer as its documentation makes it. The 7 sequences to evaluate are uneven over 2 ranks in batches of 2."""
+    from transformers import Trainer, TrainingArguments
+
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    more: dict[str, Any] = {}
+    if ours:
+        more["swiftmoe_config"] = sml.SwiftMoEConfig(slots_per_rank=4, placement=RandomPolicy)
+    model = build(family, seed)
+    if options.pop("own_optimizer", False):
+        more["optimizers"] = (torch.optim.AdamW(model.parameters(), lr=1e-3), None)
+    if options.pop("model_init", False):
+        model, more["model_init"] = None, lambda: build(family, seed)
+    arguments = TrainingArguments(folder, **{**defaults, **options})
+    kind: Any = sml.SwiftMoETrainer if ours else Trainer
+    return kind(model, arguments, train_dataset=rows(0, 40), eval_dataset=rows(40, 7), **more)
+
+
+def result(made: Any) -> dict[str, Any]:
+    engine = getattr(made, "engine", None)
+    state = made.model.state_dict() if engine is None else engine.full_state_dict()
+    logs = {
+        key: [float(entry[key]) for entry in made.state.log_history if key in entry]
+        for key in ("loss", "grad_norm", "eval_loss")
+    }
+    return {"state": {name: value.detach().clone() for name, value in state.items()}, **logs}
+
+
+def same(case: Any, found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert found[key] == pytest.approx(expected[key], rel=tolerance), (case, key)
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        torch.testing.assert_close(
+            found["state"][name],
+            value,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{case}, {name}: {text}",
+        )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated and clipped": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3},
+    "evaluated in between": {"eval_strategy": "steps", "eval_steps": 2},
+    "with an auxiliary loss": {"family": "mixtral", "max_grad_norm": 0.3},
+    "not clipped, state from the start": {"max_grad_norm": 0.0, "optim": "adagrad"},
+    "activations checkpointed": {"activation_checkpointing": True},
+    "an optimizer of the user's": {"own_optimizer": True},
+    "a model made by the trainer": {"model_init": True},
+    "a module of the user's": {"family": "module"},
+    # Adam would make whole steps of what rounds to another sign.
+    "bf16": {"bf16": True, "optim": "sgd"},
+}
+
+
+def train_with_and_without(folder: str) -> dict[str, Any]:
+    outcomes: dict[str, Any] = {}
+    for case, options in CASES.items():
+        plain, ours = trainer(folder, ours=False, **options), trainer(folder, **options)
+        plain.train()
+        placements: set[str] = set()
+        ours.add_callback(each_step(lambda made=ours, seen=placements: seen.add(str(made.engine.placements))))
+        ours.train()
+        outcomes[case] = result(plain), result(ours), len(placements)
+    plain, ours = trainer(folder, ours=False), trainer(folder)
+    # The plain one would go on without DDP after this, each process alone (transformers 5.24).
+    ours.evaluate()
+    for made in (plain, ours):
+        made.train()
+        made.train()
+    outcomes["evaluated before, trained twice"] = result(plain), result(ours), STEPS
+    predictions = [made.predict(rows(50, 7)).predictions for made in (plain, ours)]
+    return {"outcomes": outcomes, "predictions": [torch.as_tensor(values) for values in predictions]}
+
+
+def each_step(call: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class Each(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            call()
+
+    return Each()
+
+
+def test_two_ranks_train_evaluate_and_predict_like_the_plain_trainer_under_ddp(tmp_path: Path) -> None:
+    for found in run_ranks(train_with_and_without, 2, str(tmp_path), init=False, timeout_s=120):
+        for case, (plain, ours, num_placements) in found["outcomes"].items():
+            same(case, ours, plain, tolerance=2e-2 if case == "bf16" else 1e-4)
+            assert num_placements > STEPS // 2, case
+            assert len(plain["loss"]) >= STEPS
+        assert len(found["outcomes"]["evaluated in between"][0]["eval_loss"]) == STEPS // 2
+        plain, ours = found["predictions"]
+        assert plain.shape == (7, hf_models.LENGTH, hf_models.VOCABULARY)
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+SAVES: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "gradient_accumulation_steps": 2,
+}
+# Written with a tensor for each expert, which the plain Trainer does not read back (it warns of missing keys); with
+# fused experts, which it does; and by safetensors alone.
+RESUMES = [
+    ("qwen3_moe", True, True),
+    ("qwen3_moe", False, True),
+    ("gpt_oss", True, True),
+    ("gpt_oss", True, False),
+    ("gpt_oss", False, True),
+    ("module", True, True),
+    ("module", True, False),
+]
+
+
+def train_and_resume(folder: str) -> dict[str, Any]:
+    """Runs that go on from the checkpoints of others, and those that were never interrupted."""
+    outcomes: dict[str, Any] = {}
+    for family, saver in sorted({(family, saver) for family, saver, _ in RESUMES}):
+        made = trainer(f"{folder}/{family}/{saver}", family=family, ours=saver, **SAVES)
+        made.train()
+        outcomes[family, saver] = result(made)
+    for family, saver, loader in RESUMES:
+        # Other initial values: all must come from the checkpoint.
+        made = trainer(f"{folder}/again", family=family, ours=loader, seed=1, **SAVES)
+        made.train(resume_from_checkpoint=f"{folder}/{family}/{saver}/checkpoint-2")
+        outcomes[family, saver, loader] = result(made)
+    for ours in (False, True):
+        # The greatest loss, so that the last is not the best.
+        options = {**SAVES, "load_best_model_at_end": True, "greater_is_better": True}
+        made = trainer(f"{folder}/best", family="gpt_oss", ours=ours, **options)
+        made.train()
+        outcomes["best", ours] = {**result(made), "best": made.state.best_global_step}
+    made = trainer(f"{folder}/saved")
+    made.train()
+    made.save_model(f"{folder}/saved")
+    with torch.no_grad():
+        outcomes["logits"] = made.model.eval()(hf_models.tokens(60)).logits
+    return outcomes
+
+
+def resume_alone(folder: str) -> dict[str, Any]:
+    """On one process, with the global batches of two: from their checkpoint, from the start, and without us."""
+    options = {**SAVES, "per_device_train_batch_size": 4}
+    resumed, alone, plain = (
+        trainer(f"{folder}/{name}", ours=name != "plain", **options) for name in ("r", "a", "plain")
+    )
+    resumed.train(resume_from_checkpoint=f"{folder}/qwen3_moe/True/checkpoint-2")
+    alone.train()
+    plain.train()
+    return {name: result(made) for name, made in [("resumed", resumed), ("alone", alone), ("plain", plain)]}
+
+
+def test_a_run_that_resumes_is_one_that_never_stopped_and_checkpoints_are_ordinary(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for outcomes in run_ranks(train_and_resume, 2, str(tmp_path), init=False, timeout_s=120):
+        for family, saver, loader in RESUMES:
+            same((family, saver, loader), outcomes[family, saver, loader], outcomes[family, saver])
+        same("best", outcomes["best", True], outcomes["best", False])
+        assert outcomes["best", True]["best"] == outcomes["best", False]["best"] < STEPS
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert not any(isinstance(module, sml.Experts) for module in loaded.modules())
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(hf_models.tokens(60)).logits, outcomes["logits"], rtol=1e-4, atol=1e-4)
+    optimizer = torch.load(tmp_path / "qwen3_moe/True/checkpoint-2/optimizer.pt", weights_only=True)
+    assert any(tuple(value["exp_avg"].shape) == (5, 24, 16) for value in optimizer["state"].values())
+
+    (alone,) = run_ranks(resume_alone, 1, str(tmp_path))
+    same("one process", alone["alone"], alone["plain"])
+    # The first is of the two ranks, whose batches have other means.
+    for name in ("resumed", "plain"):
+        del alone[name]["eval_loss"][0]
+    same("from two ranks to one process", alone["resumed"], alone["plain"])
+
+
+MISUSES: list[tuple[dict[str, Any], str]] = [
+    ({"fp16": True}, "fp16=True cannot be combined with experts spread over processes. Use bf16=True."),
+    ({"fsdp": True}, "cannot be combined with experts spread over processes. Leave it out"),
+    (
+        {"bf16_full_eval": True},
+        "bf16_full_eval=True cannot be combined with experts spread over processes. Evaluate in",
+    ),
+    (
+        {"accelerator_config": {"even_batches": False}},
+        "even_batches=False gives processes different numbers of batches",
+    ),
+    ({"optim": "adafactor"}, "Adafactor looks at whole tensors"),
+    ({"family": "dense"}, "convert() found no experts in Linear that it can take over"),
+    (
+        {"use_cpu": False},
+        "2 processes were started, but this Trainer sees 1: each would train alone. Without GPUs make",
+    ),
+]
+
+
+def misuse(folder: str) -> list[str]:
+    messages = []
+    for options, _ in MISUSES:
+        try:
+            trainer(folder, **options).train()
+            messages.append("nothing was raised")
+        except Exception as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_misuse_is_named_on_every_rank(tmp_path: Path) -> None:
+    for messages in run_ranks(misuse, 2, str(tmp_path), init=False):
+        for (_, expected), message in zip(MISUSES, messages, strict=True):
+            assert expected in message
+
+
+def test_one_process_for_several_gpus_is_told_to_start_more() -> None:
+    from swiftmoe_lightning.strategies.hf_trainer import check_arguments
+
+    with pytest.raises(ValueError, match="one process was started for 2 GPUs.*torchrun --nproc-per-node 2"):
+        check_arguments(SimpleNamespace(n_gpu=2))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_model_is_named_with_its_keys(tmp_path: Path) -> None:
+    from swiftmoe_lightning.strategies.hf_trainer import load_pretrained
+
+    model = hf_models.build("qwen3_moe")
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"belongs to another model: .*'missing_keys': \['lm_head.weight'\]"):
+        load_pretrained(sml.convert(model), tmp_path)
+
+
+def test_without_transformers_the_trainer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "swiftmoe_lightning.strategies.hf_trainer", raising=False)
+    with pytest.raises(ImportError, match=re.escape("Install it: pip install 'transformers>=5,<6'")):
+        _ = sml.SwiftMoETrainer
+
+
+def test_a_trainer_without_the_methods_that_are_overridden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.delattr(transformers.Trainer, "_wrap_model")
+    monkeypatch.delitem(sys.modules, "swiftmoe_lightning.strategies.hf_trainer", raising=False)
+    with pytest.raises(ImportError, match="knows the Trainer of transformers 5; that of .* lacks .'_wrap_model'."):
+        _ = sml.SwiftMoETrainer
+
+
+def test_importing_the_package_does_not_import_the_trainer() -> None:
+    code = "import sys, swiftmoe_lightning; print('swiftmoe_lightning.strategies.hf_trainer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
