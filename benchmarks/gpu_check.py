@@ -71,7 +71,7 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
     run = on_triton(ours_fused) if check.tiles else ours_grouped
     try:
         with _precision("high" if check.dtype == "tf32" else "highest"):
-            if check.tiles and (found := _tiles_of(check.shape, dtype)) != check.tiles:
+            if check.tiles and (found := _tiles_of(check.shape, dtype, device)) != check.tiles:
                 return said | {"error": f"the kernels choose {found} for this"}
             case = make_case(check.shape, check.routing, device, dtype)
             first, second = (outputs_and_gradients(case, run, case.weights) for _ in range(2))
@@ -93,7 +93,7 @@ def warm_up(shape: Shape) -> list[dict[str, Any]]:
     tokens = (1024 if few else 2048) // shape.top_k
     small = Shape(**(asdict(shape) | {"experts": experts, "tokens": tokens}))
     try:
-        if _tiles_of(small, torch.bfloat16) != _tiles_of(shape, torch.bfloat16):
+        if _tiles_of(small, torch.bfloat16, "cuda") != _tiles_of(shape, torch.bfloat16, "cuda"):
             return [said | {"error": "the small shape takes other tiles"}]
         case = make_case(small, "balanced", "cuda", torch.bfloat16)
         for run in (on_triton(ours_fused), ours_grouped):
@@ -103,10 +103,10 @@ def warm_up(shape: Shape) -> list[dict[str, Any]]:
     return [said | {"passed": True}]
 
 
-def _tiles_of(shape: Shape, dtype: torch.dtype) -> str:
+def _tiles_of(shape: Shape, dtype: torch.dtype, device: str) -> str:
     from swiftmoe_lightning.kernels.triton import tiles
 
-    chosen = tiles.choose_tiles(dtype, shape.tokens * shape.top_k, shape.experts)
+    chosen = tiles.choose_tiles(torch.empty(0, dtype=dtype, device=device), shape.tokens * shape.top_k, shape.experts)
     names = ("HALF_MANY", "HALF_FEW", "SINGLE", "TENSOR_FLOAT")
     return next(name for name in names if getattr(tiles, name) is chosen)
 

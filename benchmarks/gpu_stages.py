@@ -87,7 +87,7 @@ def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object
     first, second = up_of(case.weights), case.weights["down_proj"]
     order = sort_choices(case.ids.flatten(), shape.experts)
     choice_R, ends_s, num_rows = order.choice_N, order.ends_G, case.ids.numel()
-    chosen = tiles.choose_tiles(torch.bfloat16, num_rows, shape.experts)
+    chosen = tiles.choose_tiles(case.x, num_rows, shape.experts)
     rows = tiles.map_rows(choice_R, shape.top_k, ends_s, num_rows, chosen)
     x_RD = permute(case.x, choice_R, order.row_N.view(case.ids.shape))
     z_RO, a_RF = gemm_forward.up(case.x, first, None, rows, shape.activation, True)

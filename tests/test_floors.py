@@ -36,7 +36,7 @@ HOMES = {
     "torch.distributed": {"comms", "engine", "strategies"},
     "lightning": {"strategies", "callbacks", "demo"},
     "accelerate": {"strategies"},
-    "transformers": {"strategies"},
+    "transformers": {"modules", "strategies"},
     "matplotlib": {"report"},
     "pyarrow": {"planner"},
     "typer": {"cli"},
