@@ -30,24 +30,24 @@ class SourceRows:
     counts_D: Tensor
 
 
-def choose_rows(expert_ids_TK: Tensor, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
+def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
     """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
 
-    Choices of expert ids outside 0..E-1 are nobody's: they get no row (Hugging Face marks foreign experts so).
+    by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are nobody's: they get no row
+        (Hugging Face marks foreign experts so).
     """
-    device = expert_ids_TK.device
+    device = weights_TK.device
     order_D = plan.placement.by_expert_D
     sent_D = side.sent_D[order_D]
     assigned = torch.from_numpy(sent_D).to(device)
-    by_expert_N = sort_choices(expert_ids_TK.flatten(), plan.placement.num_experts).choice_N
     num_assigned = int(sent_D.sum())
     pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
-    choice_N = by_expert_N[:num_assigned]
+    choice_N = by_expert.choice_N[:num_assigned]
     if plan.num_dropped_tokens:
         kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_D, side.kept_B)
         choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
     choice_R = choice_N[sort_choices(pair_N, len(order_D)).choice_N]
-    rows_TK = torch.full_like(expert_ids_TK, -1, dtype=torch.int32)
+    rows_TK = torch.full_like(weights_TK, -1, dtype=torch.int32)
     rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device, dtype=torch.int32)
     counts_D = _count(pair_N, len(order_D))
     return SourceRows(choice_R, rows_TK, counts_D)

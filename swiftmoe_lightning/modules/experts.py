@@ -27,7 +27,7 @@ class ExpertsOutput:
     """What one forward found.
 
     hidden_TD: [T, D], the experts' weighted sum for each token.
-    popularity_E: [E] int, token-choices of all ranks in this forward, on the device of `hidden_TD`.
+    popularity_E: [E] int, token-choices of all ranks in this forward, on the device where they are known.
     world_size: ranks that took part.
     """
 
@@ -143,12 +143,12 @@ class Experts(nn.Module):
             scores_finite = weights_TK.isfinite().all()
         if isinstance(hosting, LocalHosting) and self.capacity is None:
             return self._run_alone(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
-        counts_E = self._count(expert_ids_TK)
-        counts_WE = hosting.gather_counts(counts_E, scores_finite, x_TD.dtype)
+        by_expert = sort_choices(expert_ids_TK.flatten(), self.num_experts)
+        counts_WE = hosting.gather_counts(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
         placement = hosting.placement
         plan = plan_dispatch(counts_WE, placement, hosting.split, self.capacity, hosting.ranks_per_node)
         side = plan.side_of(hosting.rank)
-        dispatcher = TokenDispatcher(hosting, plan, side, choose_rows(expert_ids_TK, weights_TK, plan, side))
+        dispatcher = TokenDispatcher(hosting, plan, side, choose_rows(by_expert, weights_TK, plan, side))
         with torch.autocast(x_TD.device.type, enabled=False):
             arrived_MD, order = dispatcher.dispatch(x_TD)
             rows_M1 = order.row_N.unsqueeze(1)
@@ -162,7 +162,7 @@ class Experts(nn.Module):
             self.trained_load.add(load, placement)
             hosting.on_backward()
 
-        popularity_E = torch.from_numpy(load.popularity_E).to(out_TD.device)
+        popularity_E = torch.from_numpy(load.popularity_E)
         return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), popularity_E, placement.world_size)
 
     def _run_alone(
@@ -191,16 +191,7 @@ class Experts(nn.Module):
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
-        weights = {name: w.to(dtype) for name, w in self.hosting.weights().items()}
-        if self.transposed:
-            weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
-        return weights
-
-    def _count(self, expert_ids_TK: Tensor) -> Tensor:
-        """[E] int64: this rank's choices of each expert; ids outside 0..E-1 are nobody's."""
-        ids_N = expert_ids_TK.flatten().clamp(max=self.num_experts)
-        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids_N.device)
-        return counts.scatter_add_(0, ids_N.to(torch.int64), torch.ones_like(ids_N, dtype=torch.int64))[:-1]
+        return as_computed(self.hosting.weights(), dtype, self.transposed)
 
     def _check_input(self, x_TD: Tensor) -> None:
         if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_dim:
@@ -237,6 +228,14 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
         f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
         "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
     )
+
+
+def as_computed(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
+    """Experts' tensors in the rows' dtype and as [s, out, in]. transposed: they are [s, in, out]; biases are not."""
+    cast = {name: w.to(dtype) for name, w in weights.items()}
+    if transposed:
+        cast = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in cast.items()}
+    return cast
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

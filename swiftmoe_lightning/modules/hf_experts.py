@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.kernels import Activation, combine, expert_layer, expert_rows, sort_choices
-from swiftmoe_lightning.modules.experts import compute_dtype
+from swiftmoe_lightning.modules.experts import as_computed, compute_dtype
 from swiftmoe_lightning.modules.fused import named_activation
 
 NAME: Final = "swiftmoe"
@@ -64,10 +64,7 @@ def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     if module.has_bias:
         names += [f"{name}_bias" for name in names]
-    weights = {name: getattr(module, name).to(dtype) for name in names}
-    if module.is_transposed:
-        weights = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in weights.items()}
-    return weights
+    return as_computed({name: getattr(module, name) for name in names}, dtype, module.is_transposed)
 
 
 def _activation_of(module: Any) -> Activation:
