@@ -30,7 +30,7 @@ def expert_rows(
     ends_s: [s] int32, the end of each slot's rows. Rows behind the last end are nobody's.
     weights: as `expert_mlp` takes them.
     """
-    if isinstance(activation, str) and _fuses(x_TD, weights, activation, len(choice_R), rows_TK.shape[1]):
+    if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_expert_mlp(x_TD, choice_R, rows_TK, ends_s, weights, activation)
     choice_R = _somebodys(choice_R, ends_s, weights)
     return expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
@@ -46,15 +46,15 @@ def expert_layer(
     activation: Activation,
 ) -> Tensor:
     """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight [T, K]."""
-    if isinstance(activation, str) and _fuses(x_TD, weights, activation, len(choice_R), rows_TK.shape[1]):
+    if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_moe(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
     choice_R = _somebodys(choice_R, ends_s, weights)
     y_RD = expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
     return combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
-def _fuses(x_TD: Tensor, weights: Mapping[str, Tensor], activation: str, num_rows: int, top_k: int) -> bool:
-    num_slots, dim, hidden_dim = weights["down_proj"].shape
+def _fuses(x_TD: Tensor, weights: Mapping[str, Tensor], num_rows: int, top_k: int) -> bool:
+    num_slots, _, hidden_dim = weights["down_proj"].shape
     path = paths.choose_layer(x_TD.device, x_TD.dtype, num_rows // num_slots, hidden_dim, top_k)
     # The kernels read [s, out, in]; a transposed view would be copied in every call.
     return path.name == "triton" and all(w.is_contiguous() and w.dtype == x_TD.dtype for w in weights.values())

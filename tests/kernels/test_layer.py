@@ -75,11 +75,11 @@ def test_rows_come_by_slot_and_those_that_are_nobodys_are_left_out_on_a_cpu():
         assert_close(y_RD[row : row + 1], expected)
 
 
-def fuses(inputs, activation="swiglu", **changed):
+def fuses(inputs, **changed):
     """Whether the layer would take the fused kernels for these weights."""
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")} | changed
     with paths.forced("triton"):
-        return layer._fuses(inputs["x"], weights, activation, 18, 2)
+        return layer._fuses(inputs["x"], weights, 18, 2)
 
 
 def test_transposed_views_and_other_dtypes_are_not_fused():

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from swiftmoe_lightning.kernels.triton.gemm_forward import hidden_of
-from swiftmoe_lightning.kernels.triton.tiles import Rows, column_halves, dot, dot_precision, load_block, tile_of_program
+from swiftmoe_lightning.kernels.triton.tiles import (
+    Rows,
+    column_halves,
+    dot,
+    dot_precision,
+    load_block,
+    rows_of_tile,
+    sources_of,
+    tile_of_program,
+)
 
 
 def hidden_gradient(
@@ -196,14 +205,9 @@ def hidden_gradient_kernel(
     slot = tl.load(p_slot + row_tile)
     if slot >= num_slots:
         return
-    first_row = tl.load(p_first_row + row_tile)
-    # [BM]; past the slot's end the first row again, which is safe to read.
-    offsets = tl.arange(0, BM)
-    m_row = first_row + offsets < tl.load(p_ends + slot)
-    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
-    sources = rows
-    if p_choice is not None:
-        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    # [BM]
+    rows, m_row = rows_of_tile(p_first_row, row_tile, tl.load(p_ends + slot), BM)
+    sources = sources_of(rows, p_choice, TOP_K)
     first_col = col_tile * BN
     cols = first_col + tl.arange(0, BN)
     depth = tl.arange(0, BK)

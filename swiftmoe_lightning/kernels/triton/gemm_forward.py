@@ -18,6 +18,8 @@ from swiftmoe_lightning.kernels.triton.tiles import (
     dot,
     dot_precision,
     load_block,
+    rows_of_tile,
+    sources_of,
     tile_of_program,
 )
 
@@ -155,14 +157,9 @@ def up_kernel(
     slot = tl.load(p_slot + row_tile)
     if slot >= num_slots:
         return
-    first_row = tl.load(p_first_row + row_tile)
-    # [BM]; past the slot's end the first row again, which is safe to read.
-    offsets = tl.arange(0, BM)
-    m_row = first_row + offsets < tl.load(p_ends + slot)
-    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
-    sources = rows
-    if p_choice is not None:
-        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    # [BM]
+    rows, m_row = rows_of_tile(p_first_row, row_tile, tl.load(p_ends + slot), BM)
+    sources = sources_of(rows, p_choice, TOP_K)
     # [BN]; gates and ups take turns of 8 columns, the width that one thread of a product's result holds pairs in.
     cols = tl.arange(0, BN)
     hidden = col_tile * BF + cols
@@ -232,11 +229,8 @@ def grouped_kernel(
     owned = slot < num_slots
     end = tl.load(p_ends + slot, mask=owned, other=num_rows)
     total_depth = tl.where(owned, IN, 0)
-    first_row = tl.load(p_first_row + row_tile)
-    # [BM]; past the slot's end the first row again, which is safe to read.
-    offsets = tl.arange(0, BM)
-    m_row = first_row + offsets < end
-    rows = (first_row + tl.where(m_row, offsets, 0)).to(tl.int64)
+    # [BM]
+    rows, m_row = rows_of_tile(p_first_row, row_tile, end, BM)
     cols = col_tile * BN + tl.arange(0, BN)
     m_col = cols < OUT
     depth = tl.arange(0, BK)

@@ -171,6 +171,24 @@ def tile_of_program(program, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rows_of_tile(p_first_row, row_tile, end, BM: tl.constexpr):
+    """[BM] int64 rows of a tile, and whether each is before `end`; past it the first row again, safe to read."""
+    first_row = tl.load(p_first_row + row_tile)
+    offsets = tl.arange(0, BM)
+    m_row = first_row + offsets < end
+    return (first_row + tl.where(m_row, offsets, 0)).to(tl.int64), m_row
+
+
+@triton.jit
+def sources_of(rows, p_choice, TOP_K: tl.constexpr):
+    """[BM] int64: the token of each row, or the row itself without choices."""
+    sources = rows
+    if p_choice is not None:
+        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    return sources
+
+
+@triton.jit
 def load_block(pointers, mask, MASKED: tl.constexpr):
     """Without a mask where none is needed: its registers and predicates are not free."""
     if MASKED:
