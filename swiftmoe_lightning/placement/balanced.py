@@ -170,12 +170,14 @@ def spare_hosts(
     expert_X = np.repeat(np.arange(num_experts), extra_E)
     turn_X = np.arange(num_extra) - np.repeat(np.cumsum(extra_E) - extra_E, extra_E)
     target_X = (middle_E[expert_X] + (turn_X + 1) * world_size / (extra_E[expert_X] + 1)) % world_size
-    return rank_X, _without_repeats(rank_X, expert_X[np.argsort(target_X, kind="stable")], hosts, num_experts)
+    return rank_X, _without_repeats(
+        rank_X, expert_X[np.argsort(target_X, kind="stable")], hosts, (world_size, num_experts)
+    )
 
 
-def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, hosts: HostList, num_experts: int) -> np.ndarray:
+def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, hosts: HostList, sizes: tuple[int, int]) -> np.ndarray:
     """[X]: `expert_X`, in which an expert that its rank hosts already changes places with one next to it, if it can."""
-    is_known = np.zeros((int(max(rank_X.max(initial=0), hosts.rank_D.max())) + 1, num_experts), dtype=bool)
+    is_known = np.zeros(sizes, dtype=bool)
     is_known[hosts.rank_D, hosts.expert_D] = True
     expert_X = expert_X.copy()
     for apart in (1, -1, 2, -2, 3, -3):

@@ -59,8 +59,8 @@ def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: 
     bounds = [
         max(confined_k / np.arange(1, len(confined_k) + 1)),
         max(popularity_E / counts_E),
-        max(popularity_E / _best_counts(popularity_E, placement)),
-        _max_share_without_floor(popularity_E, placement),
+        _least_share(popularity_E, placement),
+        _least_share(popularity_E[popularity_E > 0], placement),
         mean,
     ]
     return _chain(float(wanted_W.max() / mean), [float(bound / mean) for bound in bounds])
@@ -118,21 +118,12 @@ def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
     return np.cumsum(np.bincount(last_E, popularity_E, len(order_W)).astype(np.int64))
 
 
-def _best_counts(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[E] int64: replicas, at least one each, that make the largest load of a replica least."""
+def _least_share(load_E: np.ndarray, placement: Placement) -> float:
+    """The largest load of a replica, as small as numbers of replicas can make it, one of each of these at least."""
     world_size, num_slots = placement.world_size, placement.slot_to_expert_S.size
-    num_slots = min(num_slots, world_size * len(popularity_E))
-    return minmax_replica_counts(popularity_E[None], num_slots, max_replicas=world_size)[0]
-
-
-def _max_share_without_floor(popularity_E: np.ndarray, placement: Placement) -> float:
-    """The largest load of a replica when all slots go to experts that have any."""
-    used_E = popularity_E[popularity_E > 0]
-    num_slots = min(placement.slot_to_expert_S.size, placement.world_size * len(used_E))
-    if num_slots < len(used_E):
-        return 0.0
-    counts_E = minmax_replica_counts(used_E[None], num_slots, max_replicas=placement.world_size)[0]
-    return float(max(used_E / counts_E))
+    num_slots = min(num_slots, world_size * len(load_E))
+    counts_E = minmax_replica_counts(load_E[None], num_slots, max_replicas=world_size)[0]
+    return float(max(load_E / counts_E))
 
 
 def _least_over_budget(

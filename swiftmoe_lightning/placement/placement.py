@@ -55,6 +55,11 @@ class Placement:
     def slots_per_rank(self) -> int:
         return self.slot_to_expert_S.size // self.world_size
 
+    @property
+    def table_Ws(self) -> np.ndarray:
+        """[W, s] int64: the expert in each slot of each rank."""
+        return self.slot_to_expert_S.reshape(self.world_size, -1)
+
     @cached_property
     def replica_counts_E(self) -> np.ndarray:
         """[E] int64: slots that hold each expert."""

@@ -15,7 +15,7 @@ import numpy as np
 from swiftmoe_lightning.placement.forecast import Forecast, Forecaster
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
-from swiftmoe_lightning.placement.shares import flow_shares
+from swiftmoe_lightning.placement.shares import flow_shares, rank_loads
 from swiftmoe_lightning.placement.token_split import sum_by_host
 
 # The guard's memory: what a plan gained over uniform replicas counts half as much a placement later.
@@ -135,7 +135,7 @@ class Placer:
             # What the plan that was not followed would have done.
             wanted_W = sum_by_host(flow_shares(observation.popularity_E, memory.overruled), memory.overruled)
         memory.gain *= _GUARD_FADE
-        memory.gain += excess(even_slot_loads(observation.popularity_E, self._uniform)) - excess(wanted_W)
+        memory.gain += excess(rank_loads(observation.popularity_E, self._uniform.table_Ws)) - excess(wanted_W)
         was_overruled = memory.overruled is not None
         is_overruled = memory.gain < (0 if was_overruled else -_GUARD_LOSS)
         memory.overruled = planned if is_overruled else None
@@ -157,12 +157,6 @@ class _LayerMemory:
     forecaster: Forecaster
     gain: float = 0.0
     overruled: Placement | None = None
-
-
-def even_slot_loads(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[W] float: loads of the ranks when every slot of an expert takes an equal part."""
-    share_S = (popularity_E / placement.replica_counts_E)[placement.slot_to_expert_S]
-    return share_S.reshape(placement.world_size, -1).sum(1)
 
 
 def excess(load_W: np.ndarray) -> float:

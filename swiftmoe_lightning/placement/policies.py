@@ -101,7 +101,6 @@ _POLICIES: Final[dict[str, type[PlacementPolicy]]] = {
     "static": StaticPolicy,
     "symi": SymiPolicy,
     "packed": PackedPolicy,
-    "balanced": BalancedPolicy,
 }
 
 

@@ -1,4 +1,7 @@
-"""How much of each expert's load every one of its hosts takes. W ranks, E experts, D hosted (rank, expert) pairs."""
+"""How much of each expert's load every one of its hosts takes.
+
+W ranks, s slots of a rank, E experts, D hosted (rank, expert) pairs.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ def even_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     """
     slots_D = placement.pair_slots_D[placement.by_expert_D]
     return _cut_at_whole_tokens(load_E, slots_D, placement)
+
+
+def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
+    """[W] float: what every rank computes where each slot takes an equal part of its expert's popularity."""
+    counts_E = np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E))
+    return (popularity_E / counts_E)[table_Ws].sum(1)
 
 
 def flow_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:

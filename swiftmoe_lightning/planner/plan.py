@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from swiftmoe_lightning.config import check_choice, check_whole
+from swiftmoe_lightning.config import SwiftMoEConfig, check_choice, check_whole
 from swiftmoe_lightning.placement import Capacity, Placement, certify_drops, certify_imbalance
 from swiftmoe_lightning.planner.contenders import CONTENDERS, Contender
 from swiftmoe_lightning.planner.cost import Machine, paper_bytes, paper_step_seconds, phase_bytes, step_seconds
@@ -39,10 +39,11 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_whole(0, lag=self.lag)
-        if self.replace_every != "auto":
-            check_whole(replace_every=self.replace_every)  # type: ignore[arg-type]
-        if not 0 <= self.popularity_decay < 1:
-            raise ValueError(f"popularity_decay must be 0 or more and below 1, got {self.popularity_decay!r}.")
+        # They are a run's settings, and checked as such.
+        SwiftMoEConfig(
+            replace_every=self.replace_every,  # type: ignore[arg-type]
+            popularity_decay=self.popularity_decay,
+        )
         if not self.policies:
             raise ValueError(f"name at least one policy of {', '.join(CONTENDERS)}.")
         for name in self.policies:

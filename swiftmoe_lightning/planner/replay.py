@@ -61,8 +61,13 @@ class Replay:
     @property
     def imbalance_SL(self) -> np.ndarray:
         """[S, L] largest load of a rank over the mean load; 1 where nothing was computed."""
-        mean_SL = self.load_SLW.mean(2)
-        return np.where(mean_SL > 0, self.load_SLW.max(2) / np.where(mean_SL > 0, mean_SL, 1), 1.0)
+        return rank_imbalance(self.load_SLW)
+
+
+def rank_imbalance(load_SLW: np.ndarray) -> np.ndarray:
+    """[S, L]: load of the busiest rank over the mean; 1 where nothing was computed."""
+    mean_SL = load_SLW.mean(2)
+    return np.where(mean_SL > 0, load_SLW.max(2) / np.where(mean_SL > 0, mean_SL, 1), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

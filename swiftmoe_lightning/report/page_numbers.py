@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from swiftmoe_lightning.planner import rank_imbalance
 from swiftmoe_lightning.report.page_data import PageData, PolicySeries
-from swiftmoe_lightning.report.picture import imbalance
 
 _MOST_COLUMNS: Final = 400
 # Base64 makes 4 bytes of 3, and the whole page is to stay below 5 MB.
@@ -70,11 +70,6 @@ def dropped_share(dropped_x: np.ndarray, total_x: np.ndarray) -> np.ndarray:
     return dropped_x / np.maximum(total_x, 1)
 
 
-def rank_imbalance(policy: PolicySeries) -> np.ndarray:
-    """[S, L]: load of the busiest rank over the mean; 1 where nothing was computed."""
-    return np.maximum(imbalance(policy.load_SLW), 1.0)
-
-
 def lines(data: PageData) -> dict[str, Any]:
     """Survival and imbalance of each policy over the steps: mean and worst, of all layers together and of each."""
     num_steps, num_layers, _ = data.counts_SLE.shape
@@ -84,7 +79,7 @@ def lines(data: PageData) -> dict[str, Any]:
     return {
         **columns.edges(data.step_S),
         "survival": [_survival(columns, policy.dropped_SL, total_SL) for policy in data.policies],
-        "imbalance": [_imbalance(columns, rank_imbalance(policy)) for policy in data.policies],
+        "imbalance": [_imbalance(columns, rank_imbalance(policy.load_SLW)) for policy in data.policies],
     }
 
 

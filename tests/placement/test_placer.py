@@ -3,7 +3,8 @@ import pytest
 
 from swiftmoe_lightning import Placement, PlacementPolicy
 from swiftmoe_lightning.placement import Observation, Placer, make_policy, plan_dispatch
-from swiftmoe_lightning.placement.placer import even_slot_loads, excess
+from swiftmoe_lightning.placement.placer import excess
+from swiftmoe_lightning.placement.shares import rank_loads
 
 W, S, E = 4, 3, 6
 
@@ -152,7 +153,7 @@ def test_a_policy_that_forgets_a_layer_is_told_so():
 
 def test_even_parts_a_slot_are_added_up_by_rank():
     placement = Placement([0, 0, 0, 1], 2, 2)
-    assert even_slot_loads(np.array([30, 5]), placement).tolist() == [20, 15]
+    assert rank_loads(np.array([30, 5]), placement.table_Ws).tolist() == [20, 15]
 
 
 def test_excess_is_the_share_above_the_mean():

@@ -6,9 +6,9 @@ from typing import Final
 
 import numpy as np
 
-from swiftmoe_lightning.placement.replication import uniform_replica_counts
+from swiftmoe_lightning.placement import Placement
+from swiftmoe_lightning.placement.shares import rank_loads
 from swiftmoe_lightning.planner.baselines.revising import RevisingPolicy
-from swiftmoe_lightning.planner.baselines.tables import rank_loads
 
 # Loads whose ratio is nearer to 1 differ by rounding.
 _SAME: Final = 1 - 1e-9
@@ -41,8 +41,7 @@ class FlexMoEPolicy(RevisingPolicy):
         self.threshold = threshold
 
     def first_table(self, num_experts: int) -> np.ndarray:
-        counts_E = uniform_replica_counts(num_experts, self.num_slots)
-        return np.repeat(np.arange(num_experts), counts_E).reshape(self.world_size, self.slots_per_rank)
+        return Placement.uniform(num_experts, self.world_size, self.slots_per_rank).table_Ws
 
     def revised(self, table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
         accepted = popularity_E.sum() / self.world_size * self.threshold

@@ -6,8 +6,9 @@ from typing import Final
 
 import numpy as np
 
+from swiftmoe_lightning.placement.shares import rank_loads
 from swiftmoe_lightning.planner.baselines.revising import RevisingPolicy
-from swiftmoe_lightning.planner.baselines.tables import fill_slots, home_ranks, rank_loads
+from swiftmoe_lightning.planner.baselines.tables import fill_slots, home_ranks
 
 # A largest load that falls by less is rounding.
 _FALLS: Final = 1 - 1e-9

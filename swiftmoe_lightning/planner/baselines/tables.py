@@ -1,4 +1,4 @@
-"""What the baselines share: homes, ranks' slots, ranks' loads. E experts, W ranks, s slots of a rank."""
+"""What the baselines share: homes, ranks' slots. E experts, W ranks, s slots of a rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,3 @@ def home_ranks(num_experts: int, world_size: int) -> np.ndarray:
 def fill_slots(experts: list[int], repeated: list[int], slots_per_rank: int) -> list[int]:
     """One rank's s slots: its experts, then those of them in `repeated` over and over, which adds no host."""
     return (experts + repeated * slots_per_rank)[:slots_per_rank]
-
-
-def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
-    """[W] float: what every rank computes where each slot takes an equal part of its expert's popularity."""
-    counts_E = np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E))
-    return (popularity_E / counts_E)[table_Ws].sum(1)

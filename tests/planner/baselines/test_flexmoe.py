@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 
 from swiftmoe_lightning.placement import StaticPolicy
+from swiftmoe_lightning.placement.shares import rank_loads
 from swiftmoe_lightning.planner.baselines import FlexMoEPolicy
-from swiftmoe_lightning.planner.baselines.tables import rank_loads
 from tests.planner.baselines.cases import histories
 
 
