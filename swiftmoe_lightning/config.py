@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
+DENSE_MODES: Final = ("ddp", "fsdp2")
 TOKEN_SPLITS: Final = ("flow", "local", "even")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,8 +28,11 @@ class SwiftMoEConfig:
         the placement allows; equal shares where every slot has a budget of its own), "local" (equal shares a slot),
         or "even" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
         shares allow.
-    param_dtype: dtype of the working weights and of their exchange; None means the masters' own.
-    reduce_dtype: dtype of the gradients on the wire; their sum is taken in float32 or wider.
+    dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by DistributedDataParallel),
+        or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by `fully_shard`, weights gathered
+        block by block for use; all of them for evaluation).
+    param_dtype: dtype of the experts' working weights and of their exchange; None means the masters' own.
+    reduce_dtype: dtype of the experts' gradients on the wire, and with dense="fsdp2" of all gradients; their sum is taken in float32 or wider.
     offload_optimizer: keep masters and optimizer state in host memory. Needs a process group that also serves the
         CPU ("cpu:gloo,cuda:nccl").
     """
@@ -38,6 +42,7 @@ class SwiftMoEConfig:
     replace_every: int | Literal["auto"] = 1
     popularity_decay: float = 0.0
     token_split: str = "flow"
+    dense: str = "ddp"
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
     offload_optimizer: bool = False
@@ -52,6 +57,7 @@ class SwiftMoEConfig:
         if isinstance(self.placement, str):
             check_choice("placement", self.placement, PLACEMENTS)
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
+        check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)

@@ -4,9 +4,11 @@ from swiftmoe_lightning.comms.group import ExpertGroup, PendingExchange
 from swiftmoe_lightning.comms.masters import (
     full_tensor,
     is_master,
+    local_part,
     local_rows,
     local_shard,
     master_from_local,
+    master_like,
     mix_with_plain_tensors,
     shard_from_rank_zero,
 )
@@ -16,9 +18,11 @@ __all__ = [
     "PendingExchange",
     "full_tensor",
     "is_master",
+    "local_part",
     "local_rows",
     "local_shard",
     "master_from_local",
+    "master_like",
     "mix_with_plain_tensors",
     "shard_from_rank_zero",
 ]

@@ -1,13 +1,17 @@
-"""Masters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`."""
+"""Masters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
+
+FSDP2's parameters, which are cut along their first dimension, are handled alike."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
 from swiftmoe_lightning.comms.group import ExpertGroup
@@ -21,8 +25,28 @@ def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
 
 def master_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
     """This rank's rows as a piece of the master of global `shape`. No communication."""
+    return _from_local(local, shape, group.mesh, [Shard(1)])
+
+
+def master_like(local: Tensor, like: Tensor) -> DTensor:
+    """This rank's part of a tensor that has the shape of the DTensor `like` and is cut as it is. No communication."""
+    assert isinstance(like, DTensor)
+    return _from_local(local, like.shape, like.device_mesh, like.placements)
+
+
+def local_part(whole: Tensor, like: Tensor) -> Tensor:
+    """A copy of the part of `whole` that would live here if it were cut as the DTensor `like`. No communication."""
+    assert isinstance(like, DTensor)
+    (placement,) = like.placements
+    assert isinstance(placement, Shard)
+    rank = like.device_mesh.get_local_rank()
+    first, last = shard_rows(whole.shape[placement.dim], like.device_mesh.size())[rank]
+    return whole.narrow(placement.dim, first, last - first).clone()
+
+
+def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, group.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 @functools.cache
@@ -44,7 +68,7 @@ def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """The rows of a DTensor that live here, sharing its storage; any other tensor as it is."""
+    """The part of a DTensor that lives here, sharing its storage; any other tensor as it is."""
     if not isinstance(value, DTensor):
         return value
     # Not `detach()`, which takes DTensor's slow way round.

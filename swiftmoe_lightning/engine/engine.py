@@ -16,8 +16,9 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
+from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
-from swiftmoe_lightning.engine.layer import ShardedLayer
+from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
 from swiftmoe_lightning.engine.placing import Placers
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate
@@ -33,8 +34,8 @@ class SwiftMoEEngine:
     place        next placements from popularity; the same answer on every rank
     distribute   updated rows -> the experts' hosts in the next placements                       (all-to-all 2)
 
-    Construction is a collective: parameters of `Experts` become masters in place (rank 0's values). Make optimizers
-    after it, and pass them through `prepare_optimizer`; run the module through `data_parallel()`. Without a process
+    Construction is a collective: parameters of `Experts` become masters in place (rank 0's values). Run the module
+    through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
     group, or on one rank, the module stays a plain MoE and the engine keeps the books.
 
     module: its `Experts` layers are found by type. config: None takes the defaults.
@@ -55,6 +56,7 @@ class SwiftMoEEngine:
         self.module = module
         self.config = config or SwiftMoEConfig()
         self.group: ExpertGroup | None = None
+        self.dense: FullyShardedDense | None = None
         self._placers: Placers | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
         self._ranks_per_node = ranks_per_node
@@ -102,28 +104,33 @@ class SwiftMoEEngine:
                 layer.connect(agreement, self._on_backward)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module, wrapped so that its dense gradients are averaged over ranks (DistributedDataParallel).
-
-        Use the result for forward and `no_sync()`; its `engine` is this engine. On one rank, the module itself.
+        """The module, so that its dense gradients are averaged over ranks: wrapped in DistributedDataParallel, or
+        with dense="fsdp2" itself, cut in place. Use the result for forward and `no_sync()`; its `engine` is this
+        engine. On one rank, the module as it is. A collective.
 
         module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
         """
         module = self.module if module is None else module
         if self.group is None:
             return module
-        return ExpertDataParallel(module, self, **ddp_options)
+        if self.config.dense == "ddp":
+            return ExpertDataParallel(module, self, **ddp_options)
+        self.shard_dense()
+        module.__dict__.update(engine=self, no_sync=self.no_sync)
+        return module
+
+    def shard_dense(self) -> None:
+        """With dense="fsdp2", cut the dense part over the ranks, in place; else nothing. Repeatable. A collective."""
+        if self.config.dense == "fsdp2" and self.group is not None and self.dense is None:
+            self.dense = FullyShardedDense(self.module, self.group, getattr(torch, self.config.reduce_dtype))
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
 
-        Raises ValueError when it holds parameters from before the engine, or its update is not elementwise.
+        Raises ValueError when it holds parameters from before the engine or before `data_parallel()` cut them, or
+        its update is not elementwise.
         """
-        stale = [t.name for t in self._tracked if t.holds_replaced(optimizer)]
-        if stale:
-            raise ValueError(
-                f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
-                "first, then the optimizer from module.parameters()."
-            )
+        self._refuse_replaced(optimizer)
         if id(optimizer) in self._updates:
             return optimizer
         held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
@@ -133,19 +140,41 @@ class SwiftMoEEngine:
             self.publish([t for t in mine if t.ends_step(optimizer)])
 
         if self.group is not None and any(is_master(p) for g in optimizer.param_groups for p in g["params"]):
-            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self.group, self._name_of, after_step)
+            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, after_step)
         else:
             optimizer.register_step_post_hook(after_step)
         return optimizer
 
+    def _refuse_replaced(self, optimizer: Optimizer) -> None:
+        stale = [t.name for t in self._tracked if t.holds_replaced(optimizer)]
+        if stale:
+            raise ValueError(
+                f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
+                "first, then the optimizer from module.parameters()."
+            )
+        if self.config.dense == "ddp" or self.group is None:
+            return
+        held = [p for param_group in optimizer.param_groups for p in param_group["params"]]
+        if self.dense is None or self.dense.holds_replaced(held):
+            raise ValueError(
+                "the optimizer holds parameters from before dense='fsdp2' cut them over the ranks. Call "
+                "engine.data_parallel() first, then make the optimizer from module.parameters()."
+            )
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward leaves expert gradients in the slots; the first backward outside collects them all."""
-        before, self._syncs = self._syncs, False
+        before = self._syncs
+        self._set_sync(False)
         try:
             yield
         finally:
-            self._syncs = before
+            self._set_sync(before)
+
+    def _set_sync(self, syncs: bool) -> None:
+        self._syncs = syncs
+        if self.dense is not None:
+            self.dense.set_sync(syncs)
 
     def _on_backward(self, layer: ShardedLayer) -> None:
         self._pending.append(layer)
@@ -161,15 +190,7 @@ class SwiftMoEEngine:
         """
         self._collects_at_end = False
         layers, self._pending = list(dict.fromkeys(self._pending)), []
-        under_way = None
-        # One layer ahead: the next exchange is on the wire while this one's rows are summed.
-        for layer in sorted(layers, key=lambda layer: layer.index):
-            following = layer.slots.start_collection()
-            if under_way is not None:
-                under_way[0].add_to_master_gradients(under_way[1])
-            under_way = None if following is None else (layer, following)
-        if under_way is not None:
-            under_way[0].add_to_master_gradients(under_way[1])
+        collect_gradients(layers)
 
     def publish(self, tracked: list[TrackedLayer] | None = None) -> None:
         """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
@@ -203,6 +224,8 @@ class SwiftMoEEngine:
         layer fetches its slots again. Call it on all ranks."""
         for layer in self.layers:
             layer.stale = True
+        if self.dense is not None:
+            self.dense.gather(False)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop, from any of them and at any time (a signal handler will do)."""
@@ -218,6 +241,9 @@ class SwiftMoEEngine:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
         if self.group is None or not self.layers:
             return
+        if self.dense is not None:
+            # As the others did in their first forward.
+            self.dense.gather(True)
         agreement = self.layers[0].agreement
         while len((rows := agreement.done()).active):
             self.layers[rows.layer].serve(rows)

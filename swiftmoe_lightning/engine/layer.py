@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from swiftmoe_lightning.comms import (
     ExpertGroup,
     is_master,
+    local_part,
     local_rows,
     local_shard,
     master_from_local,
+    master_like,
     shard_from_rank_zero,
 )
 from swiftmoe_lightning.engine.agreement import Agreement, CallRows
@@ -58,9 +60,7 @@ class ShardedLayer(ExpertHosting):
         for name, master in experts.expert_parameters().items():
             value = state.get(prefix + name)
             if isinstance(value, Tensor) and not is_master(value) and value.shape == master.shape:
-                first, last = local_rows(master.shape, self._group)
-                rows = value[:, first:last].to(master.device)
-                state[prefix + name] = master_from_local(rows, master.shape, self._group)
+                state[prefix + name] = master_like(local_part(value, master).to(master.device), master)
         self.stale = True
 
     def __deepcopy__(self, _: Any) -> ShardedLayer:
@@ -113,9 +113,22 @@ class ShardedLayer(ExpertHosting):
             # Contiguous, too: fused kernels do not look at strides.
             gradient = total.to(shards[name])
             if master.grad is None:
-                master.grad = master_from_local(gradient, master.shape, self._group)
+                master.grad = master_like(gradient, master)
             else:
                 local_shard(master.grad).add_(gradient)
+
+
+def collect_gradients(layers: list[ShardedLayer]) -> None:
+    """The gradients in these layers' slots -> `.grad` of their masters. A collective."""
+    under_way = None
+    # One layer ahead: the next exchange is on the wire while this one's rows are summed.
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        following = layer.slots.start_collection()
+        if under_way is not None:
+            under_way[0].add_to_master_gradients(under_way[1])
+        under_way = None if following is None else (layer, following)
+    if under_way is not None:
+        under_way[0].add_to_master_gradients(under_way[1])
 
 
 @torch.no_grad()

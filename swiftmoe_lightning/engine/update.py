@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master, local_rows, local_shard, master_from_local
+from swiftmoe_lightning.comms import is_master, local_part, local_shard, master_like
 
 
 class ShardedUpdate:
@@ -29,11 +29,10 @@ class ShardedUpdate:
     def __init__(
         self,
         optimizer: Optimizer,
-        group: ExpertGroup,
         name_of: Callable[[nn.Parameter], str],
         after_step: Callable[[], None],
     ) -> None:
-        self._optimizer, self._group, self._name_of, self._after_step = optimizer, group, name_of, after_step
+        self._optimizer, self._name_of, self._after_step = optimizer, name_of, after_step
         self._swapped: list[tuple[dict[str, Any], int, nn.Parameter]] = []
         for param_group in optimizer.param_groups:
             masters = [p for p in param_group["params"] if is_master(p)]
@@ -115,7 +114,7 @@ class ShardedUpdate:
             if is_master(master):
                 local = local_shard(master).shape
                 state[index] = {
-                    key: master_from_local(v, master.shape, self._group)
+                    key: master_like(v, master)
                     if isinstance(v, Tensor) and v.shape == local and not is_master(v)
                     else v
                     for key, v in values.items()
@@ -140,8 +139,7 @@ class ShardedUpdate:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape == master.shape:
-            first, last = local_rows(master.shape, self._group)
-            return value[:, first:last].clone()
+            return local_part(value, master)
         if value.shape != local_shard(master).shape:
             raise ValueError(
                 f"optimizer state {key!r} of {self._name_of(master)!r} has shape {list(value.shape)} in the "
@@ -159,8 +157,8 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], like: T
     """
     name = type(optimizer).__name__
     fix = (
-        "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for the expert parameters; "
-        "others may keep the dense ones, in an optimizer of their own."
+        "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks; "
+        "others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
     )
     whole = torch.linspace(-1, 1, 24, dtype=like.dtype, device=like.device).view(2, 3, 4)
     try:
@@ -168,13 +166,13 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], like: T
         apart = [_try_steps(optimizer, param_group, piece) for piece in (whole[:, :1], whole[:, 1:])]
     except Exception as error:
         raise ValueError(
-            f"{name} cannot update expert shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
+            f"{name} cannot update shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
             "the fused or foreach flag that fails on this device or dtype, leave it unset."
         ) from error
     if not torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"{name} looks at whole tensors (norms, factors or orthogonalisation), and each rank holds only a shard "
-            f"of every expert: its update would be wrong. {fix}"
+            f"of each: its update would be wrong. {fix}"
         )
 
 

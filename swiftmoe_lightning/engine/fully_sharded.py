@@ -1,0 +1,103 @@
+"""The dense part of a module, cut over the ranks by FSDP2 (`fully_shard`), on the mesh of the experts' masters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from swiftmoe_lightning.comms import ExpertGroup, is_master, local_part, master_like
+
+
+class FullyShardedDense:
+    """Parameters, gradients and optimizer state of the dense part are cut over the ranks; weights are gathered for use.
+
+    In training FSDP2 gathers a block's weights before its forward and its backward. Evaluation gathers all of them
+    once, so that ranks may then have differently many batches, and drops them when training goes on.
+
+    module: cut in place, rank 0's values. Each child of an outermost `nn.ModuleList` is gathered by itself, the rest
+        together. Cut already: taken as it is. A collective.
+    reduce_dtype: dtype of the gradients on the wire.
+    """
+
+    def __init__(self, module: nn.Module, group: ExpertGroup, reduce_dtype: torch.dtype) -> None:
+        self._root, self._whole = module, False
+        self._replaced: list[weakref.ref[nn.Parameter]] = []
+        if not isinstance(module, FSDPModule):
+            self._shard(module, group, reduce_dtype)
+        # The root first: it must be the first that FSDP2 sees run.
+        self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        module.register_forward_pre_hook(self._before_forward, prepend=True)
+
+    def _shard(self, module: nn.Module, group: ExpertGroup, reduce_dtype: torch.dtype) -> None:
+        masters = {p for p in module.parameters() if is_master(p)}
+        dense = [p for p in module.parameters() if not is_master(p)]
+        for tensor in [*dense, *module.buffers()]:
+            dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
+        self._replaced = [weakref.ref(p) for p in dense]
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        for part in [*_blocks_of(module), module]:
+            fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=masters)
+        # Evaluation may gather before the first forward, which would do this.
+        fully_shard.state(module)._lazy_init()
+        for part in module.modules():
+            part.register_load_state_dict_pre_hook(_shard_loaded)
+
+    def _before_forward(self, *_: object) -> None:
+        self.gather(not self._root.training and not torch.is_grad_enabled())
+
+    def holds_replaced(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether a parameter is one from before the cut."""
+        replaced = {id(p) for ref in self._replaced if (p := ref()) is not None}
+        return any(id(p) in replaced for p in parameters)
+
+    def set_sync(self, syncs: bool) -> None:
+        """Whether the next backward reduces gradients, or adds them to those that wait (accumulation)."""
+        self._root.set_requires_gradient_sync(syncs)  # type: ignore[operator]
+
+    def gather(self, whole: bool) -> None:
+        """Hold all weights whole from now on, or cut them again. A collective when it turns to whole."""
+        if whole:
+            # Weights that were first gathered in inference mode could not be trained.
+            with torch.inference_mode(False), torch.no_grad():
+                for part in self._sharded:
+                    part.unshard()
+        if whole == self._whole:
+            return
+        self._whole = whole
+        if not whole:
+            self._forget_forwards()
+        for part in self._sharded:
+            part.set_reshard_after_forward(not whole and part is not self._root, recurse=False)
+            if not whole:
+                part.reshard()
+
+
+    def _forget_forwards(self) -> None:
+        """FSDP2 prefetches in backward by the order of all forwards since the last one, evaluation's among them, of
+        which ranks may have had differently many: they would then gather different blocks at once."""
+        order = fully_shard.state(self._root)._comm_ctx.post_forward_order
+        for param_group in order:
+            param_group._post_forward_indices.clear()
+        order.clear()
+
+
+def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of the outermost ModuleLists: in a transformer, its layers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks_of(child)
+
+
+def _shard_loaded(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let `load_state_dict` take whole tensors, without communication."""
+    for name, parameter in module.named_parameters(recurse=False):
+        value = state.get(prefix + name)
+        if value is not None and is_master(parameter) and not is_master(value) and value.shape == parameter.shape:
+            state[prefix + name] = master_like(local_part(value, parameter).to(parameter.device), parameter)
