@@ -32,7 +32,8 @@ class SwiftMoEConfig:
         or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by `fully_shard`, weights gathered
         block by block for use; all of them for evaluation).
     param_dtype: dtype of the experts' working weights and of their exchange; None means the masters' own.
-    reduce_dtype: dtype of the experts' gradients on the wire, and with dense="fsdp2" of all gradients; their sum is taken in float32 or wider.
+    reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in float32
+        or wider.
     offload_optimizer: keep masters and optimizer state in host memory. Needs a process group that also serves the
         CPU ("cpu:gloo,cuda:nccl").
     """
@@ -59,6 +60,11 @@ class SwiftMoEConfig:
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
         check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
+        if self.dense == "fsdp2" and self.offload_optimizer:
+            raise ValueError(
+                "offload_optimizer=True keeps masters in host memory, and dense='fsdp2' needs all parameters on one "
+                "kind of device. Leave one of them out."
+            )
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)
 

@@ -62,6 +62,7 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
     [
         ("placement", "'balanced', 'packed', 'symi', 'static'"),
         ("token_split", "'flow', 'local', 'even'"),
+        ("dense", "'ddp', 'fsdp2'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),
         ("param_dtype", "'float32', 'bfloat16'"),
     ],
@@ -84,3 +85,8 @@ def test_replacing_can_be_left_to_the_loads():
 def test_config_cannot_change_once_made():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SwiftMoEConfig().slots_per_rank = 2
+
+
+def test_cut_dense_parameters_and_masters_in_host_memory_are_refused_together():
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        SwiftMoEConfig(dense="fsdp2", offload_optimizer=True)

@@ -64,6 +64,7 @@ def test_signatures_are_what_they_were() -> None:
         "replace_every",
         "popularity_decay",
         "token_split",
+        "dense",
         "param_dtype",
         "reduce_dtype",
         "offload_optimizer",

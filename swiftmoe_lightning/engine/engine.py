@@ -104,9 +104,8 @@ class SwiftMoEEngine:
                 layer.connect(agreement, self._on_backward)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module, so that its dense gradients are averaged over ranks: wrapped in DistributedDataParallel, or
-        with dense="fsdp2" itself, cut in place. Use the result for forward and `no_sync()`; its `engine` is this
-        engine. On one rank, the module as it is. A collective.
+        """The module, with its dense gradients averaged over ranks: in DistributedDataParallel, or itself, cut in place
+        (dense="fsdp2"). Use it for forward and `no_sync()`; its `engine` is this one. On one rank, it is left alone.
 
         module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
         """
@@ -152,10 +151,9 @@ class SwiftMoEEngine:
                 f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
                 "first, then the optimizer from module.parameters()."
             )
-        if self.config.dense == "ddp" or self.group is None:
-            return
         held = [p for param_group in optimizer.param_groups for p in param_group["params"]]
-        if self.dense is None or self.dense.holds_replaced(held):
+        cuts = self.config.dense == "fsdp2" and self.group is not None
+        if cuts and (self.dense is None or self.dense.holds_replaced(held)):
             raise ValueError(
                 "the optimizer holds parameters from before dense='fsdp2' cut them over the ranks. Call "
                 "engine.data_parallel() first, then make the optimizer from module.parameters()."
@@ -239,11 +237,11 @@ class SwiftMoEEngine:
 
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
-        if self.group is None or not self.layers:
-            return
         if self.dense is not None:
             # As the others did in their first forward.
             self.dense.gather(True)
+        if not self.layers:
+            return
         agreement = self.layers[0].agreement
         while len((rows := agreement.done()).active):
             self.layers[rows.layer].serve(rows)
@@ -252,11 +250,12 @@ class SwiftMoEEngine:
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None
     ) -> Tensor:
         """Clip by the norm over dense and expert gradients together (see `clip_grad_norm`). A collective."""
-        return clip_grad_norm(self._clipped(parameters), max_norm, self.group, norm_type)
+        clipped = self.module.parameters() if parameters is None else parameters
+        return clip_grad_norm(clipped, max_norm, self.group, norm_type)
 
     def clip_grad_value_(self, clip_value: float, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Clamp all gradients' elements to +-clip_value."""
-        clip_grad_value(self._clipped(parameters), clip_value)
+        clip_grad_value(self.module.parameters() if parameters is None else parameters, clip_value)
 
     def grad_scaler(self, device: str = "cuda", **options: Any) -> torch.amp.GradScaler:
         """A `torch.amp.GradScaler` with these options, whose ranks skip a step together."""
@@ -277,8 +276,7 @@ class SwiftMoEEngine:
 
     def full_state_dict(self) -> dict[str, Any]:
         """The module's state dict with every expert whole, on the CPU, on every rank. A collective."""
-        state: dict[str, Any] = full_state(dict(self.module.state_dict()), keep=True)
-        return state
+        return full_state(dict(self.module.state_dict()), keep=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: popularity and placement of each layer; loads with
@@ -293,9 +291,6 @@ class SwiftMoEEngine:
 
     def _placer_of(self, tracked: TrackedLayer) -> Placer | None:
         return None if self._placers is None else self._placers.of(tracked.experts.num_experts)
-
-    def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
-        return self.module.parameters() if parameters is None else parameters
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,29 +22,30 @@ class FullyShardedDense:
 
     module: cut in place, rank 0's values. Each child of an outermost `nn.ModuleList` is gathered by itself, the rest
         together. Cut already: taken as it is. A collective.
-    reduce_dtype: dtype of the gradients on the wire.
+    wire_dtype: dtype of gradients under way, float64 ones excepted.
     """
 
-    def __init__(self, module: nn.Module, group: ExpertGroup, reduce_dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
         self._root, self._whole = module, False
         self._replaced: list[weakref.ref[nn.Parameter]] = []
         if not isinstance(module, FSDPModule):
-            self._shard(module, group, reduce_dtype)
+            self._shard(module, group, wire_dtype)
         # The root first: it must be the first that FSDP2 sees run.
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
-    def _shard(self, module: nn.Module, group: ExpertGroup, reduce_dtype: torch.dtype) -> None:
+    def _shard(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
         masters = {p for p in module.parameters() if is_master(p)}
         dense = [p for p in module.parameters() if not is_master(p)]
         for tensor in [*dense, *module.buffers()]:
             dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
         self._replaced = [weakref.ref(p) for p in dense]
-        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        doubles = any(p.dtype == torch.float64 for p in dense)
+        policy = MixedPrecisionPolicy(reduce_dtype=None if doubles else wire_dtype)
         for part in [*_blocks_of(module), module]:
             fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=masters)
         # Evaluation may gather before the first forward, which would do this.
-        fully_shard.state(module)._lazy_init()
+        _state_of(module)._lazy_init()
         for part in module.modules():
             part.register_load_state_dict_pre_hook(_shard_loaded)
 
@@ -76,14 +78,17 @@ class FullyShardedDense:
             if not whole:
                 part.reshard()
 
-
     def _forget_forwards(self) -> None:
         """FSDP2 prefetches in backward by the order of all forwards since the last one, evaluation's among them, of
         which ranks may have had differently many: they would then gather different blocks at once."""
-        order = fully_shard.state(self._root)._comm_ctx.post_forward_order
+        order = _state_of(self._root)._comm_ctx.post_forward_order
         for param_group in order:
             param_group._post_forward_indices.clear()
         order.clear()
+
+
+def _state_of(module: nn.Module) -> Any:
+    return fully_shard.state(module)  # type: ignore[attr-defined]
 
 
 def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -59,6 +59,7 @@ def prepare(
     names = names_of(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
+    engine.shard_dense()
     rebind(optimizer, model, names)
     engine.prepare_optimizer(optimizer)
     # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
@@ -66,7 +67,7 @@ def prepare(
     if accelerator.scaler is not None:
         accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
     _save_whole_experts(accelerator, model, engine)
-    if accelerator.device.type != "cpu":
+    if accelerator.device.type != "cpu" and engine.dense is None:
         ddp_options = {"device_ids": [accelerator.device.index], **ddp_options}
     wrapped = engine.data_parallel(callable_model, **ddp_options)
     prepared = accelerator.prepare(optimizer, *rest)

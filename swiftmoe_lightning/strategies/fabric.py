@@ -35,7 +35,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
     slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
-        token_split: see `SwiftMoEConfig`.
+        token_split, dense: see `SwiftMoEConfig`.
     ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
 
     Raises ValueError for a setting out of range.
@@ -51,6 +51,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
         token_split: str = "flow",
+        dense: str = "ddp",
         **ddp_options: Any,
     ) -> None:
         self.config = SwiftMoEConfig(
@@ -62,6 +63,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,
             token_split=token_split,
+            dense=dense,
         )
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)
@@ -206,4 +208,5 @@ class _SyncControl(_BackwardSyncControl):
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
+        no_sync = getattr(module, "no_sync", nullcontext)
+        return no_sync() if enabled else nullcontext()

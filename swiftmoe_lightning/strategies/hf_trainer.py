@@ -41,7 +41,8 @@ _REFUSED: Final = {
     "fp16": "Use bf16=True.",
     "fp16_full_eval": "Evaluate in the precision of training: bf16=True.",
     "bf16_full_eval": "Evaluate in the precision of training: bf16=True.",
-    "fsdp": "Leave it out: experts are cut over the processes already, and the rest is data parallel.",
+    "fsdp": "Leave it out: experts are cut over the processes already; swiftmoe_config=SwiftMoEConfig(dense='fsdp2') "
+    "cuts the rest, too.",
     "deepspeed": "Leave it out: experts are cut over the processes already, and the rest is data parallel.",
 }
 
@@ -92,6 +93,7 @@ class SwiftMoETrainer(Trainer):
             check_fresh(optimizer, self.model)
             names = names_of(self.model)
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
+            self.engine.shard_dense()
             rebind(optimizer, self.model, names)
         if not getattr(optimizer, "_swiftmoe_prepared", False):
             self.engine.prepare_optimizer(optimizer)

@@ -23,6 +23,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
+from swiftmoe_lightning.strategies.fully_sharded import shard_dense
 from swiftmoe_lightning.strategies.joining import JoinRanks
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
@@ -34,10 +35,10 @@ _DIRECTORY_KEY = "swiftmoe_directory"
 class SwiftMoEStrategy(DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
-    Dense parameters train as under DDP. Every option is JSON-able, for LightningCLI.
+    Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
 
     slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
-        token_split: see `SwiftMoEConfig`.
+        token_split, dense: see `SwiftMoEConfig`.
     save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
         of one plain file. Either kind loads, whatever this is.
     ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
@@ -57,6 +58,7 @@ class SwiftMoEStrategy(DDPStrategy):
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
         token_split: str = "flow",
+        dense: str = "ddp",
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
     ) -> None:
@@ -69,6 +71,7 @@ class SwiftMoEStrategy(DDPStrategy):
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,
             token_split=token_split,
+            dense=dense,
         )
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)
@@ -111,7 +114,9 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
-        if any(p.requires_grad and not is_master(p) for p in self.lightning_module.parameters()):
+        if self.engine.group is not None and self.config.dense == "fsdp2":
+            shard_dense(self._module.trainer, self.engine)
+        elif any(p.requires_grad and not is_master(p) for p in self.lightning_module.parameters()):
             super().configure_ddp()
         else:
             # DDP refuses a module of which it has nothing to reduce.
@@ -193,6 +198,8 @@ class SwiftMoEStrategy(DDPStrategy):
         """EMA and the like write masters between training and evaluation: slots are fetched again at each change."""
         if self._evaluating is not None and self._evaluating != evaluating:
             self.engine.mark_stale()
+        if self.engine.dense is not None:
+            self.engine.dense.gather(evaluating)
         self._evaluating = evaluating
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
