@@ -2,7 +2,9 @@
 
 An operator's body picks Triton or the reference (`paths.choose`); outside the body nothing knows of it, so
 `torch.compile`, activation checkpointing and autograd treat both alike. A backward is an operator of its own, since
-the compiler traces through the gradient with fake tensors. Letters as in `reference.py`.
+the compiler traces through the gradient with fake tensors. Where the reference runs on plain tensors and nobody
+compiles, it is called without its operator, whose way through the dispatcher takes longer than a small layer's sums.
+Letters as in `reference.py`.
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
@@ -10,7 +12,7 @@ the compiler traces through the gradient with fake tensors. Letters as in `refer
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice
 from swiftmoe_lightning.kernels import paths, reference
@@ -35,7 +37,8 @@ def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
     How many rows there are (R <= N) only the device knows, and it is not asked: the tensors have length N, and
     `permute`, `combine` pass over rows and choices marked -1.
     """
-    return SortedChoices(*_sort_choices(key_N, num_groups))
+    sort = reference.sort_choices if _is_plain(key_N, ()) else _sort_choices
+    return SortedChoices(*sort(key_N, num_groups))
 
 
 def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
@@ -45,7 +48,8 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     where a choice has no row. Backward sums each token's rows, without atomics.
     """
     assert x_TD.shape[0] == rows_TK.shape[0], (x_TD.shape, rows_TK.shape)
-    return _permute(x_TD, choice_R, rows_TK)
+    permute = _PlainPermute.apply if _is_plain(x_TD, (x_TD,)) else _permute
+    return permute(x_TD, choice_R, rows_TK)
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
     """
     assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
     assert y_RD.shape[0] == choice_R.shape[0], (y_RD.shape, choice_R.shape)
-    return _combine(y_RD, weights_TK, choice_R, rows_TK)
+    combine = _PlainCombine.apply if _is_plain(y_RD, (y_RD, weights_TK)) else _combine
+    return combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
 def activate(z_RF: Tensor, activation: str) -> Tensor:
@@ -65,7 +70,15 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
     """
     check_choice("activation", activation, reference.ACTIVATIONS)
     assert activation != "swiglu" or z_RF.shape[1] % 2 == 0, z_RF.shape
-    return _activate(z_RF, activation)
+    activate = _PlainActivate.apply if _is_plain(z_RF, (z_RF,)) else _activate
+    return activate(z_RF, activation)
+
+
+def _is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
+    """Whether the reference may run without its operator."""
+    if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
+        return False
+    return paths.choose(first.device, *(t.dtype for t in floating)).name == "torch"
 
 
 def on_triton(*tensors: Tensor) -> bool:
@@ -135,7 +148,7 @@ def _combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
         from swiftmoe_lightning.kernels.triton import rows
 
         return rows.gather_sum(y_RD, rows_TK, weights_TK)
-    return reference.gather_sum(y_RD, rows_TK, weights_TK)
+    return reference.combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
 @_combine.register_fake
@@ -187,12 +200,17 @@ def _(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
     return z_RF.new_empty(z_RF.shape)
 
 
+def _backward(ctx: Any, operator: Any, plain: Any) -> Any:
+    """The operator, too, where its gradient may be asked for: it says why there is none."""
+    return plain if getattr(ctx, "is_plain", False) and not torch.is_grad_enabled() else operator
+
+
 def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])
 
 
 def _permute_gradient(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-    return _gather_sum(grad_RD, *ctx.saved_tensors), None, None
+    return _backward(ctx, _gather_sum, reference.gather_sum)(grad_RD, *ctx.saved_tensors), None, None
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -200,7 +218,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_combine_backward(grad_TD, *ctx.saved_tensors), None, None
+    backward = _backward(ctx, _combine_backward, reference.combine_backward)
+    return *backward(grad_TD, *ctx.saved_tensors), None, None
 
 
 def _keep_activation(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -209,7 +228,8 @@ def _keep_activation(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> No
 
 
 def _activate_gradient(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None]:
-    return _activate_backward(grad_RF, *ctx.saved_tensors, ctx.activation), None
+    backward = _backward(ctx, _activate_backward, reference.activate_backward)
+    return backward(grad_RF, *ctx.saved_tensors, ctx.activation), None
 
 
 _permute.register_autograd(_permute_gradient, setup_context=_keep_rows)
@@ -217,3 +237,19 @@ _combine.register_autograd(_combine_gradient, setup_context=_keep_inputs)
 _activate.register_autograd(_activate_gradient, setup_context=_keep_activation)
 for _operator in (_gather_sum, _combine_backward, _activate_backward):
     _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
+
+
+def _plain(forward: Any, keep: Any, gradient: Any) -> Any:
+    """The reference as a function that autograd knows, with the gradient of its operator."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.is_plain = True
+        keep(ctx, inputs, output)
+
+    functions = {"forward": forward, "setup_context": setup_context, "backward": gradient}
+    return type(forward.__name__, (torch.autograd.Function,), {k: staticmethod(f) for k, f in functions.items()})
+
+
+_PlainPermute = _plain(reference.permute, _keep_rows, _permute_gradient)
+_PlainCombine = _plain(reference.combine, _keep_inputs, _combine_gradient)
+_PlainActivate = _plain(reference.activate, _keep_activation, _activate_gradient)
