@@ -2,7 +2,7 @@
 
 from swiftmoe_lightning.kernels.grouped import expert_mlp
 from swiftmoe_lightning.kernels.layer import expert_layer, expert_rows
-from swiftmoe_lightning.kernels.ops import SortedChoices, activate, combine, permute, sort_choices
+from swiftmoe_lightning.kernels.ops import SortedChoices, activate, combine, on_triton, permute, sort_choices
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS, Activation
 from swiftmoe_lightning.kernels.routing import Routed, route
 
@@ -16,6 +16,7 @@ __all__ = [
     "expert_layer",
     "expert_mlp",
     "expert_rows",
+    "on_triton",
     "permute",
     "route",
     "sort_choices",

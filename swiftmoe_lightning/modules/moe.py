@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swiftmoe_lightning.config import check_coefficient, check_whole
 from swiftmoe_lightning.kernels import activate
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
-from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter, load_balancing_loss, z_loss
+from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 from swiftmoe_lightning.placement import Capacity
 
 
@@ -99,14 +99,13 @@ class MoE(nn.Module):
         """The block's weighted router losses; None where there are none to train with."""
         if not torch.is_grad_enabled() or not (self.aux_loss_coef or self.z_loss_coef):
             return None
-        top_k = routed.expert_ids_TK.shape[1]
         loss = routed.logits_TE.new_zeros(())
         if self.aux_loss_coef:
-            balance = load_balancing_loss(routed.probs_TE, result.popularity_E, result.world_size, top_k)
+            balance = routed.load_balancing_loss(result.popularity_E, result.world_size)
             loss = loss + self.aux_loss_coef * balance
         if self.z_loss_coef:
-            num_tokens = result.popularity_E.sum() / top_k
-            loss = loss + self.z_loss_coef * z_loss(routed.logits_TE, num_tokens, result.world_size)
+            num_tokens = result.popularity_E.sum() / routed.expert_ids_TK.shape[1]
+            loss = loss + self.z_loss_coef * routed.z_loss(num_tokens, result.world_size)
         return loss
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
+from swiftmoe_lightning.kernels import on_triton, route
 
 SCORES: Final = ("softmax", "sigmoid")
 
@@ -25,13 +26,33 @@ class RouterOutput:
     expert_ids_TK: [T, K] int64, different experts for each token.
     weights_TK: [T, K] floating, what each choice counts in the token's sum.
     logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
-    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss).
+    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss). None where the two sums
+        are given, which a kernel took on the way.
+    prob_sums_E: [E] floating, `probs_TE` summed over T. square_sum: [] floating, the squared log-sum-exp of
+        `logits_TE` summed over T (for the z-loss).
     """
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
     logits_TE: Tensor
-    probs_TE: Tensor
+    probs_TE: Tensor | None = None
+    prob_sums_E: Tensor | None = None
+    square_sum: Tensor | None = None
+
+    def load_balancing_loss(self, popularity_E: Tensor, world_size: int) -> Tensor:
+        """See `load_balancing_loss`."""
+        probs_TE = self.probs_TE if self.prob_sums_E is None else self.prob_sums_E.unsqueeze(0)
+        if probs_TE is None:
+            raise ValueError(
+                "aux_loss_coef needs a RouterOutput with probs_TE or prob_sums_E: the router gave neither."
+            )
+        return load_balancing_loss(probs_TE, popularity_E, world_size, self.expert_ids_TK.shape[1])
+
+    def z_loss(self, num_tokens: Tensor, world_size: int) -> Tensor:
+        """See `z_loss`."""
+        if self.square_sum is None:
+            return z_loss(self.logits_TE, num_tokens, world_size)
+        return self.square_sum * (world_size / num_tokens.clamp(min=1))
 
 
 class TopKRouter(nn.Module):
@@ -90,6 +111,10 @@ class TopKRouter(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        if on_triton(logits_TE):
+            routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalise)
+            sums = {"prob_sums_E": routed.prob_sums_E, "square_sum": routed.square_sum}
+            return RouterOutput(routed.expert_ids_TK, routed.weights_TK, logits_TE, **sums)
         scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         choice_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
         expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
@@ -116,7 +141,7 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
     f_e is expert e's share of the token-choices of ALL ranks, P_e the mean share of its score. Ranks share the
     global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
 
-    probs_TE: [T, E] of this rank. popularity_E: [E] int of all ranks.
+    probs_TE: [T, E] of this rank, or their sum as [1, E]. popularity_E: [E] int of all ranks.
     """
     popularity_E = popularity_E.to(probs_TE)
     num_choices = popularity_E.sum().clamp(min=1)
