@@ -127,6 +127,15 @@ class TrackedLayer:
         self.sharded.stale = True
 
 
+def refuse_adapted(name: str, experts: Experts) -> None:
+    """Raise ValueError for experts whose weights are not used as they are: slots would hold others."""
+    if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
+        raise ValueError(
+            f"the experts {name!r} are wrapped (an adapter, LoRA), and forward would not see what is spread over the "
+            "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router)."
+        )
+
+
 def track_layers(
     module: nn.Module,
     group: ExpertGroup | None,
@@ -138,12 +147,16 @@ def track_layers(
     """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective.
 
     placer_of: E -> the placer of layers of E experts; None on one rank.
+
+    Raises ValueError for experts inside an adapter.
     """
     router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
     known_by_id = {id(t.experts): t for t in known}
     tracked: list[TrackedLayer] = []
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
+            if group is not None:
+                refuse_adapted(name, experts)
             t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))
             tracked.append(t)
     for index, t in enumerate(tracked):

@@ -218,3 +218,55 @@ def test_copies_hold_masters_and_their_whole_state_loads_back() -> None:
     for out, weight in run_ranks(copied, 2):
         torch.testing.assert_close(out, model(torch.ones(1, DIM)).detach())
         assert torch.equal(weight, model.experts.down_proj)
+
+
+class LowRank(nn.Module):
+    """An adapter as PEFT builds it: the layer it wraps is its `base_layer`."""
+
+    def __init__(self, layer: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A, self.lora_B = nn.Linear(dim, 2, bias=False), nn.Linear(2, dim, bias=False)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(*args) + self.lora_B(self.lora_A(args[0]))
+        return out
+
+
+def adapt_experts() -> None:
+    model = nn.Sequential(nn.Linear(DIM, DIM), LowRank(sml.Experts(E, DIM, HIDDEN), DIM))
+    sml.SwiftMoEEngine(model)
+
+
+def test_experts_inside_an_adapter_are_refused_with_the_fix() -> None:
+    for error in rank_errors(adapt_experts, 2):
+        assert "the experts '1.base_layer' are wrapped (an adapter, LoRA)" in error
+        assert "Merge or unload the adapter" in error
+
+
+def train_adapter() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Three steps of a dense layer's adapter over frozen experts: the state before and after."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(nn.Linear(DIM, DIM), DIM), sml.MoE(DIM, HIDDEN, E)).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    engine = sml.SwiftMoEEngine(model)
+    wrapped = engine.data_parallel()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = engine.prepare_optimizer(torch.optim.AdamW(trained, lr=1e-2))
+    before = {name: value.clone() for name, value in engine.full_state_dict().items()}
+    for step in range(3):
+        x = torch.randn(12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        wrapped(x[rank * 12 // world_size : (rank + 1) * 12 // world_size]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, engine.full_state_dict()
+
+
+def test_an_adapter_of_a_dense_layer_trains_over_frozen_experts() -> None:
+    ((_, expected),) = run_ranks(train_adapter, 1)
+    for before, after in run_ranks(train_adapter, 2):
+        for name, value in expected.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-10, atol=1e-12, msg=name)
+            assert torch.equal(after[name], before[name]) == ("lora" not in name), name
