@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import hf_models
+from tests import hf_models, works_with
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,3 +84,12 @@ def test_links_lead_somewhere(name: str) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
         if not link.startswith("http"):
             assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_the_table_of_what_works_is_that_of_the_tests() -> None:
+    assert works_with.with_table(README) == README, "run python -m tests.works_with"
+
+
+def test_a_claim_that_no_test_proves_is_refused() -> None:
+    with pytest.raises(ValueError, match="no test in tests/test_readme.py is about 'teleportation'"):
+        works_with.path_of("test_readme: claim teleportation")

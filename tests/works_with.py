@@ -1,0 +1,165 @@
+"""README's table of what works with what, made of the tests that prove it: `python -m tests.works_with` rewrites it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).parent.parent
+START, END = "<!-- what works with what: python -m tests.works_with -->", "<!-- end -->"
+
+
+class Row(NamedTuple):
+    """proofs: "file under tests/, without .py: words", each of which is in the name of a test of that file."""
+
+    what: str
+    works: str
+    notes: str
+    proofs: tuple[str, ...]
+
+
+ROWS: Final = (
+    Row(
+        "Launch",
+        "`python script.py` (popen), torchrun, LightningCLI by name and class path, `devices=1`",
+        "spawn and fork are refused",
+        (
+            "strategies/test_launch: own_processes torchrun cli_takes start_methods",
+            "strategies/test_fit: trainer_options",
+        ),
+    ),
+    Row(
+        "Precision",
+        "32-true, 64-true, bf16-mixed, bf16-true, 16-mixed",
+        "masters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire",
+        ("strategies/test_precision_and_compile: 64_bit 16_bit 16_mixed keeps_masters narrower skip_the_step",),
+    ),
+    Row(
+        "Optimization",
+        "automatic, manual, several optimizers, parameter groups, schedulers, accumulation, clipping by norm and value",
+        "",
+        ("strategies/test_fit: modules trainer_options", "engine/test_update: clipping"),
+    ),
+    Row(
+        "Optimizers",
+        "elementwise ones (SGD, Adam, AdamW, RMSprop, Adagrad, ...), default, `foreach`, `fused`",
+        "LBFGS, Adafactor, Muon and the like are refused: a shard does not show them the whole tensor",
+        ("engine/test_update: elementwise fused", "strategies/test_launch: whole_tensors"),
+    ),
+    Row("Signals", "SIGTERM stops all ranks after the same batch", "", ("strategies/test_launch: sigterm",)),
+    Row(
+        "Evaluation",
+        "validate, test, predict, also with uneven numbers of batches",
+        "in training, ranks need equally many",
+        ("strategies/test_evaluate: without_a_fit different_numbers no_batch fewer_training",),
+    ),
+    Row(
+        "Callbacks",
+        "WeightAveraging (EMA), StochasticWeightAveraging, ModelCheckpoint, EarlyStopping, freezing",
+        "`BaseFinetuning.unfreeze_and_add_param_group` does not work on experts; `make_trainable` does",
+        (
+            "strategies/test_fit: callbacks",
+            "strategies/test_evaluate: averaged stochastic early_stopping",
+            "strategies/test_checkpoints: model_checkpoint averaged",
+        ),
+    ),
+    Row(
+        "Memory",
+        "activation checkpointing; experts on the meta device in `configure_model`",
+        "no rank ever holds a whole expert tensor",
+        ("strategies/test_fit: modules", "engine/test_set_up: meta_experts"),
+    ),
+    Row(
+        'Dense part sharded (`dense="fsdp2"`)',
+        "Lightning, Fabric, Accelerate, HF Trainer, plain engine; accumulation, clipping, uneven evaluation, "
+        'checkpoints of every kind, also to and from `dense="ddp"` and plain DDP',
+        "the children of the outermost `nn.ModuleList`s are gathered one by one; evaluation holds the dense weights "
+        "whole; averaged weights (EMA, SWA) and `offload_optimizer` are refused",
+        (
+            "engine/test_fully_sharded: thirty_steps whole_files",
+            "strategies/test_fully_sharded: fit evaluation checkpoints averaged accelerate fabric trainer",
+            "test_config: cut_dense",
+        ),
+    ),
+    Row(
+        "Adapters (LoRA)",
+        "on dense layers, over frozen experts",
+        "on experts they are refused: merge or unload them",
+        ("engine/test_set_up: adapter", "modules/test_convert: adapters"),
+    ),
+    Row(
+        "Compilation",
+        "`torch.compile` of the module or of blocks",
+        "a graph break at each MoE layer, no recompilation from step to step",
+        ("strategies/test_precision_and_compile: compiled",),
+    ),
+    Row(
+        "Checkpoints",
+        "one plain file, or a directory (`save_distributed_checkpoint=True`)",
+        "a plain file loads without this package, into DDP and back; either resumes at any number of ranks",
+        ("strategies/test_checkpoints: goes_on to_the_bit ordinary directory_becomes truncated",),
+    ),
+    Row(
+        "Fabric",
+        "`setup`, `setup_module`, `backward`, `no_backward_sync`, `clip_gradients`, `save`, `load`, 32-true, 64-true, "
+        "bf16-mixed",
+        'files go on under `strategy="ddp"` and back',
+        ("strategies/test_fabric: plain_ddp one_after_the_other file_goes_on bf16",),
+    ),
+    Row(
+        "Accelerate",
+        "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, `save_state`, `load_state`, "
+        "`get_state_dict`, `unwrap_model`",
+        "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
+        ("strategies/test_accelerate: plain_accelerate four_ranks folder misuse",),
+    ),
+    Row(
+        "HF Trainer",
+        "`TrainingArguments` with accumulation, clipping, bf16, activation checkpointing, evaluation, `predict`, "
+        "`load_best_model_at_end`; resume at any number of processes",
+        "checkpoints load with `from_pretrained`; fp16, DeepSpeed, FSDP and `even_batches=False` are refused; "
+        "`save_model` on all processes",
+        ("strategies/test_hf_trainer: plain_trainer resumes misuse",),
+    ),
+    Row(
+        "Hugging Face models",
+        "tiny random ones of 13 families on one device, 6 of them over ranks",
+        "the auxiliary loss is of each rank's own tokens, as under DDP",
+        ("modules/test_convert: equal_the_original saves_loads", "engine/test_hf_training: ten_steps"),
+    ),
+    Row("Modules without experts", "train as under DDP, to the bit", "", ("strategies/test_fit: without_experts",)),
+)
+
+
+def path_of(proof: str) -> str:
+    """The proof's file, from the root. Raises ValueError for a word that is in no test's name."""
+    file, words = proof.split(":")
+    path = f"tests/{file}.py"
+    tree = ast.parse((ROOT / path).read_text())
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    for word in words.split():
+        if not any(word in name for name in names):
+            raise ValueError(f"no test in {path} is about {word!r}: README must not claim what nothing proves.")
+    return path
+
+
+def table() -> str:
+    """The Markdown between the two comments."""
+    lines = ["| | works | notes | proved by |", "|---|---|---|---|"]
+    for row in ROWS:
+        paths = [path_of(proof) for proof in row.proofs]
+        links = ", ".join(f"[{Path(path).stem.removeprefix('test_')}]({path})" for path in paths)
+        lines.append(" | ".join(["", row.what, row.works, row.notes, links, ""]).strip())
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """`readme` with the table as it should be."""
+    before, _, rest = readme.partition(START)
+    return f"{before}{START}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_table(path.read_text()))
