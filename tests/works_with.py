@@ -22,10 +22,10 @@ class Row(NamedTuple):
 ROWS: Final = (
     Row(
         "Launch",
-        "`python script.py` (popen), torchrun, LightningCLI by name and class path, `devices=1`",
+        "`python script.py` (popen), torchrun, `accelerate launch`, LightningCLI by name and class path, `devices=1`",
         "spawn and fork are refused",
         (
-            "strategies/test_launch: own_processes torchrun cli_takes start_methods",
+            "strategies/test_launch: own_processes torchrun accelerate_launch cli_takes start_methods",
             "strategies/test_fit: trainer_options",
         ),
     ),
@@ -112,7 +112,10 @@ ROWS: Final = (
         "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, `save_state`, `load_state`, "
         "`get_state_dict`, `unwrap_model`",
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
-        ("strategies/test_accelerate: plain_accelerate four_ranks folder misuse",),
+        (
+            "strategies/test_accelerate: plain_accelerate four_ranks folder misuse",
+            "strategies/test_accelerate_scripts: script_passes",
+        ),
     ),
     Row(
         "HF Trainer",
@@ -124,9 +127,13 @@ ROWS: Final = (
     ),
     Row(
         "Hugging Face models",
-        "tiny random ones of 13 families on one device, 6 of them over ranks",
+        "tiny random ones of 13 families on one device, 6 of them over ranks; in a LightningModule",
         "the auxiliary loss is of each rank's own tokens, as under DDP",
-        ("modules/test_convert: equal_the_original saves_loads", "engine/test_hf_training: ten_steps"),
+        (
+            "modules/test_convert: equal_the_original saves_loads",
+            "engine/test_hf_training: ten_steps",
+            "strategies/test_converted: ten_steps",
+        ),
     ),
     Row("Modules without experts", "train as under DDP, to the bit", "", ("strategies/test_fit: without_experts",)),
 )

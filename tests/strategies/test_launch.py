@@ -121,6 +121,12 @@ def test_torchrun_starts_the_script(tmp_path: Path) -> None:
     start(tmp_path, FIT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py")
 
 
+def test_accelerate_launch_starts_the_script(tmp_path: Path) -> None:
+    """Without GPUs it starts one process, and Lightning the others."""
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1")
+    start(tmp_path, FIT, *launch, "script.py")
+
+
 def test_lightning_cli_takes_the_strategy_by_name(tmp_path: Path) -> None:
     start(tmp_path, CLI, "script.py", "fit", "--trainer.strategy=swiftmoe")
 
