@@ -42,7 +42,7 @@ class FullyShardedDense:
         self._replaced = [weakref.ref(p) for p in dense]
         doubles = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if doubles else wire_dtype)
-        for part in [*_blocks_of(module), module]:
+        for part in [*dict.fromkeys(_blocks_of(module)), module]:
             fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=masters)
         # Evaluation may gather before the first forward, which would do this.
         _state_of(module)._lazy_init()
@@ -92,10 +92,11 @@ def _state_of(module: nn.Module) -> Any:
 
 
 def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of the outermost ModuleLists: in a transformer, its layers."""
+    """The children of the outermost ModuleLists: in a transformer, its layers. One in several places comes as often."""
+    is_list = isinstance(module, nn.ModuleList)
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        if is_list and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield child
         else:
             yield from _blocks_of(child)
 

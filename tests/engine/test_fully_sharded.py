@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import swiftmoe_lightning as sml
@@ -161,3 +162,18 @@ def test_on_one_process_the_module_stays_as_it_is() -> None:
     engine = sml.SwiftMoEEngine(module, CONFIG)
     assert engine.data_parallel() is module
     assert not any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def gathered_modules() -> list[str]:
+    """Lists in lists, a layer in two places, and what stands in no list."""
+    layer = nn.Linear(4, 4)
+    stages = nn.ModuleList([nn.ModuleList([layer, nn.Linear(4, 4)]), nn.ModuleList([layer])])
+    module = nn.ModuleDict({"trunk": nn.Sequential(nn.Linear(4, 4), sml.MoE(4, 6, 2, 1)), "stages": stages})
+    root = nn.Sequential(nn.Linear(4, 4), module)
+    sml.SwiftMoEEngine(root, CONFIG).data_parallel()
+    return [name for name, m in root.named_modules() if isinstance(m, FSDPModule)]
+
+
+def test_the_children_of_the_outermost_lists_are_gathered_by_themselves() -> None:
+    for names in run_ranks(gathered_modules, 2):
+        assert names == ["", "1.stages.0.0", "1.stages.0.1"]
