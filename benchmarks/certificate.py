@@ -17,7 +17,7 @@ import torch
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results"
-_LIBRARIES: Final = ("torch", "numpy", "triton", "lightning")
+_LIBRARIES: Final = ("torch", "numpy", "triton", "lightning", "transformers", "liger-kernel", "scattermoe", "sonic-moe")
 
 
 def birth_certificate() -> dict[str, Any]:

@@ -12,10 +12,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
@@ -23,49 +22,55 @@ import torch
 
 from benchmarks.certificate import birth_certificate, write_result
 from benchmarks.gpu_check import Check, checks, run_checks, warm_up
-from benchmarks.gpu_contenders import Contender, contenders
-from benchmarks.gpu_measure import Budget, Clock, measure_layer
+from benchmarks.gpu_measure import Budget
+from benchmarks.gpu_processes import LATE, listen, results_of
 from benchmarks.gpu_shapes import ROUTINGS, SHAPES, Shape
-from benchmarks.gpu_stages import ceilings, measure_stages
+from benchmarks.gpu_worker import Part, work
 
-# A shape is not begun with less.
-_LEAST_SECONDS: Final = 15.0
 _BASELINE: Final = "ours, fused"
 _GROUPED: Final = "ours, grouped_mm"
+# Of the time, for checks and for compiling what will be timed.
+_CHECKS_SHARE: Final = 0.45
+# A contender that does nothing that can be seen for so long, as in a kernel that never ends, is given up.
+_SILENT_SECONDS: Final = 100.0
+# Package -> whose kernels, compiled in one process, another finds in a cache on disk. SonicMoE's are for all shapes.
+_COMPILED: Final = {
+    "liger_kernel": ("Liger",),
+    "scattermoe": ("ScatterMoE",),
+    "sonicmoe": ("SonicMoE",),
+    "swiftmoe_lightning": (_BASELINE, _GROUPED),
+}
 
 
-def check_all(found: Sequence[Check], shapes: Sequence[Shape], workers: int) -> list[dict[str, Any]]:
-    """Every check on the GPU, in several processes, since most of the time goes to compiling. Meanwhile they compile
-    what `shapes` will need."""
+def check_all(
+    found: Sequence[Check], shapes: Sequence[Shape], workers: int, seconds: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(every check on the GPU, notes), in many processes, since most of the time goes to compiling. Meanwhile others
+    compile what `shapes` will need."""
     # Checks that differ in routing alone run the same kernels: one process compiles them, once.
     together: dict[Check, list[Check]] = {}
     for check in found:
         together.setdefault(replace(check, routing=""), []).append(check)
-    tasks = [partial(warm_up, shape) for shape in shapes]
-    tasks += [partial(run_checks, checks, "cuda") for checks in together.values()]
-    results = _in_processes(tasks, workers)
-    # The first one to fail so takes its process's GPU from those that come after, so each gets a process of its own.
-    lost = [check for check in found if any(_lost_gpu(r) and r.items() >= asdict(check).items() for r in results)]
-    redone = _in_processes([partial(run_checks, [check], "cuda") for check in lost], workers, 1) if lost else []
-    return [result for result in results if not _lost_gpu(result)] + redone
-
-
-def _lost_gpu(result: dict[str, Any]) -> bool:
-    return "CUDA error" in result.get("error", "")
-
-
-def _in_processes(
-    tasks: Sequence[partial[list[dict[str, Any]]]], workers: int, tasks_of_each: int | None = None
-) -> list[dict[str, Any]]:
-    """What the tasks return, one after the other."""
-    results = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=tasks_of_each) as pool:
-        for task, future in [(task, pool.submit(task)) for task in tasks]:
-            try:
-                results += future.result()
-            except Exception as error:  # a process that died
-                results.append({"died": str(task), "passed": False, "error": f"{type(error).__name__}: {error}"})
-    return results
+    here = [names for package, names in _COMPILED.items() if find_spec(package) is not None]
+    compiled = [(shape, names) for names in here for shape in (shapes[:1] if names == ("SonicMoE",) else shapes)]
+    budget = Budget(seconds)
+    tasks: list[Callable[[], Any]] = [partial(warm_up, shape, names) for shape, names in compiled]
+    tasks += [partial(run_checks, group, "cuda") for group in together.values()]
+    answers = results_of(tasks, workers, seconds)
+    notes = [
+        f"{' and '.join(names)} for {shape.model}, compiled ahead: {reason}"
+        for (shape, names), (_, reason) in zip(compiled, answers, strict=False)
+        if reason is not None
+    ]
+    results, again = [], []
+    for group, (answer, _) in zip(together.values(), answers[len(compiled) :], strict=True):
+        # The first one to fail so takes the GPU, or the process, from those that come after.
+        again += group if answer is None else [c for c, of in zip(group, answer, strict=True) if of.get("lost_gpu")]
+        results += [] if answer is None else [of for of in answer if not of.get("lost_gpu")]
+    redone = results_of([partial(run_checks, [check], "cuda") for check in again], workers, budget.left())
+    for check, (answer, reason) in zip(again, redone, strict=True):
+        results += answer or [asdict(check) | {"passed": False, "error": reason}]
+    return results, notes
 
 
 def print_checks(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,83 +90,101 @@ def measure(
     budget: Budget,
 ) -> None:
     """Fill `results` on the GPU, and write them as they come: a run may be cut off. What failed is not timed."""
-    clock = Clock("cuda")
-    found, results["missing"] = contenders()
-    # Of what is timed. A process that died says nothing of what it checked, so nothing of ours is trusted.
-    wrong = {_BASELINE if check["tiles"] else _GROUPED for check in failed if check.get("dtype") == "bfloat16"}
-    wrong |= {_BASELINE, _GROUPED} if any("died" in check for check in failed) else set()
-    results["missing"] |= dict.fromkeys(wrong, "wrong: see correctness")
-    found = {name: contender for name, contender in found.items() if name not in wrong}
-    results["ceilings"], results["stages"], results["layers"], results["not_measured"] = ceilings(clock), {}, {}, []
-    copy, cublas = results["ceilings"]["copy"]["gb_per_s"], results["ceilings"]["cublas"]["tflops"]
-    print(f"ceilings: copy {copy:.0f} GB/s, cuBLAS bfloat16 {cublas:.0f} TFLOP/s")
-    if _BASELINE in found:
-        for name in names:
-            _try(f"stages of {name}", results, budget, partial(_stages, name, results, clock, copy))
-            write_result(results["name"], certificate, results)
-    for routing in ROUTINGS:
-        for name in names:
-            one = partial(_layer, name, routing, results, found, clock, budget)
-            _try(f"{name}, {routing}", results, budget, one)
-            write_result(results["name"], certificate, results)
+    # Of what is timed.
+    wrong = {_BASELINE if check["tiles"] else _GROUPED for check in failed if check["dtype"] == "bfloat16"}
+    results["missing"] = dict.fromkeys(sorted(wrong), "wrong: see correctness")
+    results |= {"ceilings": {}, "stages": {}, "layers": {}}
+    parts = [Part("ceilings")]
+    if _BASELINE not in wrong:
+        parts += [Part("stages", name) for name in names]
+    parts += [Part("layer", name, routing) for routing in ROUTINGS for name in names]
+    while parts:
+        at: list[Any] = [None, ""]
+        reason = listen(
+            partial(work, tuple(parts), tuple(results["missing"]), _copy_of(results), budget.left()),
+            max(budget.left(), 0.0),
+            _SILENT_SECONDS,
+            partial(_hear, at, parts, results, certificate),
+        )
+        if reason is None or reason == LATE or at[0] is None:
+            results["not_measured"] += [f"{part}: {reason or 'nothing was said of it'}" for part in parts]
+            break
+        # A process was lost: the next one goes on without whoever ran in it, or without the part where that was nobody.
+        if at[1]:
+            results["missing"][at[1]] = f"{at[0]}: {reason}"
+        else:
+            parts.remove(at[0])
+            results["not_measured"].append(f"{at[0]}: {reason}")
     for note in results["not_measured"]:
         print(f"not measured: {note}")
+    for name, reason in results["missing"].items():
+        print(f"missing: {name}: {reason}")
     print(f"written to {write_result(results['name'], certificate, results).name}")
 
 
-def _try(what: str, results: dict[str, Any], budget: Budget, call: Callable[[], None]) -> None:
-    """One part that fails, as for want of memory, is noted, and the others go on."""
-    if budget.left() < _LEAST_SECONDS:
-        results["not_measured"].append(f"{what}: no time was left")
-        return
-    try:
-        call()
-    except Exception as error:
-        results["not_measured"].append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
-    torch.cuda.empty_cache()
+def _copy_of(results: dict[str, Any]) -> float | None:
+    return results["ceilings"]["copy"]["gb_per_s"] if results["ceilings"] else None
 
 
-def _stages(name: str, results: dict[str, Any], clock: Clock, copy: float) -> None:
-    results["stages"][name] = stages = measure_stages(SHAPES[name], clock, copy)
-    rates = (
-        f"{stage} {rate['tflops']:.0f} TF/s" if "tflops" in rate else f"{stage} {rate['share_of_copy']:.0%} of copy"
-        for stage, rate in stages.items()
-    )
-    print(f"{name:5}" + ", ".join(rates))
-
-
-def _layer(
-    name: str,
-    routing: str,
-    results: dict[str, Any],
-    found: dict[str, Contender],
-    clock: Clock,
-    budget: Budget,
+def _hear(
+    at: list[Any], parts: list[Part], results: dict[str, Any], certificate: dict[str, Any], message: tuple[Any, ...]
 ) -> None:
-    layer = measure_layer(SHAPES[name], routing, found, clock, budget)
-    results["layers"].setdefault(name, {})[routing] = layer
-    print_layer(name, routing, layer)
+    """at: [part, contender] that the worker is at. parts: those that are left. Both are kept up to date."""
+    kind, *said = message
+    if kind == "missing":
+        results["missing"] = said[0] | results["missing"]
+        return
+    if kind == "begins":
+        at[:] = said
+        return
+    part, what = said
+    parts.remove(part)
+    if kind == "failed":
+        results["not_measured"].append(f"{part}: {what}")
+    else:
+        _keep(part, what, results)
+    write_result(results["name"], certificate, results)
+
+
+def _keep(part: Part, what: dict[str, Any], results: dict[str, Any]) -> None:
+    if part.kind == "ceilings":
+        results["ceilings"] = what
+        copy, cublas = what["copy"]["gb_per_s"], what["cublas"]["tflops"]
+        print(f"ceilings: copy {copy:.0f} GB/s, cuBLAS bfloat16 {cublas:.0f} TFLOP/s", flush=True)
+    elif part.kind == "stages":
+        results["stages"][part.shape], copy = what, _copy_of(results) or float("nan")
+        rates = (
+            f"{stage} {rate['tflops']:.0f} TF/s"
+            if "tflops" in rate
+            else f"{stage} {rate['gb_per_s'] / copy:.0%} of copy"
+            for stage, rate in what.items()
+        )
+        print(f"{part.shape:5}" + ", ".join(rates), flush=True)
+    else:
+        results["layers"].setdefault(part.shape, {})[part.routing] = what
+        print_layer(part.shape, part.routing, what)
 
 
 def print_layer(name: str, routing: str, layer: dict[str, Any]) -> None:
     """Milliseconds with their spread, TFLOP/s, memory, and times against our fused kernels."""
     print(f"\n{name} ({SHAPES[name].model}), {routing}")
     header = f"{'forward ms (10..90 %)':>26} {'TF/s':>6} {'fwd + bwd ms (10..90 %)':>26} {'TF/s':>6} {'x ours':>7}"
-    print(f"  {'':18}{header} {'peak GB':>8}")
+    print(f"  {'':18}{header} {'saved GB':>8} {'peak GB':>8}", flush=True)
     ours = layer.get(_BASELINE, {}).get("ms_forward_backward", {}).get("median")
     for contender, of in layer.items():
         if "skipped" in of:
-            print(f"  {contender:18}{of['skipped'][:100]}")
+            worst = f" (error {max(of['errors'].values()):.1e})" if "errors" in of else ""
+            print(f"  {contender:18}{of['skipped'][:100]}{worst}")
             continue
         forward, both = (
             f"{ms['median']:.3f} ({ms['p10']:.3f}..{ms['p90']:.3f})"
             for ms in (of["ms_forward"], of["ms_forward_backward"])
         )
         times = f"{of['ms_forward_backward']['median'] / ours:.2f}" if ours else ""
-        peak = "" if of["peak_bytes_saved"] is None else f"{of['peak_bytes_saved'] / 1e9:.2f}"
+        saved, peak = ("" if of[k] is None else f"{of[k] / 1e9:.2f}" for k in ("bytes_saved", "peak_bytes"))
         tflops = of["tflops"]
         line = f"{forward:>26} {tflops['forward']:6.0f} {both:>26} {tflops['forward_backward']:6.0f} {times:>7}"
-        print(f"  {contender:18}{line} {peak:>8}")
+        print(f"  {contender:18}{line} {saved:>8} {peak:>8}")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -179,8 +202,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return check_without_a_gpu()
     budget, certificate = Budget(given.seconds), birth_certificate()
     results: dict[str, Any] = {"name": given.name, "shapes": {name: vars(SHAPES[name]) for name in names}}
-    results["correctness"] = check_all(checks(tiny=False), [SHAPES[name] for name in names], given.workers)
+    shapes = [SHAPES[name] for name in names]
+    seconds = _CHECKS_SHARE * given.seconds
+    results["correctness"], results["not_measured"] = check_all(checks(tiny=False), shapes, given.workers, seconds)
     failed = print_checks(results["correctness"])
+    write_result(given.name, certificate, results)
     measure(names, results, failed, certificate, budget)
     return 1 if failed else 0
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_contenders import activated, on_triton, ours_fused, ours_grouped
+from benchmarks.gpu_contenders import activated, contenders, on_triton, ours_fused, ours_grouped
 from benchmarks.gpu_shapes import Case, Shape, make_case
 
 # Norm of the error over the norm of the result, for every output and gradient.
@@ -77,30 +77,41 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
             first, second = (outputs_and_gradients(case, run, case.weights) for _ in range(2))
         errors = errors_of(first, reference(case, range(check.shape.experts)))
     except Exception as error:  # a kernel that does not compile is what a check is to find
-        return said | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        return said | {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost_gpu": lost_gpu(device)}
     same_bits = all(torch.equal(first[name], second[name]) for name in first)
     tolerance = (INTERPRETED_TOLERANCE if device == "cpu" else TOLERANCE)[check.dtype]
     is_close = all(error <= tolerance for error in errors.values())
     return said | {"errors": errors, "same_bits": same_bits, "passed": same_bits and is_close}
 
 
-def warm_up(shape: Shape) -> list[dict[str, Any]]:
-    """Compile on a GPU what a layer of this shape needs, with as few rows and experts as take the same kernels."""
-    said = {"task": f"compile for {shape.model}", "passed": False}
+def lost_gpu(device: str) -> bool:
+    """Whether an error before left this process without its GPU, as a read out of bounds does, whatever it said."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def warm_up(shape: Shape, names: Collection[str], device: str = "cuda") -> None:
+    """Compile on a GPU, into caches on disk, what `names` need for a layer of this shape, with as few rows and experts
+    as take the same kernels. Who is not installed, or refuses the shape, is passed over."""
     # Triton compiles anew for numbers that are no longer, or newly, multiples of 16: keep what they are.
     experts = 16 if shape.experts % 16 == 0 else 8
     few = shape.tokens * shape.top_k < 96 * shape.experts
     tokens = (1024 if few else 2048) // shape.top_k
     small = Shape(**(asdict(shape) | {"experts": experts, "tokens": tokens}))
-    try:
-        if _tiles_of(small, torch.bfloat16, "cuda") != _tiles_of(shape, torch.bfloat16, "cuda"):
-            return [said | {"error": "the small shape takes other tiles"}]
-        case = make_case(small, "balanced", "cuda", torch.bfloat16)
-        for run in (on_triton(ours_fused), ours_grouped):
-            outputs_and_gradients(case, run, case.weights)
-    except Exception as error:
-        return [said | {"error": f"{type(error).__name__}: {str(error)[:500]}"}]
-    return [said | {"passed": True}]
+    if (found := _tiles_of(small, torch.bfloat16, device)) != _tiles_of(shape, torch.bfloat16, device):
+        raise ValueError(f"the small shape takes other tiles: {found}")
+    case = make_case(small, "balanced", device, torch.bfloat16)
+    for name, contender in contenders()[0].items():
+        if name in names and contender.refuses(shape) is None:
+            weights = contender.prepare(case.weights)
+            outputs_and_gradients(case, contender.run, weights, contender.restore)
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _tiles_of(shape: Shape, dtype: torch.dtype, device: str) -> str:

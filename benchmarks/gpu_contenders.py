@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
 from benchmarks.gpu_shapes import Shape
 from swiftmoe_lightning.kernels import combine, expert_layer, expert_mlp, paths, permute, sort_choices
@@ -25,12 +26,14 @@ Weights = dict[str, Tensor]
 @dataclass(frozen=True)
 class Contender:
     """run: see the file's words. prepare: weights as it wants to have them, before the clock starts. restore: gradients
-    of those as gradients of the ones that were given. refuses: a reason not to run a shape, or None."""
+    of those as gradients of the ones that were given. refuses: a reason not to run a shape, or None. is_ours: held to
+    our own tolerance."""
 
     run: Callable[[Shape, Tensor, Tensor, Tensor, Weights], Tensor]
     prepare: Callable[[Weights], Weights] = dict
     restore: Callable[[Weights], Weights] = dict
     refuses: Callable[[Shape], str | None] = lambda shape: None
+    is_ours: bool = False
 
 
 def ours_fused(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
@@ -72,13 +75,18 @@ def up_of(weights: Weights) -> Tensor:
 
 
 def eager_loop(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """One expert after the other, as transformers' eager experts do."""
+    """One expert after the other, operation by operation as transformers' eager experts."""
     out, scores = torch.zeros_like(x), scores.to(x.dtype)
-    for expert in ids.unique().tolist():
-        token, k = (ids == expert).nonzero(as_tuple=True)
+    with torch.no_grad():
+        chosen_EKT = F.one_hot(ids, shape.experts + 1).permute(2, 1, 0)
+        hit = (chosen_EKT.sum(dim=(-1, -2)) > 0).nonzero()
+    for (expert,) in hit:
+        if expert == shape.experts:
+            continue
+        k, token = torch.where(chosen_EKT[expert])
         hidden = activated(F.linear(x[token], up_of(weights)[expert]), shape.activation)
-        y = F.linear(hidden, weights["down_proj"][expert])
-        out = out.index_add(0, token, y * scores[token, k].unsqueeze(-1))
+        y = F.linear(hidden, weights["down_proj"][expert]) * scores[token, k].unsqueeze(-1)
+        out.index_add_(0, token, y)
     return out
 
 
@@ -113,17 +121,48 @@ def _plain_grouped_mm(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weig
 
 
 def torchtitan(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """torchtitan's algorithm on one device: three products, float32 scores, and torch's scatter-add."""
-    order_R = ids.flatten().argsort(stable=True)
-    counts_E = torch.zeros(shape.experts, dtype=torch.int64, device=x.device)
-    counts_E = counts_E.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
-    ends_E, token_R = counts_E.cumsum(0, dtype=torch.int32), order_R // shape.top_k
+    """torchtitan's operations on one device: three products, float32 scores, and its deterministic scatter-add."""
+    y, index = _torchtitan_rows(shape, x, ids, scores, weights)
+    out: Tensor = _DeterministicScatterAdd.apply(torch.zeros_like(x), index, y)
+    return out
+
+
+def torchtitan_atomic(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
+    """The same with torch's own scatter-add, which is faster and not the same in every run."""
+    y, index = _torchtitan_rows(shape, x, ids, scores, weights)
+    return torch.zeros_like(x).scatter_add(0, index, y)
+
+
+def _torchtitan_rows(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """(weighted outputs [R, D], the token of each, [R, D])."""
+    chosen_TE = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool, device=x.device).scatter_(-1, ids, True)
+    ends_E = chosen_TE.sum(dim=0).cumsum(0, dtype=torch.int32)
+    order_R = ids.view(-1).argsort(stable=True)
+    scores_R, token_R = scores.view(-1)[order_R], order_R // shape.top_k
     x_R = x[token_R]
-    h = F.grouped_mm(x_R, weights["w1"].transpose(1, 2), offs=ends_E)
-    h = F.silu(h) * F.grouped_mm(x_R, weights["w3"].transpose(1, 2), offs=ends_E)
+    h = F.silu(F.grouped_mm(x_R, weights["w1"].transpose(1, 2), offs=ends_E))
+    h = h * F.grouped_mm(x_R, weights["w3"].transpose(1, 2), offs=ends_E)
     y = F.grouped_mm(h, weights["w2"].transpose(1, 2), offs=ends_E)
-    y = (y.float() * scores.flatten()[order_R].unsqueeze(-1)).to(x.dtype)
-    return torch.zeros_like(x).scatter_add(0, token_R.unsqueeze(-1).expand_as(y), y)
+    y = (y.float() * scores_R.unsqueeze(-1)).to(y.dtype)
+    return y, token_R.unsqueeze(-1).expand_as(y)
+
+
+class _DeterministicScatterAdd(torch.autograd.Function):
+    """As `torchtitan.ops.scatter_add`: torch's, told to be deterministic; backward is a gather."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, index: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return out.scatter_add(0, index, source)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        return grad, None, grad.gather(0, *ctx.saved_tensors)
 
 
 def split_matrices(weights: Weights) -> Weights:
@@ -136,14 +175,32 @@ def joined_matrices(grads: Weights) -> Weights:
 
 
 def liger() -> Callable[..., Tensor]:
-    """Liger-Kernel's fused MoE."""
+    """Liger-Kernel's fused MoE, tuned over the likely ones of its own configurations: it tries up to 40 for each of
+    seven kernels and shape, and to compile all of them takes longer than everything else together."""
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    _tune_less("liger_kernel.ops.fused_moe_kernels")
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
         out: Tensor = function.apply(x, up_of(weights), weights["down_proj"], ids.int(), scores.to(x.dtype))
         return out
 
     return run
+
+
+def _tune_less(module: str) -> None:
+    for kernel in vars(importlib.import_module(module)).values():
+        if isinstance(kernel, Autotuner) and len(kernel.configs) > 1:
+            kernel.configs = [one for one in kernel.configs if _is_likely(one)] or kernel.configs
+
+
+def _is_likely(one: Any) -> bool:
+    """Of Liger's configurations, and SonicMoE's of a sum: wide tiles, deep pipelines."""
+    sizes = one.kwargs
+    if "BLOCK_H" in sizes:
+        return one.num_warps == 4 and sizes["BLOCK_H"] in (256, 512) and sizes["BLOCK_K"] in (1, 4)
+    if "BLOCK_M" in sizes:
+        return (sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 128, 32)
+    return (sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 64) and one.num_stages in (3, 4)
 
 
 def scattermoe() -> Callable[..., Tensor]:
@@ -163,9 +220,11 @@ def scattermoe() -> Callable[..., Tensor]:
 
 
 def sonicmoe() -> Callable[..., Tensor]:
-    """SonicMoE, given the routing."""
+    """SonicMoE by its entry for a routing that is given, as transformers calls it. Its products are tuned in full, its
+    sum over a token's rows over the likely configurations."""
     kinds = importlib.import_module("sonicmoe.enums").ActivationType
     function = importlib.import_module("sonicmoe.functional").moe_general_routing_inputs
+    _tune_less("sonicmoe.functional.reduction_over_k_gather")
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
         token_R = torch.arange(shape.tokens, device=x.device, dtype=torch.int32).repeat_interleave(shape.top_k)
@@ -186,6 +245,12 @@ def gated_only(shape: Shape) -> str | None:
     return None if shape.activation == "swiglu" else "for gated experts only"
 
 
+def sorting_in_reason(shape: Shape) -> str | None:
+    if shape.tokens * shape.top_k * shape.dim > 2**27:
+        return "its deterministic scatter-add sorts every number of every row: for 2^27 of them at most"
+    return gated_only(shape)
+
+
 def few_tokens_only(shape: Shape) -> str | None:
     return None if shape.tokens <= 8192 else "a loop over experts that waits for the GPU: for 8,192 tokens at most"
 
@@ -193,10 +258,11 @@ def few_tokens_only(shape: Shape) -> str | None:
 def contenders() -> tuple[dict[str, Contender], dict[str, str]]:
     """(name -> contender, name -> why it is not there)."""
     found = {
-        "ours, fused": Contender(on_triton(ours_fused)),
-        "ours, grouped_mm": Contender(ours_grouped),
+        "ours, fused": Contender(on_triton(ours_fused), is_ours=True),
+        "ours, grouped_mm": Contender(ours_grouped, is_ours=True),
         "HF grouped_mm": Contender(hf_grouped_mm),
-        "torchtitan": Contender(torchtitan, split_matrices, joined_matrices, gated_only),
+        "torchtitan": Contender(torchtitan, split_matrices, joined_matrices, sorting_in_reason),
+        "torchtitan, atomic": Contender(torchtitan_atomic, split_matrices, joined_matrices, gated_only),
         "HF eager": Contender(eager_loop, refuses=few_tokens_only),
     }
     missing = {}

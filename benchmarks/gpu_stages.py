@@ -42,7 +42,7 @@ def _rate(ms: dict[str, float], num_bytes: int = 0, flops: int = 0, copy: float 
     return found if copy is None else found | {"share_of_copy": found["gb_per_s"] / copy}
 
 
-def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float) -> dict[str, Any]:
+def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float | None) -> dict[str, Any]:
     """Stage -> its rate, each alone, on balanced random routing. Bytes are those that a stage cannot do without."""
     with paths.forced("triton"), torch.no_grad():
         memory = {

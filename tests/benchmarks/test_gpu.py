@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_contenders, gpu_measure, gpu_stages
-from benchmarks.gpu_check import checks, errors_of, outputs_and_gradients, reference
+from benchmarks import gpu, gpu_check, gpu_contenders, gpu_measure, gpu_stages, gpu_worker
+from benchmarks.gpu_check import checks
 from benchmarks.gpu_contenders import Contender, contenders
 from benchmarks.gpu_measure import Budget, Clock, measure_layer
-from benchmarks.gpu_shapes import SHAPES, Case, Shape, make_case, route
+from benchmarks.gpu_processes import LATE, results_of
+from benchmarks.gpu_shapes import SHAPES, Shape, route
 from swiftmoe_lightning.kernels.triton import tiles
 
 TINY = Shape("tiny", 12, 16, 8, 4, 2)
@@ -56,45 +61,60 @@ def test_checks_whose_process_lost_its_gpu_run_again_alone(monkeypatch: pytest.M
     found = [check for check in checks(tiny=True) if check.tiles == "HALF_MANY"]
     calls = []
 
-    def in_processes(tasks: Any, workers: int, tasks_of_each: int | None = None) -> list[dict[str, Any]]:
-        calls.append(([task.args[0] for task in tasks], tasks_of_each))
-        results: list[dict[str, Any]] = []
+    def answers(tasks: Any, workers: int, seconds: float) -> list[tuple[Any, str | None]]:
+        calls.append([task.args[0] for task in tasks])
+        given: list[tuple[Any, str | None]] = []
         for task in tasks:
-            lost = tasks_of_each is None and not isinstance(task.args[0], Shape)
-            checked = [TINY] if isinstance(task.args[0], Shape) else task.args[0]
-            results += [asdict(of) | ({"error": "CUDA error: gone"} if lost else {"passed": True}) for of in checked]
-        return results
+            if isinstance(task.args[0], Shape):
+                given.append((None, "its process died with exit code -11"))
+            elif len(calls) == 1 and task.args[0][0].dtype == "float16":
+                given.append((None, LATE))
+            else:
+                lost = {"error": "gone", "lost_gpu": True} if len(calls) == 1 else {"passed": True}
+                given.append(([asdict(of) | lost for of in task.args[0]], None))
+        return given
 
-    monkeypatch.setattr(gpu, "_in_processes", in_processes)
-    results = gpu.check_all(found, [TINY], 2)
-    assert len(results) == len(found) + 1
+    monkeypatch.setattr(gpu, "results_of", answers)
+    monkeypatch.setattr(gpu, "find_spec", lambda package: None if package in ("liger_kernel", "sonicmoe") else package)
+    results, notes = gpu.check_all(found, [TINY], 2, 100)
+    assert len(results) == len(found)
     assert all(result["passed"] for result in results)
+    assert notes == [
+        "ScatterMoE for tiny, compiled ahead: its process died with exit code -11",
+        "ours, fused and ours, grouped_mm for tiny, compiled ahead: its process died with exit code -11",
+    ]
     # bfloat16 and float16 first, each with all its routings; then one check a process.
-    assert [len(group) for group in calls[0][0][1:]] == [2, 2]
-    assert calls[1] == ([[check] for check in found], 1)
+    assert [len(group) for group in calls[0][2:]] == [2, 2]
+    assert calls[1] == [[check] for check in found]
+
+
+def test_a_process_that_dies_or_hangs_takes_nothing_with_it() -> None:
+    tasks = [partial(math.sqrt, 4), partial(os._exit, 3), partial(math.sqrt, -1), partial(time.sleep, 100)]
+    first, died, raised, late = results_of(tasks, 4, seconds=15)
+    assert first == (2.0, None)
+    assert died == (None, "its process died with exit code 3")
+    assert raised[0] is None
+    assert str(raised[1]).startswith("ValueError")
+    assert late == (None, LATE)
+
+
+def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def run(shape: Shape, *inputs: Any) -> Tensor:
+        shapes.append(shape)
+        return gpu_contenders.eager_loop(shape, *inputs)
+
+    found = {name: Contender(run) for name in ("Liger", "ScatterMoE")}
+    monkeypatch.setattr("benchmarks.gpu_check.contenders", lambda: (found, {}))
+    gpu_check.warm_up(Shape("large", 32768, 16, 8, 64, 8), ["Liger", "SonicMoE"], "cpu")
+    assert shapes == [Shape("large", 256, 16, 8, 16, 8)]
 
 
 def test_every_tile_configuration_that_ships_is_checked() -> None:
     shipped = {name for name, value in vars(tiles).items() if isinstance(value, tiles.MlpTiles)}
     for tiny in (True, False):
         assert {check.tiles for check in checks(tiny)} == shipped | {""}
-
-
-def tiny_case(dtype: torch.dtype = torch.float32) -> Case:
-    return make_case(TINY, "zipf", "cpu", dtype)
-
-
-@pytest.mark.parametrize(
-    "name", ["ours, fused", "ours, grouped_mm", "HF grouped_mm", "torchtitan", "HF eager", "plain grouped_mm"]
-)
-def test_every_contender_computes_the_layer(name: str) -> None:
-    found = contenders()[0] | {"plain grouped_mm": Contender(gpu_contenders._plain_grouped_mm)}
-    case, contender = tiny_case(), found[name]
-    weights = contender.prepare(case.weights)
-    outputs = outputs_and_gradients(case, contender.run, weights, contender.restore)
-    errors = errors_of(outputs, reference(case, range(4)))
-    assert errors.keys() == {"out", "x", "scores", "gate_up_proj", "down_proj"}
-    assert max(errors.values()) < 1e-5
 
 
 def test_a_layer_is_measured_and_a_wrong_contender_is_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +126,14 @@ def test_a_layer_is_measured_and_a_wrong_contender_is_not(capsys: pytest.Capture
 
     names = {"ours, fused": contenders()[0]["ours, grouped_mm"], "wrong": Contender(wrong), "broken": Contender(broken)}
     found = measure_layer(TINY, "hot", names, CPU, Budget(100))
-    assert found["ours, fused"].keys() > {"ms_forward", "ms_forward_backward", "tflops", "peak_bytes_saved", "errors"}
+    assert found["ours, fused"].keys() > {
+        "ms_forward",
+        "ms_forward_backward",
+        "tflops",
+        "peak_bytes",
+        "waits",
+        "errors",
+    }
     assert found["ours, fused"]["ms_forward"]["count"] == gpu_measure.ROUNDS
     assert found["wrong"]["skipped"] == "wrong"
     assert found["broken"]["skipped"] == "RuntimeError: no kernel image"
@@ -116,39 +143,90 @@ def test_a_layer_is_measured_and_a_wrong_contender_is_not(capsys: pytest.Capture
     assert all(of == {"skipped": "no time was left"} for of in late.values())
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a run as on a GPU writes, time after time; it runs here, in this process, on TINY."""
+    found: list[dict[str, Any]] = []
+
+    def write(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
+        found.append(json.loads(json.dumps(certificate | results)))
+        return Path(f"{name}.json")
+
+    # One expert fewer than choices of a token cannot be routed.
+    shapes = {"B": TINY, "Q": Shape("impossible", 4, 8, 8, 1, 2)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "birth_certificate", lambda: {"commit": "abc"})
+    monkeypatch.setattr(gpu, "write_result", write)
+    monkeypatch.setattr(gpu, "check_all", lambda *_: ([], []))
+    monkeypatch.setattr(gpu, "listen", lambda task, seconds, silence, hear: task(hear))
+    monkeypatch.setattr(gpu, "SHAPES", shapes)
+    monkeypatch.setattr(gpu, "ROUTINGS", ("hot",))
+    monkeypatch.setattr(gpu_worker, "SHAPES", shapes)
+    monkeypatch.setattr(gpu_worker, "Clock", lambda device: CPU)
+    monkeypatch.setattr(gpu_worker, "ceilings", lambda clock: gpu_stages.ceilings(clock, elements=64, square=8))
+    return found
+
+
 def test_a_run_on_a_gpu_leaves_out_what_is_wrong_and_notes_what_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked = [
         {"tiles": "HALF_FEW", "dtype": "bfloat16", "passed": True},
         {"tiles": "", "dtype": "bfloat16", "passed": False, "errors": {"out": 0.1}},
     ]
-    written: list[dict[str, Any]] = []
-
-    def write(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
-        written.append(json.loads(json.dumps(certificate | results)))
-        return Path(f"{name}.json")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "check_all", lambda *_: checked)
-    monkeypatch.setattr(gpu, "birth_certificate", lambda: {"commit": "abc"})
-    monkeypatch.setattr(gpu, "write_result", write)
-    monkeypatch.setattr(gpu, "Clock", lambda device: CPU)
-    monkeypatch.setattr(gpu, "ceilings", lambda clock: gpu_stages.ceilings(clock, elements=64, square=8))
-    # One expert fewer than choices of a token cannot be routed.
-    monkeypatch.setattr(gpu, "SHAPES", {"B": TINY, "Q": Shape("impossible", 4, 8, 8, 1, 2)})
-    monkeypatch.setattr(gpu, "ROUTINGS", ("hot",))
+    monkeypatch.setattr(gpu, "check_all", lambda *_: (checked, ["compiled ahead: not"]))
+    # Said to be missing, whether it is installed here or not.
+    monkeypatch.setattr(gpu_contenders, "liger", lambda: 1 / 0)
     assert gpu.main(["--name", "other"]) == 1
+    assert written[0].keys() == {"commit", "name", "shapes", "correctness", "not_measured"}
     last = written[-1]
     assert last["commit"] == "abc"
     assert last["missing"]["ours, grouped_mm"] == "wrong: see correctness"
-    assert "ModuleNotFoundError" in last["missing"]["SonicMoE"]
+    assert "ZeroDivisionError" in last["missing"]["Liger"]
     assert last["layers"].keys() == last["stages"].keys() == {"B"}
-    assert last["layers"]["B"]["hot"].keys() == {"ours, fused", "HF grouped_mm", "torchtitan", "HF eager"}
-    assert [note.split(":")[0] for note in last["not_measured"]] == ["stages of Q", "Q, hot"]
+    here = {"ours, fused", "HF grouped_mm", "torchtitan", "torchtitan, atomic", "HF eager"}
+    assert last["layers"]["B"]["hot"].keys() - {"ScatterMoE", "SonicMoE"} == here
+    assert [note.split(":")[0] for note in last["not_measured"]] == ["compiled ahead", "stages of Q", "Q, hot"]
     assert capsys.readouterr().out.splitlines()[-1] == "written to other.json"
     assert gpu.main(["--seconds", "0"]) == 1
-    assert written[-1]["not_measured"][0] == "stages of B: no time was left"
+    assert written[-1]["not_measured"][1] == f"ceilings of the GPU: {LATE}"
+
+
+def test_a_lost_process_costs_the_one_who_ran_in_it(
+    written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dead(BaseException):
+        pass
+
+    dies_at = [("B, hot", "HF eager"), ("B, hot", "")]
+    starts = []
+
+    def listen(task: Any, seconds: float, silence: float, hear: Any) -> str | None:
+        starts.append(([str(part) for part in task.args[0]], "HF eager" in task.args[1], task.args[2] is None))
+        now = dies_at.pop(0) if dies_at else None
+
+        def hear_until_dead(message: Any) -> None:
+            hear(message)
+            if message[0] == "begins" and (str(message[1]), message[2]) == now:
+                raise Dead
+
+        try:
+            task(hear_until_dead)
+        except Dead:
+            return "its process died with exit code -11"
+        return None
+
+    monkeypatch.setattr(gpu, "listen", listen)
+    monkeypatch.setattr(gpu, "ROUTINGS", ("hot", "zipf"))
+    assert gpu.main(["--shapes", "B"]) == 0
+    assert starts == [
+        (["ceilings of the GPU", "stages of B", "B, hot", "B, zipf"], False, True),
+        (["B, hot", "B, zipf"], True, False),
+        (["B, zipf"], True, False),
+    ]
+    assert written[-1]["missing"]["HF eager"] == "B, hot: its process died with exit code -11"
+    assert written[-1]["not_measured"] == ["B, hot: its process died with exit code -11"]
+    assert written[-1]["layers"]["B"].keys() == {"zipf"}
 
 
 def test_all_stages_and_ceilings_run() -> None:
