@@ -114,7 +114,7 @@ ROWS: Final = (
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
             "strategies/test_accelerate: plain_accelerate four_ranks folder misuse",
-            "strategies/test_accelerate_scripts: script_passes",
+            "strategies/test_accelerate_scripts: scripts_of_accelerate_pass",
         ),
     ),
     Row(

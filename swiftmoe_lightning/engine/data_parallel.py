@@ -23,6 +23,14 @@ class ExpertDataParallel(DistributedDataParallel):
         super().__init__(module, **ddp_options)
         self.engine = engine
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._join_config.enable and self.engine.layers:
+            raise ValueError(
+                "ranks with spread experts need equally many training batches, and cannot join uneven inputs. Leave "
+                "Join out, and set drop_last=True in the loader, or with Accelerate even_batches=True."
+            )
+        return super().forward(*args, **kwargs)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         with super().no_sync(), self.engine.no_sync():

@@ -44,7 +44,8 @@ def prepare(
 
     optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' masters.
     rest: data loaders and schedulers, in any order.
-    config: None takes the defaults. ddp_options: as of `DistributedDataParallel`.
+    config: None takes the defaults.
+    ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
 
     Returns (model, optimizer, *rest), prepared. A collective.
     Raises ValueError for a model or optimizer that was prepared before, an optimizer of other parameters or one that
@@ -67,11 +68,23 @@ def prepare(
     if accelerator.scaler is not None:
         accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
     _save_whole_experts(accelerator, model, engine)
-    if accelerator.device.type != "cpu" and engine.dense is None:
-        ddp_options = {"device_ids": [accelerator.device.index], **ddp_options}
-    wrapped = engine.data_parallel(callable_model, **ddp_options)
+    wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     prepared = accelerator.prepare(optimizer, *rest)
     return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+
+
+def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.Module, **ddp_options: Any) -> nn.Module:
+    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have; with
+    dense="fsdp2" the module, cut."""
+    handler = accelerator.ddp_handler
+    defaults = {} if handler is None else handler.to_kwargs()
+    if accelerator.device.type != "cpu":
+        defaults["device_ids"] = [accelerator.device.index]
+    wrapped = engine.data_parallel(module, **{**defaults, **ddp_options})
+    if handler is not None and engine.dense is None:
+        # Of dense gradients; those of experts go as `reduce_dtype` says.
+        handler.register_comm_hook(wrapped)
+    return wrapped
 
 
 def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:

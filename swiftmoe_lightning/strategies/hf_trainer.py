@@ -17,7 +17,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.modules import convert
-from swiftmoe_lightning.strategies.accelerate import STATE_FILE, check_fresh, check_processes
+from swiftmoe_lightning.strategies.accelerate import STATE_FILE, check_fresh, check_processes, data_parallel
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind
 
 # What is overridden below and is not public: all there is in transformers 5.
@@ -109,11 +109,7 @@ class SwiftMoETrainer(Trainer):
             return wrapped
         # Autocast and compilation; the Trainer leaves what comes wrapped from here as it is.
         wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
-        handler = self.accelerator.ddp_handler
-        ddp_options = {} if handler is None else handler.to_kwargs()
-        if self.args.device.type != "cpu":
-            ddp_options["device_ids"] = [self.args.device.index]
-        return self.engine.data_parallel(wrapped, **ddp_options)
+        return data_parallel(self.accelerator, self.engine, wrapped)
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

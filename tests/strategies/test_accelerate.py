@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -154,6 +155,27 @@ def test_a_folder_goes_on_at_another_number_of_processes(tmp_path: Path) -> None
         close(found["state"], whole["state"])
 
 
+def options_of_ddp() -> tuple[bool, bool, str]:
+    """What reaches DDP of the accelerator's handler and of prepare's own options, and the hook it runs."""
+    handler = DistributedDataParallelKwargs(
+        find_unused_parameters=True, static_graph=True, comm_hook=DDPCommunicationHookType.FP16
+    )
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
+    model = models.build()
+    wrapped, _ = sml.accelerate.prepare(accelerator, model, torch.optim.SGD(model.parameters()), static_graph=False)
+    wrapped(torch.randn(4, dense.DIM)).sum().backward()
+    return (
+        wrapped.find_unused_parameters,
+        wrapped.static_graph,
+        wrapped.logger._get_ddp_logging_data().strs_map["comm_hook"],
+    )
+
+
+def test_ddp_gets_the_options_and_the_hook_of_the_accelerator() -> None:
+    for found in run_ranks(options_of_ddp, 2, init=False):
+        assert found == (True, False, "fp16_compress_hook")
+
+
 def build_twice() -> None:
     accelerator = Accelerator(cpu=True)
     model = models.build()
@@ -185,6 +207,15 @@ def build_where_accelerate_sees_one_process() -> None:
     sml.accelerate.prepare(accelerator, model, torch.optim.AdamW(model.parameters()))
 
 
+def join_uneven_inputs() -> None:
+    model = models.build()
+    wrapped, _ = sml.accelerate.prepare(Accelerator(cpu=True), model, torch.optim.AdamW(model.parameters()))
+    with wrapped.join(enable=False):
+        wrapped(torch.randn(4, dense.DIM))
+    with wrapped.join():
+        wrapped(torch.randn(4, dense.DIM))
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
@@ -192,6 +223,7 @@ def build_where_accelerate_sees_one_process() -> None:
         (build_with_foreign_optimizer, "12 parameters of the optimizer are not the model's"),
         (build_after_a_step, "the optimizer has stepped already"),
         (build_the_wrong_way_round, "prepare takes the accelerator, the model, then the optimizer, got a AdamW"),
+        (join_uneven_inputs, "need equally many training batches, and cannot join uneven inputs"),
         (build_where_accelerate_sees_one_process, "2 processes were started, but this Accelerator sees 1"),
     ],
 )
