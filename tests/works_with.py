@@ -102,8 +102,8 @@ ROWS: Final = (
     ),
     Row(
         "Fabric",
-        "`setup`, `setup_module`, `backward`, `no_backward_sync`, `clip_gradients`, `save`, `load`, 32-true, 64-true, "
-        "bf16-mixed",
+        "`setup`, `setup_module`, `backward`, `no_backward_sync`, `clip_gradients`, `save`, `load`, in full precision "
+        "and in bf16-mixed",
         'files go on under `strategy="ddp"` and back',
         ("strategies/test_fabric: plain_ddp one_after_the_other file_goes_on bf16",),
     ),
@@ -113,7 +113,7 @@ ROWS: Final = (
         "`get_state_dict`, `unwrap_model`",
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
-            "strategies/test_accelerate: plain_accelerate four_ranks folder misuse",
+            "strategies/test_accelerate: plain_accelerate four_ranks folder misuse another_parallelism",
             "strategies/test_accelerate_scripts: scripts_of_accelerate_pass",
         ),
     ),
@@ -123,7 +123,7 @@ ROWS: Final = (
         "`load_best_model_at_end`; resume at any number of processes",
         "checkpoints load with `from_pretrained`; fp16, DeepSpeed, FSDP and `even_batches=False` are refused; "
         "`save_model` on all processes",
-        ("strategies/test_hf_trainer: plain_trainer resumes misuse",),
+        ("strategies/test_hf_trainer: plain_trainer resumes misuse deepspeed",),
     ),
     Row(
         "Hugging Face models",

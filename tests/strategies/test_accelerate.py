@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.strategies.accelerate import check_processes
 from tests.engine import dense, models
 from tests.helpers import rank_errors, run_ranks
 
@@ -230,3 +232,28 @@ def join_uneven_inputs() -> None:
 def test_misuse_is_named_on_every_rank(misuse: Callable[[], None], message: str) -> None:
     for error in rank_errors(misuse, 2, init=False):
         assert message in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "found"),
+    [
+        ("DEEPSPEED", (), "DEEPSPEED"),
+        ("FSDP", (), "FSDP"),
+        ("MEGATRON_LM", (), "MEGATRON_LM"),
+        ("MULTI_GPU", ("tp",), "tp"),
+        ("MULTI_GPU", ("cp", "sp"), "cp and sp"),
+    ],
+)
+def test_another_parallelism_of_accelerates_is_refused(kind: str, axes: tuple[str, ...], found: str) -> None:
+    """A stand-in for the accelerator, which could be set up so on GPUs alone."""
+    parallelism = SimpleNamespace(**{f"{axis}_enabled": True for axis in axes})
+    accelerator: Any = SimpleNamespace(
+        num_processes=1, distributed_type=DistributedType[kind], parallelism_config=parallelism
+    )
+    with pytest.raises(ValueError, match=f"Accelerate is set up for {found}, which cannot be combined"):
+        check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
+
+
+def test_plain_data_parallelism_is_not_refused() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=1, distributed_type=DistributedType.MULTI_GPU)
+    check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")

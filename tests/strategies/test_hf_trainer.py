@@ -321,3 +321,12 @@ def test_importing_the_package_does_not_import_the_trainer() -> None:
     code = "import sys, swiftmoe_lightning; print('swiftmoe_lightning.strategies.hf_trainer' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_deepspeed_is_refused_over_several_processes() -> None:
+    """A stand-in for the arguments, which ask for the package to be installed."""
+    from swiftmoe_lightning.strategies.hf_trainer import check_arguments
+
+    arguments: Any = SimpleNamespace(n_gpu=1, world_size=2, deepspeed="zero3.json")
+    with pytest.raises(ValueError, match="deepspeed='zero3.json' cannot be combined with experts spread"):
+        check_arguments(arguments)
