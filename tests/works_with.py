@@ -123,7 +123,7 @@ ROWS: Final = (
         "`load_best_model_at_end`; resume at any number of processes",
         "checkpoints load with `from_pretrained`; fp16, DeepSpeed, FSDP and `even_batches=False` are refused; "
         "`save_model` on all processes",
-        ("strategies/test_hf_trainer: plain_trainer resumes misuse deepspeed",),
+        ("strategies/test_hf_trainer: plain_trainer resumes", "strategies/test_hf_trainer_misuse: misuse deepspeed"),
     ),
     Row(
         "Hugging Face models",
