@@ -49,7 +49,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """[T, D]: sum over k of y[rows[:, k]], weighted if weights are given. With weights this is combine."""
-    if _is_bag(y_RD, rows_TK):
+    if _is_bag(y_RD, rows_TK, weights_TK):
         weights_TK = None if weights_TK is None else weights_TK.to(y_RD.dtype)
         return F.embedding_bag(rows_TK, y_RD, per_sample_weights=weights_TK, mode="sum")
     out_TD = torch.zeros(len(rows_TK), y_RD.shape[1], dtype=_sum_dtype(y_RD), device=y_RD.device)
@@ -173,10 +173,13 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
     return torch.cat([F.linear(x, w, b) for x, w, b in zip(parts, weight_sOI.unbind(0), biases, strict=True)])
 
 
-def _is_bag(y_RD: Tensor, rows_TK: Tensor) -> bool:
-    """Whether `F.embedding_bag` takes these: a CPU's fused gather and sum. It adds bfloat16 up with less care."""
-    is_float = y_RD.device.type == "cpu" and y_RD.dtype in (torch.float32, torch.float64)
-    return is_float and rows_TK.numel() > 0 and len(y_RD) > 0 and not (rows_TK < 0).any()
+def _is_bag(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> bool:
+    """Whether `F.embedding_bag` takes these: a CPU's fused gather and sum, which sums in float32 or wider. It wants
+    weights in the dtype of the rows, to which wider ones are not rounded."""
+    if y_RD.device.type != "cpu" or rows_TK.numel() == 0 or len(y_RD) == 0:
+        return False
+    is_exact = weights_TK is None or torch.promote_types(weights_TK.dtype, y_RD.dtype) == y_RD.dtype
+    return is_exact and not bool((rows_TK < 0).any())
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
