@@ -83,7 +83,8 @@ def _is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
 
 def on_triton(*tensors: Tensor) -> bool:
     """Whether the operation on these floating tensors runs Triton."""
-    return paths.choose(tensors[0].device, *(t.dtype for t in tensors)).name == "triton"
+    found: bool = paths.is_triton(tensors[0].device, *[t.dtype for t in tensors])
+    return found
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:

@@ -38,6 +38,13 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> Path:
     return path
 
 
+# The compiler asks once for each graph, and does not look inside.
+@torch.compiler.assume_constant_result
+def is_triton(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether `choose` says "triton"."""
+    return choose(device, *dtypes).name == "triton"
+
+
 # Above these, the products are long enough that gathering and activating apart from them costs little, and cuBLAS's
 # grouped product is the faster one. To be confirmed by measurement.
 _WIDE_EXPERT: Final = 2048
