@@ -11,6 +11,7 @@ from swiftmoe_lightning.comms.masters import (
     master_like,
     mix_with_plain_tensors,
     shard_from_rank_zero,
+    shard_whole_values,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "master_like",
     "mix_with_plain_tensors",
     "shard_from_rank_zero",
+    "shard_whole_values",
 ]

@@ -1,12 +1,14 @@
 """Masters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
 
-FSDP2's parameters, which are cut along their first dimension, are handled alike."""
+FSDP2's parameters, which are cut along their first dimension, are handled alike.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +37,26 @@ def master_like(local: Tensor, like: Tensor) -> DTensor:
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """A copy of the part of `whole` that would live here if it were cut as the DTensor `like`. No communication."""
+    """The part of `whole` that would live here if it were cut as the DTensor `like`, sharing its storage."""
     assert isinstance(like, DTensor)
     (placement,) = like.placements
     assert isinstance(placement, Shard)
     rank = like.device_mesh.get_local_rank()
     first, last = shard_rows(whole.shape[placement.dim], like.device_mesh.size())[rank]
-    return whole.narrow(placement.dim, first, last - first).clone()
+    return whole.narrow(placement.dim, first, last - first)
+
+
+def shard_whole_values(parameters: Mapping[str, Tensor], state: dict[str, Any], prefix: str) -> None:
+    """Let `load_state_dict` take whole tensors for DTensors: in `state`, each becomes this rank's part of it.
+
+    parameters: by their name behind `prefix`; plain ones and other shapes are left alone. No communication.
+    """
+    for name, parameter in parameters.items():
+        value = state.get(prefix + name)
+        if not isinstance(value, Tensor) or is_master(value) or value.shape != parameter.shape:
+            continue
+        if is_master(parameter):
+            state[prefix + name] = master_like(local_part(value, parameter).to(parameter.device), parameter)
 
 
 def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:

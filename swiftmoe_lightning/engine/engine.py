@@ -145,15 +145,14 @@ class SwiftMoEEngine:
         return optimizer
 
     def _refuse_replaced(self, optimizer: Optimizer) -> None:
-        stale = [t.name for t in self._tracked if t.holds_replaced(optimizer)]
+        stale = [t.name for t in self._tracked if t.replaced.held_by(optimizer)]
         if stale:
             raise ValueError(
                 f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
                 "first, then the optimizer from module.parameters()."
             )
-        held = [p for param_group in optimizer.param_groups for p in param_group["params"]]
         cuts = self.config.dense == "fsdp2" and self.group is not None
-        if cuts and (self.dense is None or self.dense.holds_replaced(held)):
+        if cuts and (self.dense is None or self.dense.replaced.held_by(optimizer)):
             raise ValueError(
                 "the optimizer holds parameters from before dense='fsdp2' cut them over the ranks. Call "
                 "engine.data_parallel() first, then make the optimizer from module.parameters()."
@@ -193,8 +192,7 @@ class SwiftMoEEngine:
     def publish(self, tracked: list[TrackedLayer] | None = None) -> None:
         """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
         tracked = self._tracked if tracked is None else tracked
-        ready = [t for t in tracked if not t.holds_gradients()]
-        next_placements = self.place(ready)
+        next_placements = self.place([t for t in tracked if not t.holds_gradients()])
         self.distribute(tracked, next_placements)
 
     def place(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
@@ -250,12 +248,11 @@ class SwiftMoEEngine:
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None
     ) -> Tensor:
         """Clip by the norm over dense and expert gradients together (see `clip_grad_norm`). A collective."""
-        clipped = self.module.parameters() if parameters is None else parameters
-        return clip_grad_norm(clipped, max_norm, self.group, norm_type)
+        return clip_grad_norm(self._clipped(parameters), max_norm, self.group, norm_type)
 
     def clip_grad_value_(self, clip_value: float, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Clamp all gradients' elements to +-clip_value."""
-        clip_grad_value(self.module.parameters() if parameters is None else parameters, clip_value)
+        clip_grad_value(self._clipped(parameters), clip_value)
 
     def grad_scaler(self, device: str = "cuda", **options: Any) -> torch.amp.GradScaler:
         """A `torch.amp.GradScaler` with these options, whose ranks skip a step together."""
@@ -291,6 +288,9 @@ class SwiftMoEEngine:
 
     def _placer_of(self, tracked: TrackedLayer) -> Placer | None:
         return None if self._placers is None else self._placers.of(tracked.experts.num_experts)
+
+    def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
+        return self.module.parameters() if parameters is None else parameters
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")

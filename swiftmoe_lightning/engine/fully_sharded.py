@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master, local_part, master_like
+from swiftmoe_lightning.comms import ExpertGroup, is_master, shard_whole_values
+from swiftmoe_lightning.engine.replaced import Replaced
 
 
 class FullyShardedDense:
@@ -27,7 +27,7 @@ class FullyShardedDense:
 
     def __init__(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
         self._root, self._whole = module, False
-        self._replaced: list[weakref.ref[nn.Parameter]] = []
+        self.replaced = Replaced()
         if not isinstance(module, FSDPModule):
             self._shard(module, group, wire_dtype)
         # The root first: it must be the first that FSDP2 sees run.
@@ -39,7 +39,7 @@ class FullyShardedDense:
         dense = [p for p in module.parameters() if not is_master(p)]
         for tensor in [*dense, *module.buffers()]:
             dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
-        self._replaced = [weakref.ref(p) for p in dense]
+        self.replaced.add(dense)
         doubles = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if doubles else wire_dtype)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:
@@ -51,11 +51,6 @@ class FullyShardedDense:
 
     def _before_forward(self, *_: object) -> None:
         self.gather(not self._root.training and not torch.is_grad_enabled())
-
-    def holds_replaced(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether a parameter is one from before the cut."""
-        replaced = {id(p) for ref in self._replaced if (p := ref()) is not None}
-        return any(id(p) in replaced for p in parameters)
 
     def set_sync(self, syncs: bool) -> None:
         """Whether the next backward reduces gradients, or adds them to those that wait (accumulation)."""
@@ -102,8 +97,4 @@ def _blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _shard_loaded(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Let `load_state_dict` take whole tensors, without communication."""
-    for name, parameter in module.named_parameters(recurse=False):
-        value = state.get(prefix + name)
-        if value is not None and is_master(parameter) and not is_master(value) and value.shape == parameter.shape:
-            state[prefix + name] = master_like(local_part(value, parameter).to(parameter.device), parameter)
+    shard_whole_values(dict(module.named_parameters(recurse=False)), state, prefix)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from swiftmoe_lightning.comms import (
     ExpertGroup,
     is_master,
-    local_part,
     local_rows,
     local_shard,
     master_from_local,
     master_like,
     shard_from_rank_zero,
+    shard_whole_values,
 )
 from swiftmoe_lightning.engine.agreement import Agreement, CallRows
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
@@ -57,10 +57,7 @@ class ShardedLayer(ExpertHosting):
         self.experts.register_load_state_dict_pre_hook(self._shard_loaded)
 
     def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name, master in experts.expert_parameters().items():
-            value = state.get(prefix + name)
-            if isinstance(value, Tensor) and not is_master(value) and value.shape == master.shape:
-                state[prefix + name] = master_like(local_part(value, master).to(master.device), master)
+        shard_whole_values(experts.expert_parameters(), state, prefix)
         self.stale = True
 
     def __deepcopy__(self, _: Any) -> ShardedLayer:

@@ -5,7 +5,6 @@ W ranks, E experts.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
+from swiftmoe_lightning.engine.replaced import Replaced
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import Observation, Placement, Placer
@@ -33,13 +33,13 @@ class TrackedLayer:
         self._closed = self._placed = experts.trained_load.total
         self._step: ExpertLoad | None = None
         self._expert_optimizers: list[Optimizer] = []
-        self._replaced: list[weakref.ref[nn.Parameter]] = []
+        self.replaced = Replaced()
 
     def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
         """Spread the experts over the ranks (again). A collective."""
         master_device = torch.device("cpu") if config.offload_optimizer else device
         replaced = shard_parameters(self.experts, group, master_device)
-        self._replaced += [weakref.ref(p) for p in replaced.values()]
+        self.replaced.add(replaced.values())
         if self.sharded is None:
             (first,) = placer.placements_of([self.name])
             slots = ExpertSlots(
@@ -59,11 +59,6 @@ class TrackedLayer:
     def holds_gradients(self) -> bool:
         """Whether gradients wait in the slots (accumulation)."""
         return self.sharded is not None and self.sharded.slots.has_gradients
-
-    def holds_replaced(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer holds a parameter that a master has replaced."""
-        replaced = {id(p) for ref in self._replaced if (p := ref()) is not None}
-        return any(id(p) in replaced for group in optimizer.param_groups for p in group["params"])
 
     def takes_part_in(self, optimizer: Optimizer, held: set[int]) -> bool:
         """Whether an optimizer that holds the parameters of these ids updates this layer's experts or router."""
@@ -127,7 +122,7 @@ class TrackedLayer:
         self.sharded.stale = True
 
 
-def refuse_adapted(name: str, experts: Experts) -> None:
+def _refuse_adapted(name: str, experts: Experts) -> None:
     """Raise ValueError for experts whose weights are not used as they are: slots would hold others."""
     if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
         raise ValueError(
@@ -156,7 +151,7 @@ def track_layers(
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
             if group is not None:
-                refuse_adapted(name, experts)
+                _refuse_adapted(name, experts)
             t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))
             tracked.append(t)
     for index, t in enumerate(tracked):

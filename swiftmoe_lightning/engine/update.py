@@ -139,7 +139,7 @@ class ShardedUpdate:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape == master.shape:
-            return local_part(value, master)
+            return local_part(value, master).clone()
         if value.shape != local_shard(master).shape:
             raise ValueError(
                 f"optimizer state {key!r} of {self._name_of(master)!r} has shape {list(value.shape)} in the "

@@ -78,7 +78,7 @@ def _is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
     """Whether the reference may run without its operator."""
     if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
         return False
-    return paths.choose(first.device, *(t.dtype for t in floating)).name == "torch"
+    return not paths.is_triton(first.device, *(t.dtype for t in floating))
 
 
 def on_triton(*tensors: Tensor) -> bool:
@@ -101,7 +101,7 @@ def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 @torch.library.custom_op("swiftmoe::sort_choices", mutates_args=())
 def _sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if paths.choose(key_N.device).name == "triton":
+    if paths.is_triton(key_N.device):
         from swiftmoe_lightning.kernels.triton import sorting
 
         return sorting.sort_choices(key_N, num_groups)

@@ -113,8 +113,13 @@ class TopKRouter(nn.Module):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         if on_triton(logits_TE):
             routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalise)
-            sums = {"prob_sums_E": routed.prob_sums_E, "square_sum": routed.square_sum}
-            return RouterOutput(routed.expert_ids_TK, routed.weights_TK, logits_TE, **sums)
+            return RouterOutput(
+                routed.expert_ids_TK,
+                routed.weights_TK,
+                logits_TE,
+                prob_sums_E=routed.prob_sums_E,
+                square_sum=routed.square_sum,
+            )
         scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
         choice_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
         expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices

@@ -60,7 +60,7 @@ def prepare(
     names = names_of(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
-    engine.shard_dense()
+    wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     rebind(optimizer, model, names)
     engine.prepare_optimizer(optimizer)
     # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
@@ -68,7 +68,6 @@ def prepare(
     if accelerator.scaler is not None:
         accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
     _save_whole_experts(accelerator, model, engine)
-    wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     prepared = accelerator.prepare(optimizer, *rest)
     return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
 

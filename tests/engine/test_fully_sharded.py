@@ -60,8 +60,10 @@ def train(in_blocks: bool, stock_clip: bool, fused: bool) -> tuple[dict[str, Ten
         for micro_batch in range(dense.MICRO_BATCHES):
             with nullcontext() if micro_batch == dense.MICRO_BATCHES - 1 else model.no_sync():
                 loss_of(model, step, micro_batch).backward()
-        clip = torch.nn.utils.clip_grad_norm_ if stock_clip else None
-        clip(module.parameters(), 0.5) if clip else engine.clip_grad_norm_(0.5)
+        if stock_clip:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        else:
+            engine.clip_grad_norm_(0.5)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 5:

@@ -1,0 +1,24 @@
+"""Parameters that others have taken the place of, for as long as somebody still holds them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Replaced:
+    """Knows parameters without keeping them alive."""
+
+    def __init__(self) -> None:
+        self._refs: list[weakref.ref[nn.Parameter]] = []
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._refs += [weakref.ref(p) for p in parameters]
+
+    def held_by(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer would update one of them, which nobody uses any more."""
+        ids = {id(p) for ref in self._refs if (p := ref()) is not None}
+        return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
