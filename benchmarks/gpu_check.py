@@ -36,7 +36,7 @@ class Check:
 def checks(tiny: bool) -> list[Check]:
     """tiny: sizes for Triton's interpreter."""
     # Features that no tile divides, more rows than a tile, slots that end within one; few rows a slot, and many.
-    few = Shape("few rows", *((40, 40, 24, 5, 2) if tiny else (300, 392, 200, 9, 3)))
+    few = Shape("few rows", *((40, 40, 24, 5, 2) if tiny else (300, 392, 200, 12, 3)))
     many = Shape("many rows", *((100, 40, 24, 2, 2) if tiny else (1111, 392, 200, 5, 3)))
     odd = Shape("odd features", *((21, 33, 17, 3, 2) if tiny else (257, 301, 65, 7, 2)))
     found = []

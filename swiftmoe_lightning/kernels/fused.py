@@ -7,8 +7,7 @@ first matrix (2F for swiglu). Saved for backward: the input, Z [R, O] (before th
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from torch import Tensor
 from swiftmoe_lightning.kernels.ops import keep_nothing, refuse_second_derivative
 from swiftmoe_lightning.kernels.paths import DTYPES
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from swiftmoe_lightning.kernels.triton.tiles import Rows
 
 
 def fused_expert_mlp(
@@ -109,12 +105,13 @@ def _fused_mlp(  # noqa: PLR0913 - an operator takes tensors one by one
     """Up, down and, with scores, combine. Returns (out, Z for backward; empty without `keep_z`)."""
     from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product, up
     from swiftmoe_lightning.kernels.triton.launch import device_of
+    from swiftmoe_lightning.kernels.triton.rows import clear_tail
 
     with device_of(x):
         rows = _map_rows(x, choice_R, rows_TK, ends_s)
         z_RO, a_RF = up(x, first, first_bias, rows, activation, keep_z)
         y_RD = grouped_product(a_RF, second, second_bias, rows, rows.tiles.down)
-        out = y_RD if scores_TK is None else _sum_rows(y_RD, rows_TK, scores_TK)
+        out = clear_tail(y_RD, ends_s) if scores_TK is None else _sum_rows(y_RD, rows_TK, scores_TK)
     return out, x.new_empty(0) if z_RO is None else z_RO
 
 
@@ -138,68 +135,137 @@ def _(  # noqa: PLR0913 - as above
     return x.new_empty(num_out, second.shape[1]), z_RO
 
 
-@torch.library.custom_op("swiftmoe::fused_mlp_backward", mutates_args=())
-def _fused_mlp_backward(  # noqa: PLR0913 - as above
+@torch.library.custom_op("swiftmoe::fused_down_backward", mutates_args=())
+def _down_backward(  # noqa: PLR0913 - as above
     grad: Tensor,
-    x: Tensor,
     scores_TK: Tensor | None,
     choice_R: Tensor | None,
     rows_TK: Tensor | None,
     ends_s: Tensor,
-    first: Tensor,
     second: Tensor,
     second_bias: Tensor | None,
     z_RO: Tensor,
     activation: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The hidden layer's gradient, then one product for each; those that are not needed come out empty."""
+    """From dO [T, D] or dY [R, D]: dZ, and the gradients of scores, second matrix and bias; not needed, empty."""
+    from swiftmoe_lightning.kernels.triton.gemm_backward import hidden_gradient, weight_gradient
     from swiftmoe_lightning.kernels.triton.launch import device_of
+    from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient, bias_part, score_gradient
 
-    saved = _Saved(x, scores_TK, z_RO, first, second, second_bias, rows_TK, activation)
-    with device_of(x):
-        rows = _map_rows(x, choice_R, rows_TK, ends_s)
-        found = _gradients(grad.contiguous(), saved, rows, tuple(needed))
-    return [x.new_empty(0) if gradient is None else gradient for gradient in found]
+    need_scores, need_second, need_bias = needed
+    grads = [grad.new_empty(0) for _ in needed]
+    with device_of(grad):
+        rows = _map_rows(grad, choice_R, rows_TK, ends_s)
+        dz_RO, a_RF, parts = hidden_gradient(grad, scores_TK, second, z_RO, rows, activation)
+        if need_scores and scores_TK is not None and rows_TK is not None and parts is not None:
+            if second_bias is not None:
+                bias_part(grad, second_bias, rows, parts[-1])
+            grads[0] = score_gradient(parts, rows_TK, scores_TK.dtype, second_bias is not None)
+        if need_second:
+            grads[1] = weight_gradient(grad, a_RF, rows, gathered="" if scores_TK is None else "left")
+        if need_bias:
+            grads[2] = bias_gradient(grad, scores_TK, rows)
+    return [dz_RO, *grads]
 
 
-@_fused_mlp_backward.register_fake
+@_down_backward.register_fake
 def _(  # noqa: PLR0913 - as above
     grad: Tensor,
-    x: Tensor,
     scores_TK: Tensor | None,
     choice_R: Tensor | None,
     rows_TK: Tensor | None,
     ends_s: Tensor,
-    first: Tensor,
     second: Tensor,
     second_bias: Tensor | None,
     z_RO: Tensor,
     activation: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    biases = x.new_empty(first.shape[:2]), x.new_empty(second.shape[:2])
-    like = (x, x.new_empty(0) if scores_TK is None else scores_TK, first, biases[0], second, biases[1])
-    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needed, strict=True)]
+    return [torch.empty_like(z_RO), *_like([scores_TK, second, second_bias], needed, grad)]
+
+
+@torch.library.custom_op("swiftmoe::fused_up_backward", mutates_args=())
+def _up_backward(  # noqa: PLR0913 - as above
+    dz_RO: Tensor,
+    x: Tensor,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The gradients of x, first matrix and bias; those that are not needed come out empty."""
+    from swiftmoe_lightning.kernels.triton.gemm_backward import weight_gradient
+    from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product
+    from swiftmoe_lightning.kernels.triton.launch import device_of
+    from swiftmoe_lightning.kernels.triton.rows import clear_tail
+    from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient
+
+    need_x, need_first, need_bias = needed
+    grads = [dz_RO.new_empty(0) for _ in needed]
+    with device_of(x):
+        rows = _map_rows(x, choice_R, rows_TK, ends_s)
+        if need_first:
+            grads[1] = weight_gradient(dz_RO, x, rows, gathered="" if rows_TK is None else "right")
+        if need_bias:
+            grads[2] = bias_gradient(dz_RO, None, rows)
+        if need_x:
+            dx_RD = grouped_product(dz_RO, first, None, rows, rows.tiles.grad_rows, transposed=True)
+            grads[0] = clear_tail(dx_RD, ends_s) if rows_TK is None else _sum_rows(dx_RD, rows_TK)
+    return grads
+
+
+@_up_backward.register_fake
+def _(  # noqa: PLR0913 - as above
+    dz_RO: Tensor,
+    x: Tensor,
+    choice_R: Tensor | None,
+    rows_TK: Tensor | None,
+    ends_s: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    return _like([x, first, first_bias], needed, dz_RO)
+
+
+def _like(tensors: list[Tensor | None], needed: list[bool], of: Tensor) -> list[Tensor]:
+    return [
+        of.new_empty(0) if t is None or not n else torch.empty_like(t) for t, n in zip(tensors, needed, strict=True)
+    ]
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
+    # Z is an output for backward's sake alone: nobody is to make zeros for its gradient.
+    ctx.set_materialize_grads(False)
 
 
-def _fused_mlp_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, scores_TK, choice_R, rows_TK, ends_s, first, _, second, second_bias, z_RO = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    needed = [needs[i] for i in (0, 1, 5, 6, 7, 8)]
-    saved = (x, scores_TK, choice_R, rows_TK, ends_s, first, second, second_bias, z_RO)
-    found = _fused_mlp_backward(grad, *saved, ctx.activation, needed)
-    grads = [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
-    return (*grads[:2], None, None, None, *grads[2:], None, None)
+def _fused_mlp_gradient(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, scores_TK, *routing, first, first_bias, second, second_bias, z_RO = ctx.saved_tensors
+    need_x, need_scores, _, _, _, *need_weights = ctx.needs_input_grad[:9]
+    # Unless the graph is kept, Z goes before dX comes: both are large.
+    ctx.maybe_clear_saved_tensors()
+    needed = [need_scores, *need_weights[2:]]
+    inputs = (grad.contiguous(), scores_TK, *routing, second, second_bias, z_RO)
+    dz_RO, *found = _down_backward(*inputs, ctx.activation, needed)
+    del z_RO, inputs
+    d_scores, *d_second = _only(needed, found)
+    needed = [need_x, *need_weights[:2]]
+    d_x, *d_first = _only(needed, _up_backward(dz_RO, x, *routing, first, first_bias, needed))
+    return d_x, d_scores, None, None, None, *d_first, *d_second, None, None
+
+
+def _only(needed: list[bool], found: list[Tensor]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
 
 
 _fused_mlp.register_autograd(_fused_mlp_gradient, setup_context=_keep_inputs)
-_fused_mlp_backward.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
+for _operator in (_down_backward, _up_backward):
+    _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
 
 
 def _map_rows(x: Tensor, choice_R: Tensor | None, rows_TK: Tensor | None, ends_s: Tensor) -> Any:
@@ -209,50 +275,6 @@ def _map_rows(x: Tensor, choice_R: Tensor | None, rows_TK: Tensor | None, ends_s
     num_rows = len(x) if choice_R is None else len(choice_R)
     top_k = 1 if rows_TK is None else rows_TK.shape[1]
     return map_rows(choice_R, top_k, ends_s, num_rows, choose_tiles(x, num_rows, len(ends_s)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """What forward left: x [T or R, D], Z [R, O], first [s, O, D] and second [s, D, F] matrix, and the like."""
-
-    x: Tensor
-    scores_TK: Tensor | None
-    z_RO: Tensor
-    first: Tensor
-    second: Tensor
-    second_bias: Tensor | None
-    rows_TK: Tensor | None
-    activation: str
-
-
-def _gradients(grad: Tensor, saved: _Saved, rows: "Rows", needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Of x, scores, first matrix and bias, second matrix and bias, as far as `needed`, from dO [T, D] or dY [R, D]."""
-    from swiftmoe_lightning.kernels.triton.gemm_backward import hidden_gradient, weight_gradient
-    from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product
-    from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient, bias_part, score_gradient
-
-    need_x, need_scores, need_first, need_first_bias, need_second, need_second_bias = needed
-    grads: dict[str, Tensor] = {}
-    scores_TK, rows_TK = saved.scores_TK, saved.rows_TK
-    dz_RO, a_RF, parts = hidden_gradient(grad, scores_TK, saved.second, saved.z_RO, rows, saved.activation)
-    if need_second:
-        grads["second"] = weight_gradient(grad, a_RF, rows, gathered="" if scores_TK is None else "left")
-    # A [R, F] goes before dX [R, D] comes.
-    del a_RF
-    if need_second_bias:
-        grads["second_bias"] = bias_gradient(grad, scores_TK, rows)
-    if need_scores and scores_TK is not None and rows_TK is not None and parts is not None:
-        if saved.second_bias is not None:
-            bias_part(grad, saved.second_bias, rows, parts[-1])
-        grads["scores"] = score_gradient(parts, rows_TK, scores_TK.dtype, saved.second_bias is not None)
-    if need_first:
-        grads["first"] = weight_gradient(dz_RO, saved.x, rows, gathered="" if rows_TK is None else "right")
-    if need_first_bias:
-        grads["first_bias"] = bias_gradient(dz_RO, None, rows)
-    if need_x:
-        dx_RD = grouped_product(dz_RO, saved.first, None, rows, rows.tiles.grad_rows, transposed=True)
-        grads["x"] = dx_RD if rows_TK is None else _sum_rows(dx_RD, rows_TK)
-    return tuple(grads.get(name) for name in ("x", "scores", "first", "first_bias", "second", "second_bias"))
 
 
 def _sum_rows(y_RD: Tensor, rows_TK: Tensor | None, weights_TK: Tensor | None = None) -> Tensor:

@@ -89,11 +89,20 @@ def _build_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     signature = {}
     for name in parameters.keys() - constants.keys():
         value = values[name]
-        wide = isinstance(value, int) and not -(2**31) <= value < 2**31
-        signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else ("i64" if wide else "i32")
+        signature[name] = _type_of(value)
     aligned = tuple(name for name in signature if isinstance(values[name], int) and values[name] % 16 == 0)
     options = {k: v for k, v in kwargs.items() if k not in parameters}
     return Build(f"{function.__module__}.{function.__name__}", signature, constants, options, aligned)
+
+
+def _type_of(value: Any) -> str:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_all(builds: Sequence[Build]) -> list[Report]:

@@ -102,8 +102,10 @@ def test_outputs_and_gradients_equal_a_loop_over_rows(sizes, bias, activation):
     assert_moe_equals_the_loop(sizes, activation, bias, torch.float32)
 
 
-# Few rows per slot, and many: the tiles differ.
-@pytest.mark.parametrize("sizes", [(7, 2, 33, 32, 3), (65, 2, 100, 65, 1)], ids=str)
+# Few rows per slot, and many: the tiles differ. With rows that begin at 16 bytes, and without: so do the loads.
+@pytest.mark.parametrize(
+    "sizes", [(7, 2, 33, 32, 3), (65, 2, 100, 65, 1), (7, 2, 40, 24, 3), (65, 2, 104, 72, 1)], ids=str
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_equals_a_loop_over_rows(sizes, activation, dtype):
@@ -241,7 +243,7 @@ def test_big_tiles_are_for_many_rows_and_gpus_that_have_room(monkeypatch):
     assert tiles.choose_tiles(x, 960, 10) is tiles.HALF_MANY
     assert tiles.choose_tiles(x, 959, 10) is tiles.HALF_FEW
     # An A100's, in bytes.
-    monkeypatch.setattr(tiles, "_shared_memory", lambda _: 163 * 1024)
+    monkeypatch.setattr(tiles, "shared_memory", lambda _: 163 * 1024)
     assert tiles.choose_tiles(x, 960, 10) is tiles.HALF_FEW
 
 
@@ -250,9 +252,10 @@ def test_no_two_slots_share_a_tile_of_rows():
 
     ends_s = torch.tensor([3, 3, 8], dtype=torch.int32, device=DEVICE)
     rows = map_rows(None, 1, ends_s, 10, MlpTiles(*[Tile(2, 2, 2, 1, 1)] * 5))
-    # Slot 1 has no rows; 3 stands for rows 8 and 9, which are nobody's, and 4 for no tile.
-    assert rows.slot_B.tolist() == [0, 0, 2, 2, 2, 3, 4, 4]
-    assert rows.first_row_B[:6].tolist() == [0, 2, 3, 5, 7, 8]
+    # Slot 1 has no rows, 8 and 9 are nobody's; 3 stands for no tile.
+    assert rows.slot_B.tolist() == [0, 0, 2, 2, 2, 3, 3, 3]
+    assert rows.first_row_B[:5].tolist() == [0, 2, 3, 5, 7]
+    assert rows.num_tiles.tolist() == [5]
 
 
 @pytest.mark.gpu

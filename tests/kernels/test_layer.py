@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from swiftmoe_lightning.kernels import expert_layer, expert_rows, layer, paths, sort_choices
+from swiftmoe_lightning.kernels import expert_layer, expert_rows, fused, layer, paths, sort_choices
 from tests.kernels.cases import DEVICE, assert_close, gradients, leaves, loop_mlp, make_weights
 
 
@@ -124,13 +125,30 @@ def test_the_fused_operators_keep_torchs_contract(bias):
     pytest.importorskip("triton")
     arguments = fused_arguments(bias)
     torch.library.opcheck(torch.ops.swiftmoe.fused_mlp.default, arguments)
-    x, scores, choice, rows, ends, first, _, second, second_bias = arguments[:9]
+    x, scores, *routing, first, first_bias, second, second_bias = [
+        t if t is None else t.detach() for t in arguments[:9]
+    ]
     with torch.no_grad():
         out, z_RO = torch.ops.swiftmoe.fused_mlp(*arguments)
-    saved = [t if t is None else t.detach() for t in (x, scores, choice, rows, ends, first, second, second_bias)]
-    needed = [True, True, True, bias, True, False]
-    backward = (torch.ones_like(out), *saved, z_RO, "swiglu", needed)
-    torch.library.opcheck(torch.ops.swiftmoe.fused_mlp_backward.default, backward)
+    down = (torch.ones_like(out), scores, *routing, second, second_bias, z_RO, "swiglu", [True, False, bias])
+    torch.library.opcheck(torch.ops.swiftmoe.fused_down_backward.default, down)
+    up = (torch.ones_like(z_RO), x, *routing, first, first_bias, [True, True, bias])
+    torch.library.opcheck(torch.ops.swiftmoe.fused_up_backward.default, up)
+
+
+def test_backward_lets_go_of_z_before_the_inputs_gradient_comes_unless_the_graph_is_kept(monkeypatch):
+    pytest.importorskip("triton")
+    arguments = fused_arguments(bias=False)
+    inputs = [t for t in arguments[:9] if t is not None and t.requires_grad]
+    out, z_RO = torch.ops.swiftmoe.fused_mlp(*arguments)
+    z, up_backward, is_gone = StorageWeakRef(z_RO.untyped_storage()), fused._up_backward, []
+    del z_RO
+    monkeypatch.setattr(fused, "_up_backward", lambda *args: is_gone.append(z.expired()) or up_backward(*args))
+    first = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    again = torch.autograd.grad(out.sum(), inputs)
+    assert is_gone == [False, True]
+    for found, wanted in zip(again, first, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_the_fused_layer_compiles_in_one_graph_and_refuses_a_second_derivative():

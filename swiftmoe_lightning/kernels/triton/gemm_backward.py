@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swiftmoe_lightning.kernels.triton.gemm_forward import hidden_of
+from swiftmoe_lightning.kernels.triton.launch import tiles_of
 from swiftmoe_lightning.kernels.triton.tiles import (
     Rows,
     column_halves,
@@ -35,7 +36,8 @@ def hidden_gradient(
     Returns dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
     parts of each row's <dO, Y>, which is its score's gradient. Nobody's rows are not written.
     """
-    (_, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
+    (num_slots, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
+    weight = tiles_of(weight_sDF, (1, tile.depth, tile.cols))
     num_col_tiles = triton.cdiv(hidden_dim, tile.cols)
     dz_RO = torch.empty(z_RO.shape, dtype=z_RO.dtype, device=z_RO.device)
     a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=z_RO.dtype, device=z_RO.device)
@@ -46,7 +48,7 @@ def hidden_gradient(
         grad,
         None if scores_TK is None else rows.choice_R,
         scores_TK,
-        weight_sDF,
+        weight_sDF if weight is None else weight,
         z_RO,
         rows.slot_B,
         rows.first_row_B,
@@ -55,8 +57,9 @@ def hidden_gradient(
         a_RF,
         parts,
         rows.num_rows,
-        len(rows.ends_s),
+        num_slots,
         len(rows.slot_B),
+        TMA=weight is not None,
         TOP_K=rows.top_k,
         D=dim,
         F=hidden_dim,
@@ -178,7 +181,7 @@ def hidden_gradient_kernel(
     p_grad,  # *dtype [R, D], or [T, D] with choices
     p_choice,  # *i64 [R], or None
     p_score,  # *f [T, K], or None; with choices only
-    p_weight,  # *dtype [s, D, F]
+    p_weight,  # *dtype [s, D, F], or if TMA a descriptor of it
     p_z,  # *dtype [R, O]
     p_slot,  # *i32 [B]
     p_first_row,  # *i32 [B]
@@ -189,6 +192,7 @@ def hidden_gradient_kernel(
     num_rows,
     num_slots,
     num_row_tiles,
+    TMA: tl.constexpr,
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -212,14 +216,18 @@ def hidden_gradient_kernel(
     cols = first_col + tl.arange(0, BN)
     depth = tl.arange(0, BK)
     at_grad = p_grad + sources[:, None] * D + depth[None, :]
-    at_weight = p_weight + slot.to(tl.int64) * D * F + depth[:, None] * F + cols[None, :]
+    if not TMA:
+        at_weight = p_weight + slot.to(tl.int64) * D * F + depth[:, None] * F + cols[None, :]
     b_grad = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, D, BK):
         m_k = depth < D - k
         b_y = load_block(at_grad + k, m_k[None, :], D % BK != 0)
-        b_weight = load_block(at_weight, m_k[:, None] & (cols < F)[None, :], MASKED)
+        if TMA:
+            b_weight = p_weight.load([slot, k, first_col]).reshape(BK, BN)
+        else:
+            b_weight = load_block(at_weight, m_k[:, None] & (cols < F)[None, :], MASKED)
+            at_weight += BK * F
         b_grad = dot(b_y, b_weight, b_grad, PRECISION)
-        at_weight += BK * F
     score = tl.full([BM], 1.0, dtype=tl.float32)
     if p_score is not None:
         score = tl.load(p_score + tl.load(p_choice + rows)).to(tl.float32)
@@ -255,22 +263,42 @@ def weight_gradient_kernel(
     end = tl.load(p_ends + slot)
     outs = row_tile * BM + tl.arange(0, BM)
     ins = col_tile * BN + tl.arange(0, BN)
+    last = end - (end - start) % BK
     b_grad = tl.zeros([BM, BN], dtype=tl.float32)
-    # A slot without rows takes no step, and stores zeros.
-    for first_row in range(start, end, BK):
-        # [BK]
-        rows = first_row + tl.arange(0, BK)
-        m_row = rows < end
-        lefts, rights = rows.to(tl.int64), rows.to(tl.int64)
-        if p_left_choice is not None:
-            lefts = (tl.load(p_left_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
-        if p_right_choice is not None:
-            rights = (tl.load(p_right_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
-        # Rows past the end are masked on both sides: 0 * nan is nan.
-        at_left = p_left + lefts[None, :] * OUT + outs[:, None]
-        b_left = tl.load(at_left, mask=m_row[None, :] & (outs < OUT)[:, None], other=0.0)
-        at_right = p_right + rights[:, None] * IN + ins[None, :]
-        b_right = tl.load(at_right, mask=m_row[:, None] & (ins < IN)[None, :], other=0.0)
-        b_grad = dot(b_left, b_right, b_grad, PRECISION)
+    # A slot without rows takes no step, and stores zeros. Whole steps need no mask of rows, which would slow all down.
+    for first_row in range(start, last, BK):
+        b_left = load_rows(p_left, p_left_choice, first_row, end, outs, TOP_K, OUT, False, BK, OUT % BM != 0)
+        b_right = load_rows(p_right, p_right_choice, first_row, end, ins, TOP_K, IN, False, BK, IN % BN != 0)
+        b_grad = dot(b_left.T, b_right, b_grad, PRECISION)
+    if last < end:
+        # Masked on both sides: 0 * nan is nan.
+        b_left = load_rows(p_left, p_left_choice, last, end, outs, TOP_K, OUT, True, BK, OUT % BM != 0)
+        b_right = load_rows(p_right, p_right_choice, last, end, ins, TOP_K, IN, True, BK, IN % BN != 0)
+        b_grad = dot(b_left.T, b_right, b_grad, PRECISION)
     at_grad = p_grad + slot.to(tl.int64) * OUT * IN + outs[:, None] * IN + ins[None, :]
     tl.store(at_grad, b_grad.to(p_grad.dtype.element_ty), mask=(outs < OUT)[:, None] & (ins < IN)[None, :])
+
+
+@triton.jit
+def load_rows(
+    p_rows,
+    p_choice,
+    first_row,
+    end,
+    cols,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[BK, len(cols)] from `first_row` on, gathered with choices. PARTIAL: rows from `end` on are zero. MASKED: columns
+    from WIDTH on are."""
+    rows = first_row + tl.arange(0, BK)
+    if p_choice is not None:
+        choice = load_block(p_choice + rows, rows < end, PARTIAL)
+        sources = (choice.to(tl.int32) // TOP_K).to(tl.int64)
+    else:
+        sources = rows.to(tl.int64)
+    mask = (rows < end)[:, None] & (cols < WIDTH)[None, :]
+    return load_block(p_rows + sources[:, None] * WIDTH + cols[None, :], mask, PARTIAL or MASKED)

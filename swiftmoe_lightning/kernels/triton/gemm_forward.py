@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftmoe_lightning.kernels.triton.launch import num_programs, tiles_of
 from swiftmoe_lightning.kernels.triton.tiles import (
     Rows,
     Tile,
@@ -31,22 +32,26 @@ def up(
 
     Returns Z [R, O], before the activation and only if asked for, and A [R, F]. Nobody's rows are not written.
     """
-    (_, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
-    hidden_dim, cols = (out_features // 2, tile.cols // 2) if activation == "swiglu" else (out_features, tile.cols)
+    (num_slots, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
+    gates = 2 if activation == "swiglu" else 1
+    hidden_dim, cols = out_features // gates, tile.cols // gates
+    # A gate's matrix and its partner's lie one after the other: a tile is the same columns of both.
+    weight = tiles_of(weight_sOD.view(num_slots, gates, hidden_dim, dim), (1, gates, cols, tile.depth))
     z_RO = torch.empty(rows.num_rows, out_features, dtype=x.dtype, device=x.device) if keep_z else None
     a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=x.dtype, device=x.device)
     up_kernel[(len(rows.slot_B) * triton.cdiv(hidden_dim, cols),)](
         x,
         rows.choice_R,
-        weight_sOD,
+        weight_sOD if weight is None else weight,
         bias_sO,
         rows.slot_B,
         rows.first_row_B,
         rows.ends_s,
         z_RO,
         a_RF,
-        len(rows.ends_s),
+        num_slots,
         len(rows.slot_B),
+        TMA=weight is not None,
         TOP_K=rows.top_k,
         D=dim,
         F=hidden_dim,
@@ -61,27 +66,27 @@ def up(
 def grouped_product(
     x_RI: Tensor, weight: Tensor, bias_sO: Tensor | None, rows: Rows, tile: Tile, transposed: bool = False
 ) -> Tensor:
-    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Nobody's rows are zero."""
-    in_features = x_RI.shape[1]
+    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Nobody's rows are not
+    written."""
     out_features = weight.shape[2 if transposed else 1]
     y_RO = torch.empty(rows.num_rows, out_features, dtype=x_RI.dtype, device=x_RI.device)
-    grouped_kernel[(len(rows.slot_B) * triton.cdiv(out_features, tile.cols),)](
-        x_RI,
-        weight,
-        bias_sO,
-        rows.slot_B,
-        rows.first_row_B,
-        rows.ends_s,
-        y_RO,
-        rows.num_rows,
-        len(rows.ends_s),
-        len(rows.slot_B),
-        IN=in_features,
-        OUT=out_features,
-        TRANSPOSED=transposed,
-        PRECISION=dot_precision(x_RI.dtype),
-        **tile.arguments(),
-    )
+    max_programs = len(rows.slot_B) * triton.cdiv(out_features, tile.cols)
+    x_tiles = tiles_of(x_RI, (tile.rows, tile.depth))
+    weight_tiles = tiles_of(weight, (1, tile.depth, tile.cols) if transposed else (1, tile.cols, tile.depth))
+    sizes = {"IN": x_RI.shape[1], "OUT": out_features, "TRANSPOSED": transposed}
+    where = rows.slot_B, rows.first_row_B, rows.ends_s
+    if x_tiles is not None and weight_tiles is not None:
+        streamed_kernel[(min(num_programs(x_RI.device, tile.shared), max_programs),)](
+            x_tiles, weight_tiles, bias_sO, *where, rows.num_tiles, y_RO, **sizes, **tile.arguments()
+        )
+    else:
+        precision = dot_precision(x_RI.dtype)
+        grouped_kernel[(max_programs,)](
+            *(x_RI, weight, bias_sO, *where, y_RO, len(rows.ends_s), len(rows.slot_B)),
+            **sizes,
+            PRECISION=precision,
+            **tile.arguments(),
+        )
     return y_RO
 
 
@@ -129,7 +134,7 @@ def finish_hidden(
 def up_kernel(
     p_x,  # *dtype [T or R, D]
     p_choice,  # *i64 [R], or None
-    p_weight,  # *dtype [s, O, D]
+    p_weight,  # *dtype [s, O, D], or if TMA a descriptor of [s, 2 or 1, F, D]
     p_bias,  # *dtype [s, O], or None
     p_slot,  # *i32 [B]
     p_first_row,  # *i32 [B]
@@ -138,6 +143,7 @@ def up_kernel(
     p_a,  # *dtype [R, F], written
     num_slots,
     num_row_tiles,
+    TMA: tl.constexpr,
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -160,21 +166,22 @@ def up_kernel(
     # [BM]
     rows, m_row = rows_of_tile(p_first_row, row_tile, tl.load(p_ends + slot), BM)
     sources = sources_of(rows, p_choice, TOP_K)
-    # [BN]; gates and ups take turns of 8 columns, the width that one thread of a product's result holds pairs in.
+    # [BN]; gates, then their partners.
     cols = tl.arange(0, BN)
-    hidden = col_tile * BF + cols
-    weight_rows = hidden
-    if GATED:
-        hidden = col_tile * BF + cols // 16 * 8 + cols % 8
-        weight_rows = hidden + cols // 8 % 2 * F
+    hidden = col_tile * BF + cols % BF
+    weight_rows = hidden + cols // BF * F
     depth = tl.arange(0, BK)
     at_x = p_x + sources[:, None] * D + depth[None, :]
-    at_weight = p_weight + slot.to(tl.int64) * OUT * D + weight_rows[None, :] * D + depth[:, None]
+    if not TMA:
+        at_weight = p_weight + slot.to(tl.int64) * OUT * D + weight_rows[None, :] * D + depth[:, None]
     b_z = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, D, BK):
         m_k = depth < D - k
         b_x = load_block(at_x + k, m_k[None, :], D % BK != 0)
-        b_weight = load_block(at_weight + k, m_k[:, None] & (hidden < F)[None, :], MASKED)
+        if TMA:
+            b_weight = p_weight.load([slot, 0, col_tile * BF, k]).reshape(BN, BK).T
+        else:
+            b_weight = load_block(at_weight + k, m_k[:, None] & (hidden < F)[None, :], MASKED)
         b_z = dot(b_x, b_weight, b_z, PRECISION)
     if p_bias is not None:
         b_z += tl.load(p_bias + slot * OUT + weight_rows, mask=hidden < F, other=0.0).to(tl.float32)[None, :]
@@ -182,9 +189,7 @@ def up_kernel(
     b_z = b_z.to(p_a.dtype.element_ty)
     first_col = col_tile * BF
     if GATED:
-        # [BM, BF] each
-        b_pair = b_z.reshape(BM, BN // 16, 2, 8).permute(0, 1, 3, 2).reshape(BM, BF, 2)
-        b_gate, b_up = b_pair.split()
+        b_gate, b_up = column_halves(b_z, BM, BN)
         at_a = rows[:, None] * F + first_col + tl.arange(0, BF)[None, :]
         m_a = m_row[:, None] & (first_col + tl.arange(0, BF) < F)[None, :]
         if p_z is not None:
@@ -208,7 +213,6 @@ def grouped_kernel(
     p_first_row,  # *i32 [B]
     p_ends,  # *i32 [s]
     p_y,  # *dtype [R, OUT], written
-    num_rows,
     num_slots,
     num_row_tiles,
     IN: tl.constexpr,
@@ -220,19 +224,15 @@ def grouped_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """A program a tile, for any strides."""
     MASKED: tl.constexpr = IN % BK != 0 or OUT % BN != 0
     row_tile, col_tile = tile_of_program(tl.program_id(0), num_row_tiles, tl.cdiv(OUT, BN), GROUP)
     slot = tl.load(p_slot + row_tile)
-    if slot > num_slots:
+    if slot >= num_slots:
         return
-    # A tile of nobody's rows has no depth, and stores zeros.
-    owned = slot < num_slots
-    end = tl.load(p_ends + slot, mask=owned, other=num_rows)
-    total_depth = tl.where(owned, IN, 0)
     # [BM]
-    rows, m_row = rows_of_tile(p_first_row, row_tile, end, BM)
+    rows, m_row = rows_of_tile(p_first_row, row_tile, tl.load(p_ends + slot), BM)
     cols = col_tile * BN + tl.arange(0, BN)
-    m_col = cols < OUT
     depth = tl.arange(0, BK)
     at_x = p_x + rows[:, None] * IN + depth[None, :]
     at_weight = p_weight + slot.to(tl.int64) * OUT * IN
@@ -241,15 +241,58 @@ def grouped_kernel(
     else:
         at_weight += depth[:, None] + cols[None, :] * IN
     b_y = tl.zeros([BM, BN], dtype=tl.float32)
-    for k in range(0, total_depth, BK):
+    for k in range(0, IN, BK):
         m_k = depth < IN - k
         b_x = load_block(at_x + k, m_k[None, :], IN % BK != 0)
-        b_weight = load_block(at_weight, m_k[:, None] & m_col[None, :], MASKED)
+        b_weight = load_block(at_weight, m_k[:, None] & (cols < OUT)[None, :], MASKED)
         b_y = dot(b_x, b_weight, b_y, PRECISION)
         at_weight += BK * (OUT if TRANSPOSED else 1)
+    finish_product(b_y, p_bias, p_y, slot, rows, m_row, cols, OUT)
+
+
+@triton.jit
+def streamed_kernel(
+    x_tiles,  # descriptor of [R, IN]
+    weight_tiles,  # descriptor of [s, OUT, IN], or [s, IN, OUT] if TRANSPOSED
+    p_bias,  # *dtype [s, OUT], or None
+    p_slot,  # *i32 [B]
+    p_first_row,  # *i32 [B]
+    p_ends,  # *i32 [s]
+    p_num_tiles,  # *i32 [1]
+    p_y,  # *dtype [R, OUT], written
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program takes tile after tile, and loads for the next one while it stores the last."""
+    COL_TILES: tl.constexpr = (OUT + BN - 1) // BN
+    num_row_tiles = tl.load(p_num_tiles)
+    for program in tl.range(tl.program_id(0), num_row_tiles * COL_TILES, tl.num_programs(0), flatten=True):
+        row_tile, col_tile = tile_of_program(program, num_row_tiles, COL_TILES, GROUP)
+        slot = tl.load(p_slot + row_tile)
+        first_row = tl.load(p_first_row + row_tile)
+        b_y = tl.zeros([BM, BN], dtype=tl.float32)
+        for k in range(0, IN, BK):
+            # Beyond the last feature these are zero. Rows of the next slot are read and not stored.
+            b_x = x_tiles.load([first_row, k])
+            if TRANSPOSED:
+                b_weight = weight_tiles.load([slot, k, col_tile * BN]).reshape(BK, BN)
+            else:
+                b_weight = weight_tiles.load([slot, col_tile * BN, k]).reshape(BN, BK).T
+            b_y = dot(b_x, b_weight, b_y, "tf32")
+        rows = first_row + tl.arange(0, BM)
+        cols = col_tile * BN + tl.arange(0, BN)
+        finish_product(b_y, p_bias, p_y, slot, rows.to(tl.int64), rows < tl.load(p_ends + slot), cols, OUT)
+
+
+@triton.jit
+def finish_product(b_y, p_bias, p_y, slot, rows, m_row, cols, OUT: tl.constexpr):
+    """Add the slot's bias, if there is one, and store [BM, BN]."""
     if p_bias is not None:
-        b_y += tl.load(p_bias + slot * OUT + cols, mask=cols < tl.where(owned, OUT, 0), other=0.0).to(tl.float32)[
-            None, :
-        ]
+        b_y += tl.load(p_bias + slot * OUT + cols, mask=cols < OUT, other=0.0).to(tl.float32)[None, :]
     at_y = p_y + rows[:, None] * OUT + cols[None, :]
-    tl.store(at_y, b_y.to(p_y.dtype.element_ty), mask=m_row[:, None] & m_col[None, :])
+    tl.store(at_y, b_y.to(p_y.dtype.element_ty), mask=m_row[:, None] & (cols < OUT)[None, :])

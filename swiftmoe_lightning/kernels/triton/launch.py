@@ -1,13 +1,15 @@
-"""What every launch needs: the tensor's device as the current one, and a block width."""
+"""What every launch needs: the tensor's device as the current one, block widths, and descriptors of tiles."""
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -22,3 +24,33 @@ def column_block(dim: int, element_size: int, max_block: int = 1024) -> tuple[in
     """
     block = min(triton.next_power_of_2(dim), max_block)
     return block, min(max(block * element_size // (32 * 16), 1), 8)
+
+
+def tiles_of(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
+    """For loads of whole tiles by the GPU's copy engine (TMA), which spares a kernel pointers and masks: what lies
+    outside of `x` comes as zero. None where there is no such engine, or where rows do not begin at 16 bytes."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+    is_aligned = is_aligned and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    if x.element_size() != 2 or x.numel() == 0 or not is_aligned or not _has_tma(x.device):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    """Without a GPU kernels are interpreted, or only compiled: as for an H100."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def num_programs(device: torch.device, shared: int) -> int:
+    """How many programs run at a time if each takes `shared` bytes of shared memory; without a GPU as on an H100."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return processors * max(shared_memory(device) // shared, 1)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have; without a GPU as on an H100."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))

@@ -21,7 +21,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     out_RD = torch.empty(num_rows, dim, dtype=x_TD.dtype, device=x_TD.device)
     if out_RD.numel() == 0:
         return out_RD
-    block, num_warps = column_block(dim, x_TD.element_size())
+    block, num_warps = column_block(dim, x_TD.element_size(), max_block=2048)
     grid = (max(num_tokens, triton.cdiv(num_rows, top_k)), triton.cdiv(dim, block))
     with device_of(x_TD):
         permute_kernel[grid](
@@ -45,7 +45,7 @@ def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) 
     out_TD = torch.empty(num_tokens, dim, dtype=y_RD.dtype, device=y_RD.device)
     if out_TD.numel() == 0:
         return out_TD
-    block, num_warps = column_block(dim, y_RD.element_size())
+    block, num_warps = column_block(dim, y_RD.element_size(), max_block=2048)
     with device_of(y_RD):
         gather_sum_kernel[(num_tokens, triton.cdiv(dim, block))](
             y_RD.contiguous(),
@@ -58,6 +58,15 @@ def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) 
             num_warps=num_warps,
         )
     return out_TD
+
+
+def clear_tail(y_RD: Tensor, ends_s: Tensor) -> Tensor:
+    """Zero `y` from the last slot's end on, in place. Returns it."""
+    num_rows, dim = y_RD.shape
+    if y_RD.numel():
+        grid = (triton.cdiv(num_rows, 64), triton.cdiv(dim, 64))
+        clear_tail_kernel[grid](y_RD, ends_s, num_rows, len(ends_s), D=dim, BLOCK_R=64, BLOCK_D=64)
+    return y_RD
 
 
 def combine_backward(
@@ -140,6 +149,23 @@ def gather_sum_kernel(
             b_y *= tl.load(p_weights + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
         b_sum += b_y
     tl.store(p_out + token * D + b_d, b_sum, mask=b_d < D)
+
+
+@triton.jit
+def clear_tail_kernel(
+    p_y,  # [R, D]
+    p_ends,  # [s]
+    num_rows,
+    num_slots,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b_row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    b_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_tail = (b_row >= tl.load(p_ends + num_slots - 1)) & (b_row < num_rows)
+    zeros = tl.zeros([BLOCK_R, BLOCK_D], p_y.dtype.element_ty)
+    tl.store(p_y + b_row[:, None] * D + b_d[None, :], zeros, mask=is_tail[:, None] & (b_d < D)[None, :])
 
 
 @triton.jit

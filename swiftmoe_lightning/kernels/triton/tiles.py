@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftmoe_lightning.kernels.triton.launch import shared_memory
+
 INTERPRETED: Final = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -27,6 +29,11 @@ class Tile:
     stages: int
     group: int = 8
     split: int = 1
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that half precision takes, with a tile of results on its way out."""
+        return 2 * (self.stages * (self.rows + self.cols) * self.depth + self.rows * self.cols)
 
     def arguments(self) -> dict[str, Any]:
         """What a kernel takes of it."""
@@ -48,9 +55,9 @@ class MlpTiles:
 # Registers bound these: the widest that do not spill on sm_90a, two or more stages deep in 227 KB of shared memory.
 HALF_MANY: Final = MlpTiles(
     up=Tile(128, 256, 64, 8, 3, split=8),
-    down=Tile(128, 256, 64, 8, 4),
-    grad_hidden=Tile(128, 128, 64, 8, 4, split=2),
-    grad_rows=Tile(128, 256, 64, 8, 4),
+    down=Tile(128, 256, 64, 8, 3),
+    grad_hidden=Tile(128, 128, 64, 8, 3, split=4),
+    grad_rows=Tile(128, 256, 64, 8, 3),
     grad_weight=Tile(128, 256, 64, 8, 6),
 )
 HALF_FEW: Final = MlpTiles(
@@ -64,7 +71,7 @@ SINGLE: Final = MlpTiles(
     up=Tile(64, 64, 32, 4, 3),
     down=Tile(64, 64, 32, 4, 3),
     grad_hidden=Tile(64, 64, 32, 8, 3, split=2),
-    grad_rows=Tile(64, 64, 32, 4, 3),
+    grad_rows=Tile(64, 64, 32, 8, 3),
     grad_weight=Tile(64, 64, 32, 4, 5),
 )
 TENSOR_FLOAT: Final = MlpTiles(
@@ -85,15 +92,7 @@ def choose_tiles(x: Tensor, num_rows: int, num_slots: int) -> MlpTiles:
     if x.dtype == torch.float32:
         return SINGLE if dot_precision(x.dtype) == "ieee" else TENSOR_FLOAT
     many = num_rows >= MANY_ROWS * num_slots
-    return HALF_MANY if many and _shared_memory(x.device) >= MANY_SHARED else HALF_FEW
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have. Without a GPU kernels are interpreted, or only compiled: as much as an H100's."""
-    if device.type != "cuda":
-        return 227 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+    return HALF_MANY if many and shared_memory(x.device) >= MANY_SHARED else HALF_FEW
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -107,8 +106,9 @@ class Rows:
 
     choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
     ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are nobody's.
-    slot_B: [B] int32, the slot of each row tile; s: a tile of nobody's rows; above s: no tile at all.
+    slot_B: [B] int32, the slot of each row tile; s: no tile.
     first_row_B: [B] int32.
+    num_tiles: [1] int32, how many of the B there are. All are on the device, and the host waits for none.
     """
 
     choice_R: Tensor | None
@@ -116,6 +116,7 @@ class Rows:
     ends_s: Tensor
     slot_B: Tensor
     first_row_B: Tensor
+    num_tiles: Tensor
     num_rows: int
     tiles: MlpTiles
 
@@ -123,14 +124,21 @@ class Rows:
 def map_rows(choice_R: Tensor | None, top_k: int, ends_s: Tensor, num_rows: int, tiles: MlpTiles) -> Rows:
     """Cut the rows into tiles that no two slots share, without waiting: the host knows only a bound of their number."""
     num_slots, block = len(ends_s), tiles.up.rows
-    num_tiles = triton.cdiv(num_rows, block) + num_slots
-    slot_B = torch.empty(num_tiles, dtype=torch.int32, device=ends_s.device)
-    first_row_B = torch.empty(num_tiles, dtype=torch.int32, device=ends_s.device)
-    width = triton.next_power_of_2(num_slots + 1)
-    tile_map_kernel[(triton.cdiv(num_tiles, 32),)](
-        ends_s, slot_B, first_row_B, num_rows, num_slots, num_tiles, BM=block, SLOTS=width, TILES=32
+    max_tiles = triton.cdiv(num_rows, block) + num_slots
+    slot_B, first_row_B = (torch.empty(max_tiles, dtype=torch.int32, device=ends_s.device) for _ in range(2))
+    num_tiles = torch.empty(1, dtype=torch.int32, device=ends_s.device)
+    tile_map_kernel[(triton.cdiv(max_tiles, 32),)](
+        ends_s,
+        slot_B,
+        first_row_B,
+        num_tiles,
+        num_slots,
+        max_tiles,
+        BM=block,
+        SLOTS=triton.next_power_of_2(num_slots),
+        TILES=32,
     )
-    return Rows(choice_R, top_k, ends_s, slot_B, first_row_B, num_rows, tiles)
+    return Rows(choice_R, top_k, ends_s, slot_B, first_row_B, num_tiles, num_rows, tiles)
 
 
 @triton.jit
@@ -138,27 +146,28 @@ def tile_map_kernel(
     p_ends,  # *i32 [s]
     p_slot,  # *i32 [B], written
     p_first_row,  # *i32 [B], written
-    num_rows,
+    p_num_tiles,  # *i32 [1], written
     num_slots,
-    num_tiles,
+    max_tiles,
     BM: tl.constexpr,
     SLOTS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    # [SLOTS]; number s stands for the rows beyond the last end, which are nobody's.
+    # [SLOTS]
     slots = tl.arange(0, SLOTS)
-    ends = tl.load(p_ends + slots, mask=slots < num_slots, other=num_rows)
-    starts = tl.load(p_ends + slots - 1, mask=(slots > 0) & (slots <= num_slots), other=0)
-    counts = tl.where(slots <= num_slots, (ends - starts + BM - 1) // BM, 0)
-    tile_ends = tl.cumsum(counts, 0)
+    ends = tl.load(p_ends + slots, mask=slots < num_slots, other=0)
+    starts = tl.load(p_ends + slots - 1, mask=(slots > 0) & (slots < num_slots), other=0)
+    tile_ends = tl.cumsum((ends - starts + BM - 1) // BM, 0)
     # [TILES, SLOTS]; the slots whose tiles all lie before this one.
     tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    passed = (tile_ends[None, :] <= tiles[:, None]) & (slots <= num_slots)[None, :]
+    passed = (tile_ends[None, :] <= tiles[:, None]) & (slots < num_slots)[None, :]
     slot = tl.sum(passed.to(tl.int32), 1)
     first_tile = tl.max(tl.where(passed, tile_ends[None, :], 0), 1)
     first_row = tl.max(tl.where(passed, ends[None, :], 0), 1) + (tiles - first_tile) * BM
-    tl.store(p_slot + tiles, slot, mask=tiles < num_tiles)
-    tl.store(p_first_row + tiles, first_row, mask=tiles < num_tiles)
+    tl.store(p_slot + tiles, slot, mask=tiles < max_tiles)
+    tl.store(p_first_row + tiles, first_row, mask=tiles < max_tiles)
+    if tl.program_id(0) == 0:
+        tl.store(p_num_tiles, tl.max(tile_ends, 0))
 
 
 @triton.jit
