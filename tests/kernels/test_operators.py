@@ -100,6 +100,7 @@ def test_a_checkpointed_layer_has_the_same_bits():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and TRITON_INTERPRET=0")
 @pytest.mark.usefixtures("path")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu():
     inputs = (floats(5, 6), floats(5, 4), floats(6, 8), floats(4, 6))
     for mode in ("default", "error"):

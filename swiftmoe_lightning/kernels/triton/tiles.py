@@ -55,17 +55,17 @@ class MlpTiles:
 # Registers bound these: the widest that do not spill on sm_90a, two or more stages deep in 227 KB of shared memory.
 HALF_MANY: Final = MlpTiles(
     up=Tile(128, 256, 64, 8, 3, split=8),
-    down=Tile(128, 256, 64, 8, 3),
-    grad_hidden=Tile(128, 128, 64, 8, 3, split=4),
+    down=Tile(128, 128, 64, 4, 3),
+    grad_hidden=Tile(128, 128, 64, 8, 3, group=16, split=4),
     grad_rows=Tile(128, 256, 64, 8, 3),
     grad_weight=Tile(128, 256, 64, 8, 6),
 )
 HALF_FEW: Final = MlpTiles(
     up=Tile(64, 128, 64, 4, 4, split=2),
-    down=Tile(64, 128, 64, 4, 4),
-    grad_hidden=Tile(64, 128, 64, 4, 4, split=2),
-    grad_rows=Tile(64, 128, 64, 4, 4),
-    grad_weight=Tile(128, 128, 64, 8, 6),
+    down=Tile(64, 128, 64, 4, 3),
+    grad_hidden=Tile(64, 128, 64, 4, 3, split=4),
+    grad_rows=Tile(64, 128, 64, 4, 3),
+    grad_weight=Tile(128, 128, 32, 4, 6),
 )
 SINGLE: Final = MlpTiles(
     up=Tile(64, 64, 32, 4, 3),
