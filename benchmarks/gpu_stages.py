@@ -81,7 +81,7 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
 
 def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (call, floating-point operations): our kernels, and torch's grouped product on rows that lie sorted."""
-    from swiftmoe_lightning.kernels.triton import gemm_backward, gemm_forward, tiles
+    from swiftmoe_lightning.kernels.triton import gemm_forward, grad_hidden, grad_weight, tiles
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
     first, second = up_of(case.weights), case.weights["down_proj"]
@@ -94,7 +94,7 @@ def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object
     assert z_RO is not None
 
     def hidden_gradient() -> tuple[Tensor, Tensor, Tensor | None]:
-        return gemm_backward.hidden_gradient(case.grad, case.scores, second, z_RO, rows, shape.activation)
+        return grad_hidden.hidden_gradient(case.grad, case.scores, second, z_RO, rows, shape.activation)
 
     dz_RO = hidden_gradient()[0]
     up, down = (2 * num_rows * weight[0].numel() for weight in (first, second))
@@ -103,8 +103,8 @@ def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object
         "down": (lambda: gemm_forward.grouped_product(a_RF, second, None, rows, chosen.down), down),
         "dz": (hidden_gradient, down),
         "dx": (lambda: gemm_forward.grouped_product(dz_RO, first, None, rows, chosen.grad_rows, transposed=True), up),
-        "dW up": (lambda: gemm_backward.weight_gradient(dz_RO, case.x, rows, gathered="right"), up),
-        "dW down": (lambda: gemm_backward.weight_gradient(case.grad, a_RF, rows, gathered="left"), down),
+        "dW up": (lambda: grad_weight.weight_gradient(dz_RO, case.x, rows, gathered="right"), up),
+        "dW down": (lambda: grad_weight.weight_gradient(case.grad, a_RF, rows, gathered="left"), down),
     }
     torchs: dict[str, tuple[Callable[[], object], int]] = {
         "grouped_mm, up": (lambda: F.grouped_mm(x_RD, first.transpose(1, 2), offs=ends_s), up),

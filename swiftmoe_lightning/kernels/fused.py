@@ -149,7 +149,8 @@ def _down_backward(  # noqa: PLR0913 - as above
     needed: list[bool],
 ) -> list[Tensor]:
     """From dO [T, D] or dY [R, D]: dZ, and the gradients of scores, second matrix and bias; not needed, empty."""
-    from swiftmoe_lightning.kernels.triton.gemm_backward import hidden_gradient, weight_gradient
+    from swiftmoe_lightning.kernels.triton.grad_hidden import hidden_gradient
+    from swiftmoe_lightning.kernels.triton.grad_weight import weight_gradient
     from swiftmoe_lightning.kernels.triton.launch import device_of
     from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient, bias_part, score_gradient
 
@@ -197,8 +198,8 @@ def _up_backward(  # noqa: PLR0913 - as above
     needed: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, first matrix and bias; those that are not needed come out empty."""
-    from swiftmoe_lightning.kernels.triton.gemm_backward import weight_gradient
     from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product
+    from swiftmoe_lightning.kernels.triton.grad_weight import weight_gradient
     from swiftmoe_lightning.kernels.triton.launch import device_of
     from swiftmoe_lightning.kernels.triton.rows import clear_tail
     from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient

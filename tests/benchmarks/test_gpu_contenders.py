@@ -97,6 +97,7 @@ def test_sonicmoe_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
         "sonicmoe.enums": SimpleNamespace(ActivationType=SimpleNamespace(SWIGLU="swiglu")),
         "sonicmoe.functional": SimpleNamespace(moe_general_routing_inputs=moe_general_routing_inputs),
         "sonicmoe.functional.reduction_over_k_gather": SimpleNamespace(),
+        "quack.gemm_interface": SimpleNamespace(),
     }
     monkeypatch.setattr(gpu_contenders.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
