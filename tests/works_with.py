@@ -56,9 +56,11 @@ ROWS: Final = (
     ),
     Row(
         "Callbacks",
-        "WeightAveraging (EMA), StochasticWeightAveraging, ModelCheckpoint, EarlyStopping, freezing",
-        "`BaseFinetuning.unfreeze_and_add_param_group` does not work on experts; `make_trainable` does",
+        "WeightAveraging (EMA), StochasticWeightAveraging, ModelCheckpoint, EarlyStopping, freezing and thawing",
+        "`BaseFinetuning.unfreeze_and_add_param_group` does not work on experts; `make_trainable` and "
+        "`optimizer.add_param_group` do",
         (
+            "engine/test_steps: frozen thaw",
             "strategies/test_fit: callbacks",
             "strategies/test_evaluate: averaged stochastic early_stopping",
             "strategies/test_checkpoints: model_checkpoint averaged",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master, mix_with_plain_tensors
+from swiftmoe_lightning.comms import ExpertGroup, mix_with_plain_tensors
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
@@ -20,6 +21,7 @@ from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
 from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
 from swiftmoe_lightning.engine.placing import Placers
+from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, Placer
@@ -130,19 +132,14 @@ class SwiftMoEEngine:
         its update is not elementwise.
         """
         self._refuse_replaced(optimizer)
-        if id(optimizer) in self._updates:
-            return optimizer
-        held = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
-        mine = [t for t in self._tracked if t.takes_part_in(optimizer, held)]
-
-        def after_step(*_: Any) -> None:
-            self.publish([t for t in mine if t.ends_step(optimizer)])
-
-        if self.group is not None and any(is_master(p) for g in optimizer.param_groups for p in g["params"]):
-            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, after_step)
-        else:
-            optimizer.register_step_post_hook(after_step)
+        if id(optimizer) not in self._updates:
+            end_step = partial(self._end_step, optimizer)
+            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, end_step)
         return optimizer
+
+    def _end_step(self, optimizer: Optimizer) -> None:
+        others = [update.optimizer for update in self._updates.values() if update.optimizer is not optimizer]
+        self.publish(layers_ended_by(optimizer, others, self._tracked))
 
     def _refuse_replaced(self, optimizer: Optimizer) -> None:
         stale = [t.name for t in self._tracked if t.replaced.held_by(optimizer)]
@@ -212,8 +209,7 @@ class SwiftMoEEngine:
                 # Gradients that wait in the slots belong to this placement.
                 t.sharded.stale = True
             else:
-                t.sharded.slots.start_distribution(placements.get(t.index, t.sharded.placement))
-                t.sharded.stale = False
+                t.sharded.distribute(placements.get(t.index, t.sharded.placement))
 
     def mark_stale(self) -> None:
         """Say that masters were written behind the engine's back (by EMA, or by hand): the next forward of each

@@ -87,6 +87,15 @@ class ShardedLayer(ExpertHosting):
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
 
+    def distribute(self, placement: Placement) -> None:
+        """Begin to send the masters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
+        stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
+        # Who was frozen between backward and step still has a gradient, and was updated.
+        if stay and not any(p.requires_grad or p.grad is not None for p in self.experts.parameters()):
+            return
+        self.slots.start_distribution(placement)
+        self.stale = False
+
     def on_backward(self) -> None:
         assert self._on_backward is not None
         self._on_backward(self)

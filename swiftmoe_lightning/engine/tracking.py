@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup
+from swiftmoe_lightning.comms import ExpertGroup, is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
@@ -32,7 +31,6 @@ class TrackedLayer:
         self.num_steps = 0
         self._closed = self._placed = experts.trained_load.total
         self._step: ExpertLoad | None = None
-        self._expert_optimizers: list[Optimizer] = []
         self.replaced = Replaced()
 
     def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
@@ -59,17 +57,6 @@ class TrackedLayer:
     def holds_gradients(self) -> bool:
         """Whether gradients wait in the slots (accumulation)."""
         return self.sharded is not None and self.sharded.slots.has_gradients
-
-    def takes_part_in(self, optimizer: Optimizer, held: set[int]) -> bool:
-        """Whether an optimizer that holds the parameters of these ids updates this layer's experts or router."""
-        if any(id(p) in held for p in self.experts.parameters()):
-            self._expert_optimizers.append(optimizer)
-            return True
-        return self.router is not None and any(id(p) in held for p in self.router.parameters())
-
-    def ends_step(self, optimizer: Optimizer) -> bool:
-        """Whether its `step()` ends a step of this layer: it updates the experts, or nobody does (they are frozen)."""
-        return not self._expert_optimizers or any(o is optimizer for o in self._expert_optimizers)
 
     def close_step(self) -> bool:
         """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
@@ -122,13 +109,22 @@ class TrackedLayer:
         self.sharded.stale = True
 
 
-def _refuse_adapted(name: str, experts: Experts) -> None:
-    """Raise ValueError for experts whose weights are not used as they are: slots would hold others."""
+def _refuse_changed(name: str, experts: Experts) -> None:
+    """Raise ValueError for experts whose weights are not used, or cannot be cut and updated, as they are."""
     if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
         raise ValueError(
             f"the experts {name!r} are wrapped (an adapter, LoRA), and forward would not see what is spread over the "
             "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router)."
         )
+    for key, p in experts.expert_parameters().items():
+        is_plain = nn.Parameter in type(p).__mro__ or is_master(p)
+        if not is_plain or not p.is_floating_point() or p.element_size() == 1:
+            kind = p.dtype if is_plain else type(p).__name__
+            raise ValueError(
+                f"{key} of the experts {name!r} is quantised ({kind}), which can be neither cut over the ranks nor "
+                "updated. Build or load the experts in float32, bfloat16 or float16, and leave them out of "
+                "quantisation."
+            )
 
 
 def track_layers(
@@ -143,7 +139,7 @@ def track_layers(
 
     placer_of: E -> the placer of layers of E experts; None on one rank.
 
-    Raises ValueError for experts inside an adapter.
+    Raises ValueError for experts inside an adapter or quantised.
     """
     router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
     known_by_id = {id(t.experts): t for t in known}
@@ -151,7 +147,7 @@ def track_layers(
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
             if group is not None:
-                _refuse_adapted(name, experts)
+                _refuse_changed(name, experts)
             t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))
             tracked.append(t)
     for index, t in enumerate(tracked):

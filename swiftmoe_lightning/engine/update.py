@@ -32,21 +32,28 @@ class ShardedUpdate:
         name_of: Callable[[nn.Parameter], str],
         after_step: Callable[[], None],
     ) -> None:
-        self._optimizer, self._name_of, self._after_step = optimizer, name_of, after_step
+        self.optimizer, self._name_of, self._after_step = optimizer, name_of, after_step
         self._swapped: list[tuple[dict[str, Any], int, nn.Parameter]] = []
-        for param_group in optimizer.param_groups:
-            masters = [p for p in param_group["params"] if is_master(p)]
-            if masters:
-                check_elementwise(optimizer, param_group, local_shard(masters[0]))
-            for master in masters:
-                # What some optimizers (Adagrad) allocate where they are made is shaped like the masters.
-                state = optimizer.state.get(master, {})
-                state.update({key: local_shard(v) for key, v in state.items() if isinstance(v, Tensor)})
+        self._num_groups = 0
+        self._take_in_groups()
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
         optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())
         optimizer.register_state_dict_post_hook(self._wrap_state)
         optimizer.register_load_state_dict_pre_hook(self._shard_state)
+
+    def _take_in_groups(self) -> None:
+        """Look at the groups that were added since the last time (schedules that unfreeze add some)."""
+        optimizer = self.optimizer
+        added, self._num_groups = optimizer.param_groups[self._num_groups :], len(optimizer.param_groups)
+        for param_group in added:
+            masters = [p for p in param_group["params"] if is_master(p)]
+            if masters:
+                check_elementwise(optimizer, param_group, local_shard(masters[0]))
+            for master in masters:
+                # What some optimizers (Adagrad) allocate where they are made is as large as the masters.
+                state = optimizer.state.get(master, {})
+                state.update({key: self._shard_value(master, key, v) for key, v in state.items()})
 
     @contextmanager
     def on_shards(self) -> Iterator[None]:
@@ -59,6 +66,7 @@ class ShardedUpdate:
 
     def _before_update(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Swap after the closure, not before: forward, backward and clipping inside it need the masters."""
+        self._take_in_groups()
         self._take_out_shards()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -79,8 +87,8 @@ class ShardedUpdate:
 
     @torch.no_grad()
     def _put_in_shards(self) -> None:
-        state = self._optimizer.state
-        for param_group in self._optimizer.param_groups:
+        state = self.optimizer.state
+        for param_group in self.optimizer.param_groups:
             for i, master in enumerate(param_group["params"]):
                 if not is_master(master):
                     continue
@@ -92,7 +100,7 @@ class ShardedUpdate:
                     state[shard] = state.pop(master)
 
     def _take_out_shards(self) -> None:
-        state = self._optimizer.state
+        state = self.optimizer.state
         for param_group, i, master in self._swapped:
             shard = param_group["params"][i]
             param_group["params"][i] = master
@@ -102,7 +110,7 @@ class ShardedUpdate:
 
     def _parameters(self) -> list[nn.Parameter]:
         """Every parameter, at the index that `state_dict` gives it."""
-        return [p for param_group in self._optimizer.param_groups for p in param_group["params"]]
+        return [p for param_group in self.optimizer.param_groups for p in param_group["params"]]
 
     def _wrap_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Local state -> DTensors beside the masters, so that savers see whole experts."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -14,8 +16,15 @@ def names_of(module: nn.Module) -> WeakIdKeyDictionary:
 
 def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
     """Raise ValueError for an optimizer whose state is of whole experts already; `fix` ends the message."""
-    if any(int(state.get("step", 0)) > 0 for state in optimizer.state.values()):
+    if any(_is_of_a_step(state) for state in optimizer.state.values()):
         raise ValueError(f"the optimizer has stepped already, and its state would not fit the experts' shards. {fix}")
+
+
+def _is_of_a_step(state: dict[str, Any]) -> bool:
+    """By its counter; without one (SGD's momentum) by values, as some optimizers allocate state where they are made."""
+    if "step" in state:
+        return int(state["step"]) > 0
+    return any(isinstance(value, Tensor) and bool(value.count_nonzero()) for value in state.values())
 
 
 def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:

@@ -244,6 +244,26 @@ def test_experts_inside_an_adapter_are_refused_with_the_fix() -> None:
         assert "Merge or unload the adapter" in error
 
 
+class Scaled(Tensor):
+    """As a quantising package's tensor: float on the outside."""
+
+
+def quantise_experts(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(DIM, DIM), sml.MoE(DIM, HIDDEN, E))
+    experts = model[1].experts
+    for name, p in experts.expert_parameters().items():
+        values = {"int8": p.data.char(), "float8": p.data.to(torch.float8_e4m3fn), "tensor": p.data.as_subclass(Scaled)}
+        experts.register_parameter(name, nn.Parameter(values[kind], requires_grad=False))
+    sml.SwiftMoEEngine(model)
+
+
+@pytest.mark.parametrize(("kind", "named"), [("int8", "int8"), ("float8", "float8_e4m3fn"), ("tensor", "Scaled")])
+def test_quantised_experts_are_refused_with_the_fix(kind: str, named: str) -> None:
+    for error in rank_errors(quantise_experts, 2, kind):
+        assert f"gate_up_proj of the experts '1.experts' is quantised ({named}" in error.replace("torch.", "")
+        assert "leave them out of quantisation" in error
+
+
 def train_adapter() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Three steps of a dense layer's adapter over frozen experts: the state before and after."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,9 +50,7 @@ class Loop:
     def __call__(self) -> dict[str, Any]:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=self.accumulation, mixed_precision=self.mixed_precision
-        )
+        accelerator = self.accelerator()
         model = models.build(torch.float64 if self.mixed_precision == "no" else torch.float32)
         optimizer = self.optimizer(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step * self.scheduled))
@@ -68,7 +67,17 @@ class Loop:
         if self.save:
             accelerator.save_state(self.save)
         state = accelerator.get_state_dict(model)
-        return {"state": {k: v.detach().clone() for k, v in state.items()}, "losses": losses}
+        scale = None if accelerator.scaler is None else accelerator.scaler.get_scale()
+        return {"state": {k: v.detach().clone() for k, v in state.items()}, "losses": losses, "scale": scale}
+
+    def accelerator(self) -> Accelerator:
+        precision = "no" if self.mixed_precision == "fp16" else self.mixed_precision
+        made = Accelerator(cpu=True, gradient_accumulation_steps=self.accumulation, mixed_precision=precision)
+        if self.mixed_precision == "fp16":
+            # What it does for GPUs, and refuses without.
+            made.state._mixed_precision, made.native_amp = "fp16", True
+            made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=100)
+        return made
 
     def train(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, loader: Any, scheduler: Any
@@ -106,6 +115,7 @@ CASES = {
     "clipped by norm": {"clip_norm": 0.3},
     "clipped by value": {"clip_value": 0.01, "optimizer": torch.optim.SGD},
     "accumulated and clipped": {"accumulation": 3, "clip_norm": 0.3},
+    "state from the start": {"optimizer": partial(torch.optim.Adagrad, initial_accumulator_value=0.1)},
 }
 
 
@@ -134,6 +144,17 @@ def test_bf16_differs_from_plain_accelerate_by_rounding_only() -> None:
     for found in run_ranks(Loop(mixed_precision="bf16"), 2, init=False):
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
         close(found["state"], expected["state"], rtol=2e-2)
+
+
+def test_fp16_scales_clips_and_skips_like_plain_accelerate() -> None:
+    options = {"mixed_precision": "fp16", "clip_norm": 0.3, "optimizer": torch.optim.SGD}
+    expected = run_ranks(Loop(**options, ours=False), 2, init=False)[0]
+    # Some steps were skipped, some were not.
+    assert 1 < expected["scale"] < 2.0**20
+    for found in run_ranks(Loop(**options), 2, init=False):
+        assert found["scale"] == expected["scale"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        close(found["state"], expected["state"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("saver", "loader"), [(True, False), (False, True), (True, True)])
@@ -190,9 +211,9 @@ def build_with_foreign_optimizer() -> None:
     sml.accelerate.prepare(Accelerator(cpu=True), models.build(), torch.optim.AdamW(models.build().parameters()))
 
 
-def build_after_a_step() -> None:
+def build_after_a_step(kind: Any = torch.optim.AdamW, **options: Any) -> None:
     model = models.build()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = kind(model.parameters(), **options)
     model(torch.randn(4, dense.DIM)).sum().backward()
     optimizer.step()
     sml.accelerate.prepare(Accelerator(cpu=True), model, optimizer)
@@ -224,6 +245,7 @@ def join_uneven_inputs() -> None:
         (build_twice, "has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead"),
         (build_with_foreign_optimizer, "12 parameters of the optimizer are not the model's"),
         (build_after_a_step, "the optimizer has stepped already"),
+        (partial(build_after_a_step, torch.optim.SGD, lr=0.1, momentum=0.9), "the optimizer has stepped already"),
         (build_the_wrong_way_round, "prepare takes the accelerator, the model, then the optimizer, got a AdamW"),
         (join_uneven_inputs, "need equally many training batches, and cannot join uneven inputs"),
         (build_where_accelerate_sees_one_process, "2 processes were started, but this Accelerator sees 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
@@ -35,10 +37,10 @@ class Loop:
     def __call__(self) -> dict[str, Any]:
         ours = sml.SwiftMoEFabricStrategy(placement=models.RandomPolicy, slots_per_rank=4)
         fabric = Fabric(
-            accelerator="cpu", strategy=self.strategy or ours, devices=self.world_size, precision=self.precision
+            accelerator="cpu", strategy=self.strategy or ours, devices=self.world_size, **self.precision_options()
         )
         fabric.launch()
-        model: Any = models.build(torch.float32 if self.precision == "bf16-mixed" else torch.float64)
+        model: Any = models.build(torch.float32 if self.precision else torch.float64)
         model, optimizer = self.set_up(fabric, model)
         progress: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": self.start}
         if self.load:
@@ -46,7 +48,14 @@ class Loop:
         losses = self.train(fabric, model, optimizer, progress)
         if self.save:
             fabric.save(self.save, progress)
-        return {"state": whole(model), "losses": losses}
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        return {"state": whole(model), "losses": losses, "scale": None if scaler is None else scaler.get_scale()}
+
+    def precision_options(self) -> dict[str, Any]:
+        if self.precision != "16-mixed":
+            return {"precision": self.precision}
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=100)
+        return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=scaler)}
 
     def set_up(self, fabric: Fabric, model: nn.Module) -> Any:
         if self.order == "together":
@@ -99,6 +108,7 @@ CASES = {
     "clipped by the largest": {"clip": {"max_norm": 0.01, "norm_type": "inf"}},
     "clipped by value": {"clip": {"clip_val": 0.01}, "optimizer": torch.optim.SGD},
     "accumulated and clipped": {"accumulation": 3, "clip": {"max_norm": 0.3}},
+    "state from the start": {"optimizer": partial(torch.optim.Adagrad, initial_accumulator_value=0.1)},
 }
 
 
@@ -123,6 +133,14 @@ def test_bf16_differs_from_plain_ddp_by_rounding_only() -> None:
     options = {"precision": "bf16-mixed", "clip": {"max_norm": 0.3}, "optimizer": torch.optim.SGD}
     for found, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
         assert_alike(found, expected, tolerance=2e-2)
+
+
+def test_16_mixed_scales_clips_and_skips_like_plain_ddp() -> None:
+    options = {"precision": "16-mixed", "clip": {"clip_val": 0.01}, "optimizer": torch.optim.SGD}
+    for found, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
+        # Some steps were skipped, some were not.
+        assert 1 < found["scale"] == expected["scale"] < 2.0**20
+        assert_alike(found, expected, tolerance=1e-3)
 
 
 def name_is_known() -> str:

@@ -176,8 +176,28 @@ class Unfreeze(BaseFinetuning):
             self.make_trainable(pl_module.moe.experts)  # type: ignore[arg-type,union-attr]
 
 
-def fit_with(make_callback: Any, world_size: int, strategy: str) -> dict[str, Tensor]:
-    model = Model()
+class Thaw(BaseFinetuning):
+    """What thaws goes to the optimizer when it does."""
+
+    def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+        self.freeze(pl_module.moe.experts)  # type: ignore[arg-type]
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            experts = pl_module.moe.experts  # type: ignore[union-attr]
+            self.make_trainable(experts)  # type: ignore[arg-type]
+            optimizer.add_param_group({"params": list(experts.parameters()), "lr": 1e-3})  # type: ignore[union-attr]
+
+
+class TrainsWhatThaws(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def fit_with(
+    make_model: type[L.LightningModule], make_callback: Any, world_size: int, strategy: str
+) -> dict[str, Tensor]:
+    model = make_model()
     trainer(world_size, strategy, callbacks=[make_callback()]).fit(model, loader(world_size), loader(world_size))
     return whole(model)
 
@@ -187,10 +207,12 @@ class Average(WeightAveraging):
         super().__init__(multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8))
 
 
-@pytest.mark.parametrize("make_callback", [Unfreeze, Average])
-def test_callbacks_that_change_the_weights(make_callback: Any) -> None:
-    (expected,) = run_ranks(fit_with, 1, make_callback, 1, "auto", init=False)
-    for state in run_ranks(fit_with, 2, make_callback, 2, "swiftmoe", init=False):
+@pytest.mark.parametrize(
+    ("make_model", "make_callback"), [(Model, Unfreeze), (TrainsWhatThaws, Thaw), (Model, Average)]
+)
+def test_callbacks_that_change_the_weights(make_model: Any, make_callback: Any) -> None:
+    (expected,) = run_ranks(fit_with, 1, make_model, make_callback, 1, "auto", init=False)
+    for state in run_ranks(fit_with, 2, make_model, make_callback, 2, "swiftmoe", init=False):
         assert_close(state, expected)
 
 

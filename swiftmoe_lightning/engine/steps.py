@@ -1,0 +1,39 @@
+"""Whose `optimizer.step()` ends a layer's training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.engine.tracking import TrackedLayer
+
+
+def layers_ended_by(
+    optimizer: Optimizer, others: Iterable[Optimizer], tracked: Iterable[TrackedLayer]
+) -> list[TrackedLayer]:
+    """Layers whose experts `optimizer` holds; of those whose experts nobody holds, the ones whose router it holds; and
+    those of which nobody holds anything (all is frozen).
+
+    Looked up at every step: schedules that unfreeze add parameter groups during training.
+    others: the optimizers beside it.
+    """
+    mine, theirs = _held_by([optimizer]), _held_by(others)
+
+    def is_mine(t: TrackedLayer) -> bool:
+        for part in (t.experts, t.router):
+            ids = _ids(part.parameters()) if part is not None else set()
+            if not ids.isdisjoint(mine | theirs):
+                return not ids.isdisjoint(mine)
+        return True
+
+    return [t for t in tracked if is_mine(t)]
+
+
+def _held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {id(p) for p in parameters}
