@@ -91,6 +91,12 @@ ROWS: Final = (
         ("engine/test_set_up: adapter", "modules/test_convert: adapters"),
     ),
     Row(
+        "Quantised experts",
+        "refused",
+        "keep them in float32, bfloat16 or float16",
+        ("engine/test_set_up: quantised", "modules/test_convert: named"),
+    ),
+    Row(
         "Compilation",
         "`torch.compile` of the module or of blocks",
         "a graph break at each MoE layer, no recompilation from step to step",
@@ -104,26 +110,26 @@ ROWS: Final = (
     ),
     Row(
         "Fabric",
-        "`setup`, `setup_module`, `backward`, `no_backward_sync`, `clip_gradients`, `save`, `load`, in full precision "
-        "and in bf16-mixed",
+        "`setup`, `setup_module`, `backward`, `no_backward_sync`, `clip_gradients`, `save`, `load`, in full precision, "
+        "bf16-mixed and 16-mixed",
         'files go on under `strategy="ddp"` and back',
-        ("strategies/test_fabric: plain_ddp one_after_the_other file_goes_on bf16",),
+        ("strategies/test_fabric: plain_ddp one_after_the_other file_goes_on bf16 16_mixed",),
     ),
     Row(
         "Accelerate",
-        "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, `save_state`, `load_state`, "
-        "`get_state_dict`, `unwrap_model`",
+        "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, fp16, trackers, `save_state`, "
+        "`load_state`, `get_state_dict`, `unwrap_model`",
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
-            "strategies/test_accelerate: plain_accelerate four_ranks folder misuse another_parallelism",
+            "strategies/test_accelerate: plain_accelerate four_ranks fp16 trackers folder misuse another_parallelism",
             "strategies/test_accelerate_scripts: scripts_of_accelerate_pass",
         ),
     ),
     Row(
         "HF Trainer",
-        "`TrainingArguments` with accumulation, clipping, bf16, activation checkpointing, evaluation, `predict`, "
+        "`TrainingArguments` with accumulation, clipping, bf16, fp16, activation checkpointing, evaluation, `predict`, "
         "`load_best_model_at_end`; resume at any number of processes",
-        "checkpoints load with `from_pretrained`; fp16, DeepSpeed, FSDP and `even_batches=False` are refused; "
+        "checkpoints load with `from_pretrained`; DeepSpeed, FSDP and `even_batches=False` are refused; "
         "`save_model` on all processes",
         ("strategies/test_hf_trainer: plain_trainer resumes", "strategies/test_hf_trainer_misuse: misuse deepspeed"),
     ),

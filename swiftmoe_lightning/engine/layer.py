@@ -68,7 +68,17 @@ class ShardedLayer(ExpertHosting):
     def placement(self) -> Placement:  # type: ignore[override]
         return self.slots.placement
 
+    def _refuse_outdated(self) -> None:
+        if not self.stale and self.slots.is_outdated:
+            raise RuntimeError(
+                "the experts' weights were written since they were last sent to their slots, and not by an optimizer "
+                "that this engine prepared. Pass every optimizer through engine.prepare_optimizer (a strategy or "
+                "prepare() does it, until its run ends: train on under 'swiftmoe'); after a write by hand call "
+                "engine.mark_stale()."
+            )
+
     def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        self._refuse_outdated()
         rows, self._rows = self._rows, None
         if rows is None:
             rows = self.agreement.call(self.index, counts_E, scores_finite, dtype, self.stale)

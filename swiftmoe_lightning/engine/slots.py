@@ -42,6 +42,7 @@ class ExpertSlots:
         self.placement = placement
         self.weights: dict[str, Tensor] = {}
         self._distribution: PendingExchange | None = None
+        self._sent_versions: list[tuple[int, int]] = []
         self.distribution_bytes = 0
         self.collection_bytes = 0
 
@@ -50,6 +51,7 @@ class ExpertSlots:
         self.finish_distribution()
         self.placement = placement
         masters = self._masters()
+        self._sent_versions = _versions(masters)
         self._match_slots(masters)
         dtype = next(iter(self.weights.values())).dtype
         # Every expert's rows once to the device and dtype they travel in; then once for each of its hosts.
@@ -70,6 +72,11 @@ class ExpertSlots:
         num_local = int(self.placement.num_hosted_W[self._group.rank])
         for part, slots in self._host_parts(received, self.weights, num_local):
             slots.copy_(part)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether masters were written in place since they were last sent. Writes through `.data` do not show."""
+        return self._sent_versions != _versions(self._masters())
 
     @property
     def has_gradients(self) -> bool:
@@ -160,6 +167,11 @@ class PendingCollection:
                 total_Ec.index_add_(0, expert, part_Dc.index_select(0, pair).to(wide))
             totals[name] = total_Ec.div_(self._placement.world_size).view(shape)
         return totals
+
+
+def _versions(masters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Counts of writes: an operation on a DTensor counts on it alone, one on its shard on the shard."""
+    return [(m._version, local_shard(m)._version) for m in masters.values()]
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:

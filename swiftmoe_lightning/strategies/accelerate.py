@@ -65,8 +65,7 @@ def prepare(
     engine.prepare_optimizer(optimizer)
     # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
     optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
-    if accelerator.scaler is not None:
-        accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
+    share_scaler(accelerator, engine)
     _save_whole_experts(accelerator, model, engine)
     prepared = accelerator.prepare(optimizer, *rest)
     return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
@@ -84,6 +83,12 @@ def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.M
         # Of dense gradients; those of experts go as `reduce_dtype` says.
         handler.register_comm_hook(wrapped)
     return wrapped
+
+
+def share_scaler(accelerator: Accelerator, engine: SwiftMoEEngine) -> None:
+    """Let the processes skip a step together, where a scaler scales. To be called before an optimizer takes it up."""
+    if accelerator.scaler is not None and engine.group is not None:
+        accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
 
 
 def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:

@@ -17,7 +17,13 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.modules import convert
-from swiftmoe_lightning.strategies.accelerate import STATE_FILE, check_fresh, check_processes, data_parallel
+from swiftmoe_lightning.strategies.accelerate import (
+    STATE_FILE,
+    check_fresh,
+    check_processes,
+    data_parallel,
+    share_scaler,
+)
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind
 
 # What is overridden below and is not public: all there is in transformers 5.
@@ -38,9 +44,8 @@ if _missing:
 
 # Training argument -> what to do instead, over several processes.
 _REFUSED: Final = {
-    "fp16": "Use bf16=True.",
-    "fp16_full_eval": "Evaluate in the precision of training: bf16=True.",
-    "bf16_full_eval": "Evaluate in the precision of training: bf16=True.",
+    "fp16_full_eval": "Evaluate in the precision of training, fp16=True or bf16=True.",
+    "bf16_full_eval": "Evaluate in the precision of training, fp16=True or bf16=True.",
     "fsdp": "Leave it out: experts are cut over the processes already; swiftmoe_config=SwiftMoEConfig(dense='fsdp2') "
     "cuts the rest, too.",
     "deepspeed": "Leave it out: experts are cut over the processes already, and the rest is data parallel.",
@@ -94,6 +99,7 @@ class SwiftMoETrainer(Trainer):
             names = names_of(self.model)
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
             self.engine.shard_dense()
+            share_scaler(self.accelerator, self.engine)
             rebind(optimizer, self.model, names)
         if not getattr(optimizer, "_swiftmoe_prepared", False):
             self.engine.prepare_optimizer(optimizer)
@@ -110,6 +116,11 @@ class SwiftMoETrainer(Trainer):
         # Autocast and compilation; the Trainer leaves what comes wrapped from here as it is.
         wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
         return data_parallel(self.accelerator, self.engine, wrapped)
+
+    def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
+        # Accelerate's own clipping then takes masters and plain tensors together. The Trainer's, for those that cannot
+        # be mixed, does not undo a loss scale.
+        return False
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -12,7 +12,7 @@ import swiftmoe_lightning as sml
 from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer
 from tests.engine import models
-from tests.helpers import run_ranks
+from tests.helpers import rank_errors, run_ranks
 
 DIM, E = 6, 4
 
@@ -109,3 +109,37 @@ def test_experts_that_thaw_during_training_are_trained(world_size: int) -> None:
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
             assert not torch.equal(value, start[name]), name
+
+
+def train_unprepared() -> None:
+    model = sml.MoE(DIM, 5, E)
+    wrapped = sml.SwiftMoEEngine(model).data_parallel()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        wrapped(torch.randn(6, DIM)).square().mean().backward()
+        optimizer.step()
+
+
+def write_by_hand(marks: bool) -> tuple[Tensor, Tensor]:
+    """What the layer gives after its output matrix was set to zero: zero."""
+    model = sml.MoE(DIM, 5, E)
+    engine = sml.SwiftMoEEngine(model)
+    wrapped, x = engine.data_parallel(), torch.randn(6, DIM)
+    before = wrapped(x)
+    with torch.no_grad():
+        nn.init.zeros_(model.experts.down_proj)  # type: ignore[arg-type]
+    if marks:
+        engine.mark_stale()
+    return before.detach(), wrapped(x).detach()
+
+
+def test_an_optimizer_that_was_not_prepared_is_found_out() -> None:
+    for error in rank_errors(train_unprepared, 2):
+        assert "not by an optimizer that this engine prepared. Pass every optimizer through" in error
+
+
+def test_a_write_by_hand_has_to_be_marked() -> None:
+    for error in rank_errors(write_by_hand, 2, False):
+        assert "after a write by hand call engine.mark_stale()" in error
+    for before, after in run_ranks(write_by_hand, 2, True):
+        assert before.abs().min() > 0 == after.abs().max()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -199,6 +200,56 @@ def test_ddp_gets_the_options_and_the_hook_of_the_accelerator() -> None:
         assert found == (True, False, "fp16_compress_hook")
 
 
+class Record(GeneralTracker):
+    """A tracker as Accelerate's documentation writes one."""
+
+    name, requires_logging_directory, main_process_only = "record", False, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[dict[str, Any]] = []
+
+    @property
+    def tracker(self) -> list[dict[str, Any]]:
+        return self.entries
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.entries.append({"step": step, **values})
+
+
+def track(ours: bool) -> list[dict[str, Any]]:
+    accelerator = Accelerator(cpu=True, log_with=Record())
+    model = models.build()
+    prepare: Any = partial(sml.accelerate.prepare, accelerator) if ours else accelerator.prepare
+    wrapped, optimizer = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.init_trackers("run")
+    for step in range(3):
+        x, target = (models.my_part(t, accelerator.process_index, 2) for t in dense.batch(step, 0, torch.float32))
+        loss = F.mse_loss(wrapped(x), target)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.log({"loss": float(accelerator.reduce(loss.detach(), "mean"))}, step=step)
+    accelerator.end_training()
+    found: list[dict[str, Any]] = accelerator.trackers[0].tracker if accelerator.is_main_process else []
+    return found
+
+
+def test_trackers_get_what_they_do_under_plain_accelerate() -> None:
+    (first, second), (plain, _) = run_ranks(track, 2, True, init=False), run_ranks(track, 2, False, init=False)
+    assert [entry["step"] for entry in first] == [0, 1, 2]
+    assert [entry["loss"] for entry in first] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
+    assert second == []
+
+
+def build_under_two_accelerators() -> None:
+    model = models.build()
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True)
+        sml.accelerate.prepare(accelerator, model, torch.optim.AdamW(model.parameters()))
+
+
 def build_twice() -> None:
     accelerator = Accelerator(cpu=True)
     model = models.build()
@@ -243,6 +294,7 @@ def join_uneven_inputs() -> None:
     ("misuse", "message"),
     [
         (build_twice, "has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead"),
+        (build_under_two_accelerators, "has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead"),
         (build_with_foreign_optimizer, "12 parameters of the optimizer are not the model's"),
         (build_after_a_step, "the optimizer has stepped already"),
         (partial(build_after_a_step, torch.optim.SGD, lr=0.1, momentum=0.9), "the optimizer has stepped already"),

@@ -19,7 +19,6 @@ from tests.strategies.test_hf_trainer import trainer
 pytest.importorskip("transformers")
 
 MISUSES: list[tuple[dict[str, Any], str]] = [
-    ({"fp16": True}, "fp16=True cannot be combined with experts spread over processes. Use bf16=True."),
     ({"fsdp": True}, "cannot be combined with experts spread over processes. Leave it out"),
     (
         {"bf16_full_eval": True},
