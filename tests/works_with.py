@@ -121,7 +121,8 @@ ROWS: Final = (
         "`load_state`, `get_state_dict`, `unwrap_model`",
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
-            "strategies/test_accelerate: plain_accelerate four_ranks fp16 trackers folder misuse another_parallelism",
+            "strategies/test_accelerate: plain_accelerate four_ranks fp16 trackers folder",
+            "strategies/test_accelerate_misuse: misuse another_parallelism",
             "strategies/test_accelerate_scripts: scripts_of_accelerate_pass",
         ),
     ),
