@@ -98,9 +98,9 @@ ROWS: Final = (
     ),
     Row(
         "Compilation",
-        "`torch.compile` of the module or of blocks",
-        "a graph break at each MoE layer, no recompilation from step to step",
-        ("strategies/test_precision_and_compile: compiled",),
+        '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
+        "a graph break at each MoE layer of ours, no recompilation from step to step",
+        ("strategies/test_precision_and_compile: compiled", "modules/test_hf_experts: compile"),
     ),
     Row(
         "Checkpoints",

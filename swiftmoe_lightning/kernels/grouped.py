@@ -1,9 +1,10 @@
 """The experts' feed-forward over rows sorted by slot, around torch's grouped matmul.
 
-R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix.
+R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix. Rows behind the last end are
+nobody's: what they hold, and what their gradients hold, is undefined, and reaches nobody else's.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmoe_lightning.kernels import reference
-from swiftmoe_lightning.kernels.ops import activate
+from swiftmoe_lightning.kernels.ops import activate, keep_nothing, refuse_second_derivative
 from swiftmoe_lightning.kernels.reference import Activation
 
 
@@ -32,13 +33,17 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
     """[R, I] -> [R, O], as `reference.grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes."""
-    if not _fits_grouped_mm(x_RI, weight_sOI):
-        return reference.grouped_linear(x_RI, weight_sOI, ends_s, bias_sO)
-    y_RO: Tensor = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
+    if torch.compiler.is_compiling():
+        y_RO: Tensor = _grouped_product(x_RI, weight_sOI, ends_s)
+    elif _fits_grouped_mm(x_RI, weight_sOI):
+        y_RO = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
+    else:
+        y_RO = reference.grouped_linear(x_RI, weight_sOI, ends_s)
     if bias_sO is None:
         return y_RO
     slot_R = torch.searchsorted(ends_s, torch.arange(len(x_RI), device=x_RI.device, dtype=torch.int32), right=True)
-    return y_RO + bias_sO[slot_R]
+    # Nobody's rows get a bias of their own, so that its gradient takes theirs.
+    return y_RO + F.pad(bias_sO, (0, 0, 0, 1))[slot_R]
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -57,3 +62,43 @@ def _fits_grouped_mm(x_RI: Tensor, weight_sOI: Tensor) -> bool:
     """Rows must start at multiples of 16 bytes, there must be a row, and float64 is refused."""
     aligned = all(features * x_RI.element_size() % 16 == 0 for features in weight_sOI.shape[1:])
     return aligned and len(x_RI) > 0 and x_RI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+# For the compiler, which has no fake of `F.grouped_mm` but in bfloat16, and cannot loop over sizes it does not know.
+@torch.library.custom_op("swiftmoe::grouped_product", mutates_args=())
+def _grouped_product(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
+    if _fits_grouped_mm(x_RI, weight_sOI):
+        return F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s)
+    return reference.grouped_linear(x_RI, weight_sOI, ends_s)
+
+
+@_grouped_product.register_fake
+def _(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
+    return x_RI.new_empty(x_RI.shape[0], weight_sOI.shape[1])
+
+
+@torch.library.custom_op("swiftmoe::grouped_product_backward", mutates_args=())
+def _grouped_product_backward(
+    grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor
+) -> tuple[Tensor, Tensor]:
+    if _fits_grouped_mm(x_RI, weight_sOI):
+        grad_RO = grad_RO.contiguous()
+        return F.grouped_mm(grad_RO, weight_sOI, offs=ends_s), F.grouped_mm(grad_RO.t(), x_RI, offs=ends_s)
+    return reference.grouped_linear_backward(grad_RO, x_RI, weight_sOI, ends_s)
+
+
+@_grouped_product_backward.register_fake
+def _(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> tuple[Tensor, Tensor]:
+    return x_RI.new_empty(x_RI.shape), weight_sOI.new_empty(weight_sOI.shape)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_grouped_product_backward(grad_RO, *ctx.saved_tensors), None
+
+
+_grouped_product.register_autograd(_gradient, setup_context=_keep_inputs)
+_grouped_product_backward.register_autograd(refuse_second_derivative, setup_context=keep_nothing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from swiftmoe_lightning.kernels import paths
@@ -32,7 +33,7 @@ def expert_rows(
     """
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_expert_mlp(x_TD, choice_R, rows_TK, ends_s, weights, activation)
-    choice_R = _somebodys(choice_R, ends_s, weights)
+    choice_R = _somebodys(choice_R, ends_s)
     return expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
 
 
@@ -48,7 +49,7 @@ def expert_layer(
     """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight [T, K]."""
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_moe(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
-    choice_R = _somebodys(choice_R, ends_s, weights)
+    choice_R = _somebodys(choice_R, ends_s)
     y_RD = expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
     return combine(y_RD, weights_TK, choice_R, rows_TK)
 
@@ -60,10 +61,8 @@ def _fuses(x_TD: Tensor, weights: Mapping[str, Tensor], num_rows: int, top_k: in
     return path.name == "triton" and all(w.is_contiguous() and w.dtype == x_TD.dtype for w in weights.values())
 
 
-def _somebodys(choice_R: Tensor, ends_s: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Without the rows that are nobody's, where to know their number costs nothing, or where they would do harm:
-    `F.grouped_mm` leaves them uninitialised, and a bias's gradient is a sum over rows."""
-    has_bias = any(name.endswith("_bias") for name in weights)
-    if choice_R.device.type == "cpu" or has_bias:
-        return choice_R[: int(ends_s[-1])] if len(ends_s) else choice_R
-    return choice_R
+def _somebodys(choice_R: Tensor, ends_s: Tensor) -> Tensor:
+    """Without the rows that are nobody's, where to know their number costs nothing."""
+    if choice_R.device.type != "cpu" or torch.compiler.is_compiling() or not len(ends_s):
+        return choice_R
+    return choice_R[: int(ends_s[-1])]

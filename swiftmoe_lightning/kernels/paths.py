@@ -23,6 +23,8 @@ class Path:
     reason: str
 
 
+# The compiler asks once for each graph, and does not look inside.
+@torch.compiler.assume_constant_result
 def choose(device: torch.device, *dtypes: torch.dtype) -> Path:
     """The path of an operation on floating tensors of these dtypes on `device`.
 
@@ -38,8 +40,6 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> Path:
     return path
 
 
-# The compiler asks once for each graph, and does not look inside.
-@torch.compiler.assume_constant_result
 def is_triton(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether `choose` says "triton"."""
     return choose(device, *dtypes).name == "triton"

@@ -161,16 +161,32 @@ def route_backward(
     return grad_TE.to(logits_TE.dtype)
 
 
-def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
+def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
     """Each slot's matrix times its own rows, one slot after the other.
 
-    ends_s: [s] int32, the end of each slot's rows in `x_RI`; the last one is R.
-    Returns [R, O].
+    ends_s: [s] int32, the end of each slot's rows in `x_RI`.
+    Returns [R, O], zero behind the last end.
     """
+    parts = [F.linear(x, w) for x, w in zip(_by_slot(x_RI, ends_s), weight_sOI.unbind(0), strict=True)]
+    return _filled(parts, len(x_RI))
+
+
+def grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows and of the matrices."""
+    grads, parts = _by_slot(grad_RO, ends_s), _by_slot(x_RI, ends_s)
+    grad_x_RI = _filled([g @ w for g, w in zip(grads, weight_sOI.unbind(0), strict=True)], len(x_RI))
+    return grad_x_RI, torch.stack([g.T @ x for g, x in zip(grads, parts, strict=True)])
+
+
+def _by_slot(rows_R: Tensor, ends_s: Tensor) -> tuple[Tensor, ...]:
     ends = ends_s.tolist()
-    parts = x_RI.tensor_split(ends[:-1])
-    biases = [None] * len(parts) if bias_sO is None else bias_sO.unbind(0)
-    return torch.cat([F.linear(x, w, b) for x, w, b in zip(parts, weight_sOI.unbind(0), biases, strict=True)])
+    return rows_R[: ends[-1]].tensor_split(ends[:-1])
+
+
+def _filled(parts: list[Tensor], num_rows: int) -> Tensor:
+    """One tensor of the parts, and zero behind them."""
+    missing = num_rows - sum(map(len, parts))
+    return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])])
 
 
 def _is_bag(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> bool:

@@ -38,8 +38,6 @@ def register_hf_experts() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, run_hf_experts)
 
 
-# As for `Experts.run`: a graph break at the layer, not a recompilation when the number of rows changes.
-@torch.compiler.disable
 def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """[T, D] -> [T, D]: the experts' sum, weighted by `top_k_weights` [T, K].
 
@@ -72,15 +70,25 @@ def _activation_of(module: Any) -> Activation:
 
     Halves or interleaved (`is_concatenated`) is what `_apply_gate` knows.
     """
-    act_fn = getattr(module, "act_fn", None)
+    return _name_of(module) or _function_of(module)
+
+
+def _function_of(module: Any) -> Callable[[Tensor], Tensor]:
     function: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    return function
+
+
+# The compiler asks once for each graph, and does not look inside.
+@torch.compiler.assume_constant_result
+def _name_of(module: Any) -> str | None:
+    act_fn = getattr(module, "act_fn", None)
     tried, name = _names.get(module, (None, None))
     if module not in _names or tried is not act_fn:
         # One with parameters changes as it learns, and may live on a GPU.
         is_fixed = not isinstance(act_fn, nn.Module) or not any(True for _ in act_fn.parameters())
-        name = named_activation(function, module.has_gate) if is_fixed else None
+        name = named_activation(_function_of(module), module.has_gate) if is_fixed else None
         _names[module] = (act_fn, name)
-    return function if name is None else name
+    return name
 
 
 def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:

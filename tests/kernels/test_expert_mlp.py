@@ -62,19 +62,50 @@ def test_any_sizes_equal_a_loop_over_rows(counts, dim, hidden_dim, activation, b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_path_is_taken_where_it_can_be_and_equals_the_reference(dtype, monkeypatch):
-    x_RI = torch.randn(6, 16).to(dtype)
-    weight_sOI, bias_sO = torch.randn(3, 8, 16).to(dtype), torch.randn(3, 8).to(dtype)
+    x_RI, weight_sOI = torch.randn(6, 16).to(dtype), torch.randn(3, 8, 16).to(dtype)
     ends_s = torch.tensor([2, 2, 6], dtype=torch.int32)
-    expected = reference.grouped_linear(x_RI, weight_sOI, ends_s, bias_sO)
+    expected = reference.grouped_linear(x_RI, weight_sOI, ends_s)
     monkeypatch.setattr(reference, "grouped_linear", None)
-    assert_close(grouped.grouped_linear(x_RI, weight_sOI, ends_s, bias_sO), expected)
+    assert_close(grouped.grouped_linear(x_RI, weight_sOI, ends_s), expected)
 
 
-def test_reference_gradients_pass_gradcheck():
-    ends_s = torch.tensor([2, 2, 3], dtype=torch.int32)
-    shapes = [(3, 4), (3, 2, 4), (3, 2)]
-    inputs = tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    assert torch.autograd.gradcheck(lambda x, w, b: reference.grouped_linear(x, w, ends_s, b), inputs)
+# With and without rows that are nobody's.
+@pytest.mark.parametrize("ends", [(2, 2, 3), (1, 1, 2)])
+def test_reference_gradients_pass_gradcheck_and_equal_the_written_ones(ends):
+    ends_s = torch.tensor(ends, dtype=torch.int32)
+    inputs = tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(3, 4), (3, 2, 4)])
+    assert torch.autograd.gradcheck(lambda x, w: reference.grouped_linear(x, w, ends_s), inputs)
+    grad_RO = torch.randn(3, 2, dtype=torch.float64)
+    expected = torch.autograd.grad(reference.grouped_linear(*inputs, ends_s), inputs, grad_RO)
+    for found, gradient in zip(reference.grouped_linear_backward(grad_RO, *inputs, ends_s), expected, strict=True):
+        assert_close(found, gradient)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Neither, both, and one of the two matrices of sizes that grouped_mm takes.
+@pytest.mark.parametrize("sizes", [(5, 3), (16, 8), (16, 12)])
+def test_rows_that_are_nobodys_change_nothing(wrap, dtype, sizes):
+    values = {"x": torch.randn(4, sizes[0]).to(dtype)} | make_weights(3, *sizes, "swiglu", True, dtype)
+    ends_s = torch.tensor([1, 1, 4], dtype=torch.int32)
+    found, expected = leaves(values), leaves(values)
+
+    def with_more_rows(x_RD, **weights):
+        out = expert_mlp(torch.cat([x_RD, x_RD.new_full((3, x_RD.shape[1]), float("nan"))]), weights, ends_s, "swiglu")
+        # As combine does: it reads none of them, and gives them a gradient of zero.
+        return torch.where(torch.arange(7).unsqueeze(1) < 4, out, 0.0)[:4]
+
+    kept = wrap(with_more_rows)(found["x"], **{k: v for k, v in found.items() if k != "x"})
+    whole = expert_mlp(expected["x"], {k: v for k, v in expected.items() if k != "x"}, ends_s, "swiglu")
+    assert_close(kept, whole)
+    found_gradients = gradients(kept, found)
+    for name, gradient in gradients(whole, expected).items():
+        assert_close(found_gradients[name], gradient)
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["reference", "grouped"])

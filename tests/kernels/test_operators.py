@@ -18,6 +18,7 @@ def floats(*shape, grad=True):
 
 
 CHOICES = torch.tensor([3, 0, -1, 2], device=DEVICE), torch.tensor([[1, -1], [3, 0]], device=DEVICE)
+ENDS = torch.tensor([1, 4], dtype=torch.int32, device=DEVICE)
 LOGITS_IDS = floats(3, 5), torch.tensor([[0, 1], [4, 2], [3, 0]], device=DEVICE)
 CALLS = {
     "sort_choices": (torch.tensor([2, 0, 5, 1], device=DEVICE), 3),
@@ -27,10 +28,12 @@ CALLS = {
     "combine_backward": (floats(2, 3), floats(4, 3), floats(2, 2), *CHOICES),
     "activate": (floats(3, 4), "swiglu"),
     "activate_backward": (floats(3, 2), floats(3, 4), "swiglu"),
+    "grouped_product": (floats(4, 8), floats(2, 4, 8), ENDS),
+    "grouped_product_backward": (floats(4, 4), floats(4, 8), floats(2, 4, 8), ENDS),
     "route": (LOGITS_IDS[0], floats(5, grad=False), 2, "sigmoid", True),
     "route_backward": (floats(3, 2), floats(5), floats(1).sum().detach(), *LOGITS_IDS, "softmax", True),
 }
-BACKWARDS = ["gather_sum", "combine_backward", "activate_backward", "route_backward"]
+BACKWARDS = ["gather_sum", "combine_backward", "activate_backward", "grouped_product_backward", "route_backward"]
 
 
 @pytest.mark.usefixtures("path")
@@ -44,11 +47,11 @@ def test_every_operator_keeps_torchs_contract(name):
 
 
 def test_every_operator_is_checked():
-    from swiftmoe_lightning.kernels import ops, routing
+    from swiftmoe_lightning.kernels import grouped, ops, routing
 
     names = {
         value._qualname.split("::")[1]
-        for module in (ops, routing)
+        for module in (grouped, ops, routing)
         for value in vars(module).values()
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
@@ -112,7 +115,7 @@ def test_nothing_waits_for_the_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["permute", "combine", "activate", "route"])
+@pytest.mark.parametrize("name", ["permute", "combine", "activate", "grouped_product", "route"])
 def test_a_second_derivative_is_refused(name):
     out = getattr(OPERATORS, name)(*CALLS[name])
     out = out[0] if isinstance(out, tuple) else out

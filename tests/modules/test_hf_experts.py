@@ -104,6 +104,15 @@ def inputs_of(experts: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor,
     return x_TD, ids_TK, torch.rand(9, 2, generator=generator).to(dtype)
 
 
+def gradients_of(run: Any, experts: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """The output, and the gradients of the tokens and of every parameter."""
+    x_TD = inputs[0].clone().requires_grad_()
+    experts.zero_grad()
+    out = run(x_TD, *inputs[1:])
+    out.square().sum().backward()
+    return {"out": out, "x": x_TD.grad} | {name: p.grad.clone() for name, p in experts.named_parameters()}
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> None:
@@ -113,19 +122,44 @@ def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> Non
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     elsewhere_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(4)) < 0.4
     elsewhere_TK[0] = True
-    found = []
-    for ids, weights in (
-        (ids_TK.masked_fill(elsewhere_TK, len(experts.down_proj)), weights_TK),
-        (ids_TK, weights_TK.masked_fill(elsewhere_TK, 0.0)),
-    ):
-        x = x_TD.clone().requires_grad_()
-        experts.zero_grad()
-        with paths.forced(path):
-            out = experts(x, ids, weights)
-            out.square().sum().backward()
-        found.append({"out": out, "x": x.grad} | {name: p.grad for name, p in experts.named_parameters()})
+    with paths.forced(path):
+        found = [
+            gradients_of(experts, experts, (x_TD, ids, weights))
+            for ids, weights in (
+                (ids_TK.masked_fill(elsewhere_TK, len(experts.down_proj)), weights_TK),
+                (ids_TK, weights_TK.masked_fill(elsewhere_TK, 0.0)),
+            )
+        ]
     assert not found[0]["out"][0].any()
     assert_equal(*found)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_compile_to_one_graph(family: str, path: str) -> None:
+    if path == "triton":
+        pytest.importorskip("triton")
+    experts = experts_of(family)
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
+    x_TD, ids_TK, weights_TK = inputs_of(experts)
+    elsewhere_TK = ids_TK.clone()
+    elsewhere_TK[::3, 0] = len(experts.down_proj)
+    with paths.forced(path):
+        for ids, stance in [(ids_TK, "default"), (elsewhere_TK[:7], "fail_on_recompile")]:
+            inputs = (x_TD[: len(ids)], ids.clone(), weights_TK[: len(ids)].clone())
+            with torch.compiler.set_stance(stance):
+                found = gradients_of(compiled, experts, inputs)
+            assert_equal(found, gradients_of(experts, experts, inputs))
+
+
+def test_a_model_compiles_to_one_graph() -> None:
+    model = hf_models.build("qwen3_moe")
+    model.set_experts_implementation("swiftmoe")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = hf_models.tokens(0)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_norm_behind_the_experts_sees_only_rows_of_choices() -> None:
