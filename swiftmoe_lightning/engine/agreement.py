@@ -1,7 +1,8 @@
-"""Every forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
+"""Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer or -1, training, dtype, stale, finite, stop] and then [E] counts, padded to the
-widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others are in.
+W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop] and then [E] counts, padded
+to the widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others
+are in.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
 _HEADER: Final = 6
 _DONE: Final = -1
+_DENSE: Final = -2
 _SAME_STEPS: Final = (
     "every rank must run the same MoE layers in the same order, as many times: give all ranks equally many training "
     "batches (drop_last=True, or limit_train_batches)."
@@ -50,9 +52,16 @@ class Agreement:
 
     def done(self) -> CallRows:
         """Say that this rank has no more batches, and hear what the others are about to do."""
+        return self._gather(self._row_without_counts(_DONE, trains=False))
+
+    def call_dense(self, trains: bool) -> None:
+        """Say that this rank is about to gather the weights of the dense part. Raises RuntimeError as `call` does."""
+        self._gather(self._row_without_counts(_DENSE, trains))
+
+    def _row_without_counts(self, call: int, trains: bool) -> Tensor:
         row = torch.zeros(_HEADER + self._max_experts, dtype=torch.int64, device=self._device)
-        row[0], row[4] = _DONE, 1
-        return self._gather(row)
+        row[:_HEADER] = torch.tensor([call, int(trains), 0, 0, 1, 0])
+        return row
 
     def _gather(self, row: Tensor) -> CallRows:
         try:
@@ -69,7 +78,7 @@ class Agreement:
     def _check(self, rows: CallRows) -> None:
         calls = {tuple(head) for head in rows.active[:, :3].tolist()}
         has_left = len(rows.active) < len(rows.table)
-        if len(calls) > 1 or (has_left and any(training for _, training, _ in calls)):
+        if len(calls) > 1 or (has_left and any(training or call == _DENSE for call, training, _ in calls)):
             raise RuntimeError(
                 "ranks are in different forward passes: "
                 + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
@@ -83,7 +92,10 @@ class Agreement:
     def _describe(self, row: np.ndarray) -> str:
         if row[0] == _DONE:
             return "has no more batches"
-        return f"{'trains' if row[1] else 'evaluates'} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"
+        verb = "trains" if row[1] else "evaluates"
+        if row[0] == _DENSE:
+            return f"{verb} and gathers the dense weights"
+        return f"{verb} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"
 
 
 class CallRows:

@@ -123,7 +123,12 @@ class SwiftMoEEngine:
     def shard_dense(self) -> None:
         """With dense="fsdp2", cut the dense part over the ranks, in place; else nothing. Repeatable. A collective."""
         if self.config.dense == "fsdp2" and self.group is not None and self.dense is None:
-            self.dense = FullyShardedDense(self.module, self.group, getattr(torch, self.config.reduce_dtype))
+            wire_dtype = getattr(torch, self.config.reduce_dtype)
+            self.dense = FullyShardedDense(self.module, self.group, wire_dtype, self._agree_on_dense)
+
+    def _agree_on_dense(self, trains: bool) -> None:
+        if self.layers:
+            self.layers[0].agreement.call_dense(trains)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
@@ -233,7 +238,7 @@ class SwiftMoEEngine:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
         if self.dense is not None:
             # As the others did in their first forward.
-            self.dense.gather(True)
+            self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return
         agreement = self.layers[0].agreement
@@ -272,8 +277,7 @@ class SwiftMoEEngine:
         return full_state(dict(self.module.state_dict()), keep=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save beside model and optimizer: popularity and placement of each layer; loads with
-        `weights_only=True`."""
+        """What to save beside model and optimizer: layers' popularity and placements. Loads with weights_only=True."""
         return {t.name: t.state_dict(self._placer_of(t)) for t in self._tracked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ class FullyShardedDense:
     module: cut in place, rank 0's values. Each child of an outermost `nn.ModuleList` is gathered by itself, the rest
         together. Cut already: taken as it is. A collective.
     wire_dtype: dtype of gradients under way, float64 ones excepted.
+    agree: a collective that raises on all ranks unless all have come to the same gather; given whether they train.
     """
 
-    def __init__(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
-        self._root, self._whole = module, False
+    def __init__(
+        self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype, agree: Callable[[bool], None]
+    ) -> None:
+        self._root, self._whole, self._agree = module, False, agree
         self.replaced = Replaced()
         if not isinstance(module, FSDPModule):
             self._shard(module, group, wire_dtype)
@@ -49,8 +52,18 @@ class FullyShardedDense:
         for part in module.modules():
             part.register_load_state_dict_pre_hook(_shard_loaded)
 
+    @torch.compiler.disable
     def _before_forward(self, *_: object) -> None:
-        self.gather(not self._root.training and not torch.is_grad_enabled())
+        self.begin_forward(not self._root.training and not torch.is_grad_enabled())
+
+    def begin_forward(self, evaluates: bool) -> None:
+        """Hold the weights as this forward needs them. A collective, but for evaluations after the first in a row.
+
+        Raises RuntimeError, on all ranks, when others are elsewhere: in FSDP2's gathers they would wait for ever.
+        """
+        if not (evaluates and self._whole):
+            self._agree(not evaluates)
+        self.gather(evaluates)
 
     def set_sync(self, syncs: bool) -> None:
         """Whether the next backward reduces gradients, or adds them to those that wait (accumulation)."""

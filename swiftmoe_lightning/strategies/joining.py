@@ -1,9 +1,11 @@
-"""The end of every loop, where ranks may arrive with different numbers of batches."""
+"""Loops in which ranks have different numbers of batches: evaluation goes on to the end, training is refused."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -11,8 +13,9 @@ from typing_extensions import override
 class JoinRanks(Callback):
     """A rank that is out of evaluation batches serves the others' expert layers until all are.
 
-    At the end of a training epoch there is nothing to serve: a rank that trains on gets an error that says so, on
-    every rank, where it would otherwise wait for the others for ever.
+    A training epoch in which ranks have differently many batches is an error on every rank, before it begins. Where
+    they are not known, it is one at its end, at the latest when the process group's timeout is over: Lightning's own
+    broadcast before every batch may come first.
 
     Ranks join once a loop: after the last batch, before metrics are reduced; at the end of the epoch if the last
     batch was not known to be it; and after the run if this rank had no batch at all.
@@ -36,6 +39,15 @@ class JoinRanks(Callback):
     def _join_after_last(self, trainer: Trainer, progress: Any) -> None:
         if progress.is_last_batch:
             self._join(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = trainer.strategy.engine  # type: ignore[attr-defined]
+        if engine.group is None:
+            return
+        num_batches = trainer.num_training_batches
+        mine = torch.tensor([-1 if math.isinf(num_batches) else int(num_batches)], device=trainer.strategy.root_device)
+        refuse_uneven_training(engine.group.all_gather(mine).flatten().tolist())
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,3 +89,13 @@ class JoinRanks(Callback):
         if stage != "fit":
             self._join(trainer)
         self._joined = False
+
+
+def refuse_uneven_training(num_batches_W: list[int]) -> None:
+    """num_batches_W: each rank's training batches, -1 where they are not known. Raises ValueError if they differ."""
+    if len(set(num_batches_W)) > 1:
+        said = ("unknown" if n < 0 else str(n) for n in num_batches_W)
+        raise ValueError(
+            f"ranks have different numbers of training batches ({', '.join(said)}, by rank), and would wait for each "
+            "other: give all ranks equally many training batches (drop_last=True, or limit_train_batches)."
+        )

@@ -199,7 +199,7 @@ class SwiftMoEStrategy(DDPStrategy):
         if self._evaluating is not None and self._evaluating != evaluating:
             self.engine.mark_stale()
         if self.engine.dense is not None:
-            self.engine.dense.gather(evaluating)
+            self.engine.dense.begin_forward(evaluating)
         self._evaluating = evaluating
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

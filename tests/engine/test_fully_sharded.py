@@ -92,6 +92,28 @@ def test_thirty_steps_equal_a_dense_single_process(
     assert sum(held for _, held in outcomes) == sum(value.numel() for value in expected.values())
 
 
+def leave_training_first(evaluates: bool) -> None:
+    """Rank 0 has one training batch less, and goes on to its evaluation, or to the end of it."""
+    module = build(in_blocks=True)
+    engine = sml.SwiftMoEEngine(module, CONFIG)
+    model = engine.data_parallel()
+    for step in range(1 + dist.get_rank()):
+        loss_of(model, step, 0).backward()
+    if dist.get_rank() == 0:
+        module.eval()
+        with torch.no_grad():
+            if evaluates:
+                model(dense.batch(0, 0, torch.float64)[0])
+            engine.join()
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_uneven_training_batches_are_an_error_on_all_that_says_who_does_what(evaluates: bool) -> None:
+    for error in rank_errors(leave_training_first, 3, evaluates):
+        assert "rank 0 evaluates and gathers the dense weights; rank 1 trains and gathers the dense weights" in error
+        assert "drop_last=True" in error
+
+
 def save(folder: str) -> dict[str, Any]:
     """Two steps, saved whole, then a third."""
     module = build(in_blocks=True)

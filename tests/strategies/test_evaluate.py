@@ -117,6 +117,21 @@ def test_a_rank_with_fewer_training_batches_is_an_error_on_every_rank_within_the
         assert "give all ranks equally many training batches (drop_last=True, or limit_train_batches)" in error
 
 
+def fit_known_unevenly(options: dict[str, Any]) -> None:
+    limit = {0: 1.0, 1: options.pop("limit")}[int(os.environ["RANK"])]
+    runner = trainer(2, sml.SwiftMoEStrategy(), limit_train_batches=limit, **options)
+    runner.fit(Model(), loader(2), loader(2))
+
+
+@pytest.mark.parametrize("options", [{"limit": 3}, {"limit": 0.5, "accumulate_grad_batches": 2}])
+def test_fewer_training_batches_are_an_error_before_the_first_where_their_number_is_known(
+    options: dict[str, Any],
+) -> None:
+    for error in rank_errors(fit_known_unevenly, 2, options, init=False):
+        assert re.search(r"different numbers of training batches \(\d+, \d+, by rank\)", error)
+        assert "give all ranks equally many training batches (drop_last=True, or limit_train_batches)" in error
+
+
 class Average(WeightAveraging):
     def __init__(self) -> None:
         super().__init__(avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.5))
