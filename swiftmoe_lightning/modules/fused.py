@@ -131,11 +131,11 @@ def _activation_of(module: nn.Module, gated: bool) -> Activation:
         function = functools.partial(_gate, act_fn) if gated else act_fn
     else:
         raise ValueError("it has no act_fn or _apply_gate that says what its activation is")
-    return named_activation(function, gated) or function
+    return _named(function, gated) or function
 
 
 @torch.no_grad()
-def named_activation(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
+def _named(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
     """Our kernels' name of `function` where it is the same to the bit in float32, None if it is another."""
     # Small and large values: a clamp shows on the large ones alone.
     z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32)

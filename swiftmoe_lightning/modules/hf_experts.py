@@ -6,21 +6,15 @@ T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.kernels import Activation, combine, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.modules.experts import as_computed, compute_dtype
-from swiftmoe_lightning.modules.fused import named_activation
 
 NAME: Final = "swiftmoe"
-# Module -> (act_fn when it was tried, our kernels' name for its activation or None). A function of the module is not
-# kept here: it would keep the module alive.
-_names: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 def register_hf_experts() -> None:
@@ -59,36 +53,30 @@ def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 
 def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """By the names, and in the layout, of `expert_mlp`."""
-    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    names = ["gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"]
     if module.has_bias:
         names += [f"{name}_bias" for name in names]
     return as_computed({name: getattr(module, name) for name in names}, dtype, module.is_transposed)
 
 
 def _activation_of(module: Any) -> Activation:
-    """Our kernels' name where it is the same to the bit, for they run in one with the products; else its own function.
+    """Our kernels' name where there is one, for they run in one with the products; else the module's own function.
 
-    Halves or interleaved (`is_concatenated`) is what `_apply_gate` knows.
+    By classes alone, which the compiler sees through: layers of one kind share a graph.
     """
-    return _name_of(module) or _function_of(module)
+    from transformers.activations import ACT2CLS
+    from transformers.integrations.moe import _default_apply_gate
+
+    kind = type(getattr(module, "act_fn", None))
+    if not _has_gate(module):
+        return next((name for name in ("gelu", "relu2") if kind is ACT2CLS[name]), module.act_fn)
+    is_swiglu = type(module)._apply_gate is _default_apply_gate and kind in (nn.SiLU, ACT2CLS["silu"])
+    return "swiglu" if is_swiglu else module._apply_gate
 
 
-def _function_of(module: Any) -> Callable[[Tensor], Tensor]:
-    function: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
-    return function
-
-
-# The compiler asks once for each graph, and does not look inside.
-@torch.compiler.assume_constant_result
-def _name_of(module: Any) -> str | None:
-    act_fn = getattr(module, "act_fn", None)
-    tried, name = _names.get(module, (None, None))
-    if module not in _names or tried is not act_fn:
-        # One with parameters changes as it learns, and may live on a GPU.
-        is_fixed = not isinstance(act_fn, nn.Module) or not any(True for _ in act_fn.parameters())
-        name = named_activation(_function_of(module), module.has_gate) if is_fixed else None
-        _names[module] = (act_fn, name)
-    return name
+def _has_gate(module: Any) -> bool:
+    # transformers before 5.3 knows experts with gates alone.
+    return getattr(module, "has_gate", True)
 
 
 def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:
