@@ -149,10 +149,10 @@ def _down_backward(  # noqa: PLR0913 - as above
     needed: list[bool],
 ) -> list[Tensor]:
     """From dO [T, D] or dY [R, D]: dZ, and the gradients of scores, second matrix and bias; not needed, empty."""
-    from swiftmoe_lightning.kernels.triton.grad_hidden import hidden_gradient
+    from swiftmoe_lightning.kernels.triton.bias import bias_gradient, bias_part
+    from swiftmoe_lightning.kernels.triton.grad_hidden import hidden_gradient, score_gradient
     from swiftmoe_lightning.kernels.triton.grad_weight import weight_gradient
     from swiftmoe_lightning.kernels.triton.launch import device_of
-    from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient, bias_part, score_gradient
 
     need_scores, need_second, need_bias = needed
     grads = [grad.new_empty(0) for _ in needed]
@@ -166,7 +166,7 @@ def _down_backward(  # noqa: PLR0913 - as above
         if need_second:
             grads[1] = weight_gradient(grad, a_RF, rows, gathered="" if scores_TK is None else "left")
         if need_bias:
-            grads[2] = bias_gradient(grad, scores_TK, rows)
+            grads[2] = bias_gradient(grad, ends_s, scores_TK, choice_R, rows.top_k)
     return [dz_RO, *grads]
 
 
@@ -198,11 +198,11 @@ def _up_backward(  # noqa: PLR0913 - as above
     needed: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, first matrix and bias; those that are not needed come out empty."""
+    from swiftmoe_lightning.kernels.triton.bias import bias_gradient
     from swiftmoe_lightning.kernels.triton.gemm_forward import grouped_product
     from swiftmoe_lightning.kernels.triton.grad_weight import weight_gradient
     from swiftmoe_lightning.kernels.triton.launch import device_of
     from swiftmoe_lightning.kernels.triton.rows import clear_tail
-    from swiftmoe_lightning.kernels.triton.sums_backward import bias_gradient
 
     need_x, need_first, need_bias = needed
     grads = [dz_RO.new_empty(0) for _ in needed]
@@ -211,7 +211,7 @@ def _up_backward(  # noqa: PLR0913 - as above
         if need_first:
             grads[1] = weight_gradient(dz_RO, x, rows, gathered="" if rows_TK is None else "right")
         if need_bias:
-            grads[2] = bias_gradient(dz_RO, None, rows)
+            grads[2] = bias_gradient(dz_RO, ends_s)
         if need_x:
             dx_RD = grouped_product(dz_RO, first, None, rows, rows.tiles.grad_rows, transposed=True)
             grads[0] = clear_tail(dx_RD, ends_s) if rows_TK is None else _sum_rows(dx_RD, rows_TK)

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmoe_lightning.kernels import reference
-from swiftmoe_lightning.kernels.ops import activate, keep_nothing, refuse_second_derivative
+from swiftmoe_lightning.kernels.ops import (
+    activate,
+    backward_of,
+    is_plain,
+    keep_nothing,
+    on_triton,
+    plain_function,
+    refuse_second_derivative,
+)
 from swiftmoe_lightning.kernels.reference import Activation
 
 
@@ -39,11 +47,14 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
         y_RO = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
     else:
         y_RO = reference.grouped_linear(x_RI, weight_sOI, ends_s)
-    if bias_sO is None:
-        return y_RO
-    slot_R = torch.searchsorted(ends_s, torch.arange(len(x_RI), device=x_RI.device, dtype=torch.int32), right=True)
-    # Nobody's rows get a bias of their own, so that its gradient takes theirs.
-    return y_RO + F.pad(bias_sO, (0, 0, 0, 1))[slot_R]
+    return y_RO if bias_sO is None else add_bias(y_RO, bias_sO, ends_s)
+
+
+def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
+    """[R, O]: each row with its own slot's bias [s, O], of `y_RO`'s dtype."""
+    add = _PlainAddBias.apply if is_plain(y_RO, (y_RO, bias_sO)) else _add_bias
+    out_RO: Tensor = add(y_RO, bias_sO, ends_s)
+    return out_RO
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -92,6 +103,34 @@ def _(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> tupl
     return x_RI.new_empty(x_RI.shape), weight_sOI.new_empty(weight_sOI.shape)
 
 
+@torch.library.custom_op("swiftmoe::add_bias", mutates_args=())
+def _add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
+    if on_triton(y_RO, bias_sO):
+        from swiftmoe_lightning.kernels.triton import bias
+
+        return bias.add_bias(y_RO, bias_sO, reference.slots_of(ends_s, len(y_RO)))
+    return reference.add_bias(y_RO, bias_sO, ends_s)
+
+
+@_add_bias.register_fake
+def _(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
+    return y_RO.new_empty(y_RO.shape)
+
+
+@torch.library.custom_op("swiftmoe::slot_sums", mutates_args=())
+def _slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
+    if on_triton(rows_RO):
+        from swiftmoe_lightning.kernels.triton import bias
+
+        return bias.bias_gradient(rows_RO.contiguous(), ends_s)
+    return reference.slot_sums(rows_RO, ends_s)
+
+
+@_slot_sums.register_fake
+def _(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
+    return rows_RO.new_empty(ends_s.shape[0], rows_RO.shape[1])
+
+
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -100,5 +139,17 @@ def _gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_grouped_product_backward(grad_RO, *ctx.saved_tensors), None
 
 
+def _keep_ends(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _add_bias_gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    sums = backward_of(ctx, _slot_sums, reference.slot_sums)
+    return grad_RO, sums(grad_RO, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None, None
+
+
 _grouped_product.register_autograd(_gradient, setup_context=_keep_inputs)
-_grouped_product_backward.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
+_add_bias.register_autograd(_add_bias_gradient, setup_context=_keep_ends)
+for _operator in (_grouped_product_backward, _slot_sums):
+    _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
+_PlainAddBias = plain_function(reference.add_bias, _keep_ends, _add_bias_gradient)

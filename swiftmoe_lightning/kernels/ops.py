@@ -37,7 +37,7 @@ def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
     How many rows there are (R <= N) only the device knows, and it is not asked: the tensors have length N, and
     `permute`, `combine` pass over rows and choices marked -1.
     """
-    sort = reference.sort_choices if _is_plain(key_N, ()) else _sort_choices
+    sort = reference.sort_choices if is_plain(key_N, ()) else _sort_choices
     return SortedChoices(*sort(key_N, num_groups))
 
 
@@ -48,7 +48,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     where a choice has no row. Backward sums each token's rows, without atomics.
     """
     assert x_TD.shape[0] == rows_TK.shape[0], (x_TD.shape, rows_TK.shape)
-    permute = _PlainPermute.apply if _is_plain(x_TD, (x_TD,)) else _permute
+    permute = _PlainPermute.apply if is_plain(x_TD, (x_TD,)) else _permute
     return permute(x_TD, choice_R, rows_TK)
 
 
@@ -59,7 +59,7 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
     """
     assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
     assert y_RD.shape[0] == choice_R.shape[0], (y_RD.shape, choice_R.shape)
-    combine = _PlainCombine.apply if _is_plain(y_RD, (y_RD, weights_TK)) else _combine
+    combine = _PlainCombine.apply if is_plain(y_RD, (y_RD, weights_TK)) else _combine
     return combine(y_RD, weights_TK, choice_R, rows_TK)
 
 
@@ -70,11 +70,11 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
     """
     check_choice("activation", activation, reference.ACTIVATIONS)
     assert activation != "swiglu" or z_RF.shape[1] % 2 == 0, z_RF.shape
-    activate = _PlainActivate.apply if _is_plain(z_RF, (z_RF,)) else _activate
+    activate = _PlainActivate.apply if is_plain(z_RF, (z_RF,)) else _activate
     return activate(z_RF, activation)
 
 
-def _is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
+def is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
     """Whether the reference may run without its operator."""
     if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
         return False
@@ -201,7 +201,7 @@ def _(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
     return z_RF.new_empty(z_RF.shape)
 
 
-def _backward(ctx: Any, operator: Any, plain: Any) -> Any:
+def backward_of(ctx: Any, operator: Any, plain: Any) -> Any:
     """The operator, too, where its gradient may be asked for: it says why there is none."""
     return plain if getattr(ctx, "is_plain", False) and not torch.is_grad_enabled() else operator
 
@@ -211,7 +211,7 @@ def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _permute_gradient(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-    return _backward(ctx, _gather_sum, reference.gather_sum)(grad_RD, *ctx.saved_tensors), None, None
+    return backward_of(ctx, _gather_sum, reference.gather_sum)(grad_RD, *ctx.saved_tensors), None, None
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -219,7 +219,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    backward = _backward(ctx, _combine_backward, reference.combine_backward)
+    backward = backward_of(ctx, _combine_backward, reference.combine_backward)
     return *backward(grad_TD, *ctx.saved_tensors), None, None
 
 
@@ -229,7 +229,7 @@ def _keep_activation(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> No
 
 
 def _activate_gradient(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None]:
-    backward = _backward(ctx, _activate_backward, reference.activate_backward)
+    backward = backward_of(ctx, _activate_backward, reference.activate_backward)
     return backward(grad_RF, *ctx.saved_tensors, ctx.activation), None
 
 
@@ -240,7 +240,7 @@ for _operator in (_gather_sum, _combine_backward, _activate_backward):
     _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
 
 
-def _plain(forward: Any, keep: Any, gradient: Any) -> Any:
+def plain_function(forward: Any, keep: Any, gradient: Any) -> Any:
     """The reference as a function that autograd knows, with the gradient of its operator."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -251,6 +251,6 @@ def _plain(forward: Any, keep: Any, gradient: Any) -> Any:
     return type(forward.__name__, (torch.autograd.Function,), {k: staticmethod(f) for k, f in functions.items()})
 
 
-_PlainPermute = _plain(reference.permute, _keep_rows, _permute_gradient)
-_PlainCombine = _plain(reference.combine, _keep_inputs, _combine_gradient)
-_PlainActivate = _plain(reference.activate, _keep_activation, _activate_gradient)
+_PlainPermute = plain_function(reference.permute, _keep_rows, _permute_gradient)
+_PlainCombine = plain_function(reference.combine, _keep_inputs, _combine_gradient)
+_PlainActivate = plain_function(reference.activate, _keep_activation, _activate_gradient)

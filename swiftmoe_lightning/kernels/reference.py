@@ -178,6 +178,29 @@ def grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, e
     return grad_x_RI, torch.stack([g.T @ x for g, x in zip(grads, parts, strict=True)])
 
 
+def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
+    """Each row with its own slot's bias; behind the last end with any. Its bias's backward is `slot_sums`."""
+    if len(y_RO) == 0:
+        return torch.empty_like(y_RO)
+    slot_R = slots_of(ends_s, len(y_RO)).clamp(max=len(ends_s) - 1)
+    return bias_sO.index_select(0, slot_R).add_(y_RO)
+
+
+def slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
+    """[s, O]: the sum of each slot's rows, without a wait for a GPU."""
+    if len(rows_RO) == 0:
+        return rows_RO.new_zeros(len(ends_s), rows_RO.shape[1])
+    row_R = torch.arange(len(rows_RO), device=rows_RO.device)
+    # One bag more, for nobody's rows.
+    return F.embedding_bag(row_R, rows_RO, F.pad(ends_s.to(torch.int64), (1, 0)), mode="sum")[:-1]
+
+
+def slots_of(ends_s: Tensor, num_rows: int) -> Tensor:
+    """[R] int32: the slot of each row; s for nobody's."""
+    rows_R = torch.arange(num_rows, device=ends_s.device, dtype=torch.int32)
+    return torch.searchsorted(ends_s, rows_R, right=True, out_int32=True)
+
+
 def _by_slot(rows_R: Tensor, ends_s: Tensor) -> tuple[Tensor, ...]:
     ends = ends_s.tolist()
     return rows_R[: ends[-1]].tensor_split(ends[:-1])

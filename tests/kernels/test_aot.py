@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS
-from swiftmoe_lightning.kernels.triton import router, rows, sorting, swiglu
+from swiftmoe_lightning.kernels.triton import bias, router, rows, sorting, swiglu
 from tests.kernels.aot import MAX_SHARED, Build, compile_all, launched_by
 
 # T tokens, D model dim, K top-k, dtype.
@@ -46,6 +46,16 @@ def activation_builds() -> list[Build]:
     return builds
 
 
+def bias_builds() -> list[Build]:
+    builds = []
+    for tokens, dim, top_k, dtype in ROWS:
+        y_RO, ends_s = meta(tokens * top_k, dim, dtype=dtype), meta(64, dtype=torch.int32)
+        slot_R = meta(tokens * top_k, dtype=torch.int32)
+        builds += launched_by(partial(bias.add_bias, y_RO, meta(64, dim, dtype=dtype), slot_R))
+        builds += launched_by(partial(bias.bias_gradient, y_RO, ends_s))
+    return builds
+
+
 def sort_builds() -> list[Build]:
     sizes = [(2**18, 128), (2**15, 16)]
     return [b for n, groups in sizes for b in launched_by(partial(sorting.sort_choices, meta(n).long(), groups))]
@@ -64,7 +74,7 @@ def router_builds() -> list[Build]:
 
 @pytest.fixture(scope="module")
 def reports():
-    builds = row_builds() + activation_builds() + sort_builds() + router_builds()
+    builds = row_builds() + activation_builds() + bias_builds() + sort_builds() + router_builds()
     # The router of 512 experts with all of it in one warp, which is too much.
     builds.append(replace(builds[-2], options={"num_warps": 1}))
     return list(zip(builds, compile_all(builds), strict=True))

@@ -30,10 +30,19 @@ CALLS = {
     "activate_backward": (floats(3, 2), floats(3, 4), "swiglu"),
     "grouped_product": (floats(4, 8), floats(2, 4, 8), ENDS),
     "grouped_product_backward": (floats(4, 4), floats(4, 8), floats(2, 4, 8), ENDS),
+    "add_bias": (floats(5, 3), floats(2, 3), ENDS),
+    "slot_sums": (floats(5, 3), ENDS),
     "route": (LOGITS_IDS[0], floats(5, grad=False), 2, "sigmoid", True),
     "route_backward": (floats(3, 2), floats(5), floats(1).sum().detach(), *LOGITS_IDS, "softmax", True),
 }
-BACKWARDS = ["gather_sum", "combine_backward", "activate_backward", "grouped_product_backward", "route_backward"]
+BACKWARDS = [
+    "gather_sum",
+    "combine_backward",
+    "activate_backward",
+    "grouped_product_backward",
+    "slot_sums",
+    "route_backward",
+]
 
 
 @pytest.mark.usefixtures("path")

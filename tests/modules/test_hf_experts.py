@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import subprocess
 import sys
-import weakref
 from typing import Any
 
 import pytest

@@ -71,6 +71,15 @@ def hidden_gradient(
     return dz_RO, a_RF, parts
 
 
+def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias: bool) -> Tensor:
+    """[C + 1, R] parts of each row's gradient -> [T, K], zero for a choice without a row (-1)."""
+    grad_TK = torch.empty(rows_TK.shape, dtype=dtype, device=rows_TK.device)
+    num_parts = len(parts) if with_bias else len(parts) - 1
+    grid = (triton.cdiv(rows_TK.numel(), 256),)
+    score_gradient_kernel[grid](parts, rows_TK, grad_TK, parts.shape[1], rows_TK.numel(), PARTS=num_parts, BLOCK=256)
+    return grad_TK
+
+
 @triton.jit
 def gradient_of_hidden(z, ACTIVATION: tl.constexpr):
     """act'(z) in float32, for an activation without a gate."""
@@ -211,3 +220,15 @@ def hidden_gradient_kernel(
     part = finish_split(b_grad, score, rows, m_row, first_col, p_z, p_dz, p_a, F, ACTIVATION, SPLIT, BM, BN)
     if p_parts is not None:
         tl.store(p_parts + col_tile.to(tl.int64) * num_rows + rows, part, mask=m_row)
+
+
+@triton.jit
+def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_choices, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    # [BLOCK]
+    choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(p_rows + choices, mask=choices < num_choices, other=-1).to(tl.int64)
+    b_grad = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(PARTS):
+        b_grad += tl.load(p_parts + rows, mask=rows >= 0, other=0.0)
+        p_parts += num_rows
+    tl.store(p_grad + choices, b_grad.to(p_grad.dtype.element_ty), mask=choices < num_choices)

@@ -1,7 +1,7 @@
-"""The sums in the experts' backward: biases' gradients over each slot's rows, scores' gradients over their parts.
+"""The experts' biases: added to rows, their part of the scores' gradients, and their own gradients.
 
-T tokens, R rows, D model dim, K top-k, s slots, B row tiles, C column tiles of F. O: out features of one matrix.
-BM, BN: a program's tile of rows and columns.
+T tokens, R rows, D model dim, K top-k, s slots, B row tiles. O: out features of one matrix. BM, BN: a program's tile of
+rows and columns.
 """
 
 from __future__ import annotations
@@ -11,16 +11,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftmoe_lightning.kernels.triton.launch import column_block, device_of
 from swiftmoe_lightning.kernels.triton.tiles import Rows
 
 
-def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias: bool) -> Tensor:
-    """[C + 1, R] parts of each row's gradient -> [T, K], zero for a choice without a row (-1)."""
-    grad_TK = torch.empty(rows_TK.shape, dtype=dtype, device=rows_TK.device)
-    num_parts = len(parts) if with_bias else len(parts) - 1
-    grid = (triton.cdiv(rows_TK.numel(), 256),)
-    score_gradient_kernel[grid](parts, rows_TK, grad_TK, parts.shape[1], rows_TK.numel(), PARTS=num_parts, BLOCK=256)
-    return grad_TK
+def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
+    """[R, O]: each row with its own slot's bias, which slot s does not have."""
+    out_RO = torch.empty(y_RO.shape, dtype=y_RO.dtype, device=y_RO.device)
+    num_rows, out_features = y_RO.shape
+    if out_RO.numel():
+        block_n, num_warps = column_block(out_features, y_RO.element_size())
+        block_m = max(1024 // block_n, 1)
+        with device_of(y_RO):
+            add_bias_kernel[(triton.cdiv(num_rows, block_m), triton.cdiv(out_features, block_n))](
+                y_RO.contiguous(),
+                bias_sO.contiguous(),
+                slot_R,
+                out_RO,
+                num_rows,
+                len(bias_sO),
+                OUT=out_features,
+                BM=block_m,
+                BN=block_n,
+                num_warps=max(num_warps, 4),
+            )
+    return out_RO
 
 
 def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> None:
@@ -41,33 +56,47 @@ def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> N
     )
 
 
-def bias_gradient(grad: Tensor, scores_TK: Tensor | None, rows: Rows) -> Tensor:
+def bias_gradient(
+    grad: Tensor, ends_s: Tensor, scores_TK: Tensor | None = None, choice_R: Tensor | None = None, top_k: int = 1
+) -> Tensor:
     """[s, O]: the sum of each slot's rows of `grad` [R, O], or with `scores_TK` of [T, O], gathered and weighted."""
-    grad_sO = torch.empty(len(rows.ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
-    bias_gradient_kernel[(len(rows.ends_s), triton.cdiv(grad.shape[1], 64))](
-        grad,
-        None if scores_TK is None else rows.choice_R,
-        scores_TK,
-        rows.ends_s,
-        grad_sO,
-        TOP_K=rows.top_k,
-        OUT=grad.shape[1],
-        BM=128,
-        BN=64,
-    )
+    grad_sO = torch.empty(len(ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
+    with device_of(grad):
+        bias_gradient_kernel[(len(ends_s), triton.cdiv(grad.shape[1], 64))](
+            grad,
+            None if scores_TK is None else choice_R,
+            scores_TK,
+            ends_s,
+            grad_sO,
+            TOP_K=top_k,
+            OUT=grad.shape[1],
+            BM=128,
+            BN=64,
+        )
     return grad_sO
 
 
 @triton.jit
-def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_choices, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    # [BLOCK]
-    choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(p_rows + choices, mask=choices < num_choices, other=-1).to(tl.int64)
-    b_grad = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(PARTS):
-        b_grad += tl.load(p_parts + rows, mask=rows >= 0, other=0.0)
-        p_parts += num_rows
-    tl.store(p_grad + choices, b_grad.to(p_grad.dtype.element_ty), mask=choices < num_choices)
+def add_bias_kernel(
+    p_y,  # *dtype [R, OUT]
+    p_bias,  # *dtype [s, OUT]
+    p_slot,  # *i32 [R]
+    p_out,  # *dtype [R, OUT], written
+    num_rows,
+    num_slots,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    slot = tl.load(p_slot + rows, mask=rows < num_rows, other=num_slots).to(tl.int64)
+    # [BM, BN]
+    mask = (rows < num_rows)[:, None] & (cols < OUT)[None, :]
+    b_bias = tl.load(p_bias + slot[:, None] * OUT + cols[None, :], mask=mask & (slot < num_slots)[:, None], other=0.0)
+    at_y = rows[:, None] * OUT + cols[None, :]
+    b_y = tl.load(p_y + at_y, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_out + at_y, (b_y + b_bias.to(tl.float32)).to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
