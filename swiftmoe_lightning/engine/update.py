@@ -6,6 +6,7 @@ while `optimizer.step()` updates, its groups hold this rank's shards; before and
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class ShardedUpdate:
         for param_group in added:
             masters = [p for p in param_group["params"] if is_master(p)]
             if masters:
-                check_elementwise(optimizer, param_group, local_shard(masters[0]))
+                check_elementwise(optimizer, param_group, masters[0])
             for master in masters:
                 # What some optimizers (Adagrad) allocate where they are made is as large as the masters.
                 state = optimizer.state.get(master, {})
@@ -157,21 +158,23 @@ class ShardedUpdate:
         return value
 
 
-def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], like: Tensor) -> None:
+def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], master: nn.Parameter) -> None:
     """Raise ValueError unless updating a tensor in two pieces gives what updating it whole does.
 
     The optimizer's own class and settings run two steps on a small tensor and on its pieces, on the device and in
-    the dtype of `like`: this judges optimizers that we have never heard of, too.
+    the dtype of `master`'s shard: this judges optimizers that we have never heard of, too.
     """
     name = type(optimizer).__name__
     fix = (
         "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks; "
         "others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
     )
+    like = local_shard(master)
     whole = torch.linspace(-1, 1, 24, dtype=like.dtype, device=like.device).view(2, 3, 4)
     try:
-        together = _try_steps(optimizer, param_group, whole)
-        apart = [_try_steps(optimizer, param_group, piece) for piece in (whole[:, :1], whole[:, 1:])]
+        together, *apart = (
+            _try_steps(optimizer, param_group, master, start) for start in (whole, whole[:, :1], whole[:, 1:])
+        )
     except Exception as error:
         raise ValueError(
             f"{name} cannot update shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
@@ -184,8 +187,8 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], like: T
         )
 
 
-def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], start: Tensor) -> Tensor:
-    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`."""
+def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], master: nn.Parameter, start: Tensor) -> Tensor:
+    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`, as if it were `master`."""
     stand_in = object.__new__(type(optimizer))
     stand_in.__dict__.update(optimizer.__dict__)
     parameter = nn.Parameter(start.detach().clone())
@@ -193,9 +196,15 @@ def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], start: Tensor)
     if settings.get("lr") is not None:
         # A warm-up may start at zero, where every optimizer looks elementwise.
         settings["lr"] = 0.1
+    # Some allocate their state where they are made, and look for it in their step: Adagrad of torch 2.11.
+    shapes = (master.shape, local_shard(master).shape)
+    found = {
+        key: torch.ones_like(parameter) if isinstance(value, Tensor) and value.shape in shapes else copy.deepcopy(value)
+        for key, value in optimizer.state.get(master, {}).items()
+    }
     stand_in.__dict__.update(
         param_groups=[{**settings, "params": [parameter]}],
-        state=defaultdict(dict),
+        state=defaultdict(dict, {parameter: found} if found else {}),
         _optimizer_step_pre_hooks=OrderedDict(),
         _optimizer_step_post_hooks=OrderedDict(),
     )

@@ -44,7 +44,8 @@ def train_ranks(families: list[str], folder: str, checkpointing: bool) -> tuple[
         # Only rank 0's values may count.
         model = sml.convert(hf_models.build(family, seed=rank))
         if checkpointing:
-            model.activation_checkpointing_enable()
+            # transformers 5.17 knows it by its older name alone.
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         engine = sml.SwiftMoEEngine(model, sml.SwiftMoEConfig(slots_per_rank=4, placement=RandomPolicy))
         wrapped = engine.data_parallel()
         optimizer = engine.prepare_optimizer(optimizer_of(family, model))

@@ -13,6 +13,29 @@ import swiftmoe_lightning as sml
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
 
+
+
+class Impatient(torch.optim.Optimizer):
+    """An elementwise one that allocates where it is made and never again, as Adagrad of torch 2.11."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"step": torch.tensor(0.0), "sum": torch.full_like(parameter, 0.1)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["step"] += 1
+                state["sum"].addcmul_(parameter.grad, parameter.grad)
+                parameter.addcdiv_(parameter.grad, state["sum"].sqrt(), value=-self.param_groups[0]["lr"])
+        return loss
+
+
 SOME = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     (torch.optim.AdamW, {"lr": 1e-2}),
@@ -21,6 +44,7 @@ SOME = [
     (torch.optim.Adam, {"lr": torch.tensor(1e-2), "fused": True}),
     (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.9, "centered": True}),
     (torch.optim.Adagrad, {"lr": 1e-2}),
+    (Impatient, {"lr": 1e-2}),
     (torch.optim.Adamax, {"lr": 1e-2}),
     (torch.optim.NAdam, {"lr": 1e-2}),
     (torch.optim.RAdam, {"lr": 1e-2}),
