@@ -81,6 +81,7 @@ class SwiftMoETrainer(Trainer):
         self.engine: SwiftMoEEngine | None = None
         self._swiftmoe_config = swiftmoe_config
         self._drops_state = False
+        self._whole: dict[str, Any] | None = None
         super().__init__(model if model is None else convert(model), args, *rest, **options)
         check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
 
@@ -123,10 +124,16 @@ class SwiftMoETrainer(Trainer):
         return False
 
     @override
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Gathered here, where all processes come by: transformers 5.17 calls `_save` on the writer alone.
+        if self.engine is not None and self.engine.group is not None:
+            self._whole = full_state(dict(self.model.state_dict()), keep=self.args.should_save)
+        super().save_model(output_dir, _internal_call)
+        self._whole = None
+
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and self.engine is not None and self.engine.group is not None:
-            state_dict = full_state(dict(self.model.state_dict()), keep=self.args.should_save)
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, self._whole if state_dict is None else state_dict)
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
