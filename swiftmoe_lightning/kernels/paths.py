@@ -46,7 +46,7 @@ def is_triton(device: torch.device, *dtypes: torch.dtype) -> bool:
 
 
 # Above these, the products are long enough that gathering and activating apart from them costs little, and cuBLAS's
-# grouped product is the faster one: by 8 - 14 % on an H200 (benchmarks/README.md; shapes A, C2 and D).
+# grouped product is the faster one: by 5 - 22 % on an H100 (benchmarks/README.md; shapes A, C2 and D).
 _WIDE_EXPERT: Final = 2048
 _MANY_ROWS: Final = 2048
 

@@ -14,7 +14,6 @@ from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
 
 
-
 class Impatient(torch.optim.Optimizer):
     """An elementwise one that allocates where it is made and never again, as Adagrad of torch 2.11."""
 
