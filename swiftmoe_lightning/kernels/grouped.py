@@ -18,7 +18,9 @@ from swiftmoe_lightning.kernels.ops import (
     activate,
     backward_of,
     is_plain,
+    keep_inputs,
     keep_nothing,
+    keep_third,
     on_triton,
     plain_function,
     refuse_second_derivative,
@@ -122,7 +124,7 @@ def _slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
     if on_triton(rows_RO):
         from swiftmoe_lightning.kernels.triton import bias
 
-        return bias.bias_gradient(rows_RO.contiguous(), ends_s)
+        return bias.bias_gradient(rows_RO, ends_s)
     return reference.slot_sums(rows_RO, ends_s)
 
 
@@ -131,16 +133,8 @@ def _(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
     return rows_RO.new_empty(ends_s.shape[0], rows_RO.shape[1])
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_grouped_product_backward(grad_RO, *ctx.saved_tensors), None
-
-
-def _keep_ends(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
 
 
 def _add_bias_gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -148,8 +142,8 @@ def _add_bias_gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None
     return grad_RO, sums(grad_RO, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None, None
 
 
-_grouped_product.register_autograd(_gradient, setup_context=_keep_inputs)
-_add_bias.register_autograd(_add_bias_gradient, setup_context=_keep_ends)
+_grouped_product.register_autograd(_gradient, setup_context=keep_inputs)
+_add_bias.register_autograd(_add_bias_gradient, setup_context=keep_third)
 for _operator in (_grouped_product_backward, _slot_sums):
     _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
-_PlainAddBias = plain_function(reference.add_bias, _keep_ends, _add_bias_gradient)
+_PlainAddBias = plain_function(reference.add_bias, keep_third, _add_bias_gradient)

@@ -99,6 +99,16 @@ def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """For `refuse_second_derivative`, which needs none."""
 
 
+def keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """For backward: all tensors that came in."""
+    ctx.save_for_backward(*inputs)
+
+
+def keep_third(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """For backward: where rows are, which comes third."""
+    ctx.save_for_backward(inputs[2])
+
+
 @torch.library.custom_op("swiftmoe::sort_choices", mutates_args=())
 def _sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if paths.is_triton(key_N.device):
@@ -206,16 +216,8 @@ def backward_of(ctx: Any, operator: Any, plain: Any) -> Any:
     return plain if getattr(ctx, "is_plain", False) and not torch.is_grad_enabled() else operator
 
 
-def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-
-
 def _permute_gradient(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
     return backward_of(ctx, _gather_sum, reference.gather_sum)(grad_RD, *ctx.saved_tensors), None, None
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -233,8 +235,8 @@ def _activate_gradient(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None]:
     return backward(grad_RF, *ctx.saved_tensors, ctx.activation), None
 
 
-_permute.register_autograd(_permute_gradient, setup_context=_keep_rows)
-_combine.register_autograd(_combine_gradient, setup_context=_keep_inputs)
+_permute.register_autograd(_permute_gradient, setup_context=keep_third)
+_combine.register_autograd(_combine_gradient, setup_context=keep_inputs)
 _activate.register_autograd(_activate_gradient, setup_context=_keep_activation)
 for _operator in (_gather_sum, _combine_backward, _activate_backward):
     _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
@@ -251,6 +253,6 @@ def plain_function(forward: Any, keep: Any, gradient: Any) -> Any:
     return type(forward.__name__, (torch.autograd.Function,), {k: staticmethod(f) for k, f in functions.items()})
 
 
-_PlainPermute = plain_function(reference.permute, _keep_rows, _permute_gradient)
-_PlainCombine = plain_function(reference.combine, _keep_inputs, _combine_gradient)
+_PlainPermute = plain_function(reference.permute, keep_third, _permute_gradient)
+_PlainCombine = plain_function(reference.combine, keep_inputs, _combine_gradient)
 _PlainActivate = plain_function(reference.activate, _keep_activation, _activate_gradient)

@@ -45,4 +45,4 @@ def test_rows_and_gradients_equal_a_loop(case, features, dtype) -> None:
         assert_close(out_RO[row].cpu(), y_RO[row].double().cpu() + bias_sO[slot].double().cpu())
         expected_sO[slot] += grad_RO[row].double().cpu()
     assert_close(bias_sO.grad.cpu(), expected_sO)
-    assert torch.equal(y_RO.grad, grad_RO) or nobodys
+    assert torch.equal(y_RO.grad[: sum(counts)], grad_RO[: sum(counts)])

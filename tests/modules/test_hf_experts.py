@@ -185,7 +185,7 @@ def test_autocast_computes_in_its_dtype_and_returns_the_inputs() -> None:
 def test_an_activation_is_named_where_our_kernels_have_it() -> None:
     experts = experts_of("qwen3_moe")
     assert hf_experts._activation_of(experts) == "swiglu"
-    for act_fn in (nn.Tanh(), nn.GELU()):
+    for act_fn in (nn.Tanh(), nn.GELU(), nn.PReLU()):
         experts.act_fn = act_fn
         assert hf_experts._activation_of(experts) == experts._apply_gate
     assert callable(hf_experts._activation_of(experts_of("gpt_oss")))

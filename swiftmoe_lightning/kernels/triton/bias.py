@@ -11,30 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftmoe_lightning.kernels.triton.launch import column_block, device_of
+from swiftmoe_lightning.kernels.triton.launch import block_of_program, device_of, launch_by_block
 from swiftmoe_lightning.kernels.triton.tiles import Rows
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
     """[R, O]: each row with its own slot's bias, which slot s does not have."""
     out_RO = torch.empty(y_RO.shape, dtype=y_RO.dtype, device=y_RO.device)
-    num_rows, out_features = y_RO.shape
     if out_RO.numel():
-        block_n, num_warps = column_block(out_features, y_RO.element_size())
-        block_m = max(1024 // block_n, 1)
-        with device_of(y_RO):
-            add_bias_kernel[(triton.cdiv(num_rows, block_m), triton.cdiv(out_features, block_n))](
-                y_RO.contiguous(),
-                bias_sO.contiguous(),
-                slot_R,
-                out_RO,
-                num_rows,
-                len(bias_sO),
-                OUT=out_features,
-                BM=block_m,
-                BN=block_n,
-                num_warps=max(num_warps, 4),
-            )
+        arguments = (y_RO.contiguous(), bias_sO.contiguous(), slot_R, out_RO, len(bias_sO))
+        launch_by_block(add_bias_kernel, out_RO, arguments)
     return out_RO
 
 
@@ -63,7 +49,7 @@ def bias_gradient(
     grad_sO = torch.empty(len(ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
     with device_of(grad):
         bias_gradient_kernel[(len(ends_s), triton.cdiv(grad.shape[1], 64))](
-            grad,
+            grad.contiguous(),
             None if scores_TK is None else choice_R,
             scores_TK,
             ends_s,
@@ -78,25 +64,21 @@ def bias_gradient(
 
 @triton.jit
 def add_bias_kernel(
-    p_y,  # *dtype [R, OUT]
-    p_bias,  # *dtype [s, OUT]
+    p_y,  # *dtype [R, F]
+    p_bias,  # *dtype [s, F]
     p_slot,  # *i32 [R]
-    p_out,  # *dtype [R, OUT], written
-    num_rows,
+    p_out,  # *dtype [R, F], written
     num_slots,
-    OUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    num_rows,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    slot = tl.load(p_slot + rows, mask=rows < num_rows, other=num_slots).to(tl.int64)
-    # [BM, BN]
-    mask = (rows < num_rows)[:, None] & (cols < OUT)[None, :]
-    b_bias = tl.load(p_bias + slot[:, None] * OUT + cols[None, :], mask=mask & (slot < num_slots)[:, None], other=0.0)
-    at_y = rows[:, None] * OUT + cols[None, :]
-    b_y = tl.load(p_y + at_y, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_out + at_y, (b_y + b_bias.to(tl.float32)).to(p_out.dtype.element_ty), mask=mask)
+    b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
+    b_slot = tl.load(p_slot + b_r, mask=b_r < num_rows, other=num_slots).to(tl.int64)
+    b_bias = tl.load(p_bias + b_slot * F + b_f, mask=m & (b_slot < num_slots), other=0.0).to(tl.float32)
+    b_y = tl.load(p_y + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + b_r * F + b_f, b_y + b_bias, mask=m)
 
 
 @triton.jit

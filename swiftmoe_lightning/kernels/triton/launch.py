@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,6 +25,26 @@ def column_block(dim: int, element_size: int, max_block: int = 1024) -> tuple[in
     """
     block = min(triton.next_power_of_2(dim), max_block)
     return block, min(max(block * element_size // (32 * 16), 1), 8)
+
+
+def launch_by_block(kernel: triton.JITFunction, like_RF: Tensor, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Run kernel(*arguments, R, F=...) over blocks of rows and columns of what is as large as `like_RF`: see
+    `block_of_program`."""
+    num_rows, dim = like_RF.shape
+    block_f, num_warps = column_block(dim, like_RF.element_size())
+    block_r = max(1024 // block_f, 1)
+    with device_of(like_RF):
+        kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(dim, block_f))](
+            *arguments, num_rows, F=dim, BLOCK_R=block_r, BLOCK_F=block_f, num_warps=max(num_warps, 4), **constants
+        )
+
+
+@triton.jit
+def block_of_program(num_rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+    """(rows [BLOCK_R, 1], columns [1, BLOCK_F], mask) of this program."""
+    b_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    b_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    return b_r, b_f, (b_r < num_rows) & (b_f < F)
 
 
 def tiles_of(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftmoe_lightning.kernels.triton.launch import column_block, device_of
+from swiftmoe_lightning.kernels.triton.launch import block_of_program, launch_by_block
 
 
 def activate(z_RF: Tensor, activation: str) -> Tensor:
@@ -18,7 +18,7 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
     num_rows, dim = len(z_RF), z_RF.shape[1] // (2 if activation == "swiglu" else 1)
     out_RF = torch.empty(num_rows, dim, dtype=z_RF.dtype, device=z_RF.device)
     if out_RF.numel():
-        _launch(activate_kernel, (z_RF.contiguous(), out_RF), activation)
+        launch_by_block(activate_kernel, out_RF, (z_RF.contiguous(), out_RF), ACTIVATION=activation)
     return out_RF
 
 
@@ -26,33 +26,9 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
     """The gradient of z, in its shape: `reference.activate_backward`."""
     grad_z_RF = torch.empty(z_RF.shape, dtype=z_RF.dtype, device=z_RF.device)
     if grad_z_RF.numel():
-        _launch(activate_backward_kernel, (z_RF.contiguous(), grad_z_RF, grad_RF.contiguous()), activation)
+        tensors = (z_RF.contiguous(), grad_z_RF, grad_RF.contiguous())
+        launch_by_block(activate_backward_kernel, grad_RF, tensors, ACTIVATION=activation)
     return grad_z_RF
-
-
-def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], activation: str) -> None:
-    """tensors: the last one is [R, F]."""
-    num_rows, dim = tensors[-1].shape
-    block_f, num_warps = column_block(dim, tensors[0].element_size())
-    block_r = max(1024 // block_f, 1)
-    with device_of(tensors[0]):
-        kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(dim, block_f))](
-            *tensors,
-            num_rows,
-            F=dim,
-            ACTIVATION=activation,
-            BLOCK_R=block_r,
-            BLOCK_F=block_f,
-            num_warps=max(num_warps, 4),
-        )
-
-
-@triton.jit
-def _tile(num_rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
-    """(rows [BLOCK_R, 1], columns [1, BLOCK_F], mask) of this program."""
-    b_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    b_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    return b_r, b_f, (b_r < num_rows) & (b_f < F)
 
 
 @triton.jit
@@ -65,7 +41,7 @@ def activate_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    b_r, b_f, m = _tile(num_rows, F, BLOCK_R, BLOCK_F)
+    b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
     if ACTIVATION == "swiglu":
         b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
         b_up = tl.load(p_z + b_r * (2 * F) + F + b_f, mask=m, other=0.0).to(tl.float32)
@@ -91,7 +67,7 @@ def activate_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    b_r, b_f, m = _tile(num_rows, F, BLOCK_R, BLOCK_F)
+    b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
     b_grad = tl.load(p_grad + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
     if ACTIVATION == "swiglu":
         b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
