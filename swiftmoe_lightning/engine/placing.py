@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import defaultdict
+from collections.abc import Mapping
 
 from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
@@ -19,6 +21,9 @@ class Placers:
     def __init__(self, config: SwiftMoEConfig, group: ExpertGroup) -> None:
         self._config, self._group = config, group
         self._placers: dict[int, Placer] = {}
+        if group.rank == 0:
+            # When the engine is dropped, or else at exit: no host has one end of a run that all of them reach.
+            weakref.finalize(self, _say_how_often_guarded, self._placers)
 
     def of(self, num_experts: int) -> Placer:
         """The placer of layers of E experts."""
@@ -30,7 +35,7 @@ class Placers:
                 num_experts,
                 decay=config.popularity_decay,
                 keeps_even=config.replace_every == "auto",
-                report=_log.warning if group.rank == 0 else None,
+                report=_log.info if group.rank == 0 else None,
             )
         return self._placers[num_experts]
 
@@ -44,3 +49,20 @@ class Placers:
             found = self.of(num_experts).next_placements({t.name: t.take_observation() for t in layers})
             placements |= {t.index: found[t.name] for t in layers}
         return placements
+
+
+def _say_how_often_guarded(placers: Mapping[int, Placer]) -> None:
+    """One line for the whole run, if uniform replicas ever stood in for a policy's plan."""
+    counts = {name: count for placer in placers.values() for name, count in placer.guard_counts().items()}
+    if not counts:
+        return
+    most = max(counts, key=lambda name: counts[name][0])
+    num_overruled, num_guarded = counts[most]
+    _log.warning(
+        "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
+        "layer(s), most in %s, %d of %d times. If that is most of them, try popularity_decay=0.9.",
+        len(counts),
+        most,
+        num_overruled,
+        num_guarded,
+    )

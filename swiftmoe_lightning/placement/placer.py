@@ -18,10 +18,11 @@ from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placement
 from swiftmoe_lightning.placement.shares import flow_shares, rank_loads
 from swiftmoe_lightning.placement.token_split import sum_by_host
 
-# The guard's memory: what a plan gained over uniform replicas counts half as much a placement later.
-_GUARD_FADE: Final = 0.5
-# It steps in only for a loss that matters, in shares of all choices, and out again as soon as there is none.
-_GUARD_LOSS: Final = 0.02
+# The guard's memory: what plans gained over uniform replicas is averaged over some ten placements. A shorter one tells
+# noise: on traces, a half-life of one placement switched up to 200 times, and dropped more than no guard at all.
+_GUARD_FADE: Final = 0.9
+# It steps in for a mean loss of so much, in shares of all choices, and out again for as much of a gain.
+_GUARD_MARGIN: Final = 0.01
 # Loads whose largest is this near to the mean leave nothing to gain.
 _EVEN: Final = 1.02
 
@@ -49,7 +50,7 @@ class Placer:
 
     Deterministic: every rank that is told the same finds the same placements.
 
-    policy: the rule. num_experts: E. report: called with one line when the guard steps in or out.
+    policy: the rule. num_experts: E. report: called with one line whenever the guard steps in or out.
     """
 
     def __init__(
@@ -96,6 +97,11 @@ class Placer:
         """Say what a layer got in a step that no placement of ours served: [E] token-choices."""
         self._memory(name).forecaster.update(popularity_E)
 
+    def guard_counts(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (how often uniform replicas stood in for the policy's plan, out of how many placements), for
+        the layers where they ever did."""
+        return {name: (m.num_overruled, m.num_guarded) for name, m in self._layers.items() if m.num_overruled}
+
     def state_dict(self, name: str) -> dict[str, np.ndarray]:
         """What is remembered of a layer, to be saved."""
         memory = self._memory(name)
@@ -134,11 +140,13 @@ class Placer:
         else:
             # What the plan that was not followed would have done.
             wanted_W = sum_by_host(flow_shares(observation.popularity_E, memory.overruled), memory.overruled)
-        memory.gain *= _GUARD_FADE
-        memory.gain += excess(rank_loads(observation.popularity_E, self._uniform.table_Ws)) - excess(wanted_W)
+        gain = excess(rank_loads(observation.popularity_E, self._uniform.table_Ws)) - excess(wanted_W)
+        memory.gain = _GUARD_FADE * memory.gain + (1 - _GUARD_FADE) * gain
         was_overruled = memory.overruled is not None
-        is_overruled = memory.gain < (0 if was_overruled else -_GUARD_LOSS)
+        is_overruled = memory.gain < (_GUARD_MARGIN if was_overruled else -_GUARD_MARGIN)
         memory.overruled = planned if is_overruled else None
+        memory.num_guarded += 1
+        memory.num_overruled += is_overruled
         if self._report is not None and is_overruled != was_overruled:
             self._report(
                 f"{name}: popularity moves so fast that placements by it did worse than uniform replicas; uniform "
@@ -151,12 +159,16 @@ class Placer:
 
 @dataclass(eq=False)
 class _LayerMemory:
-    """gain: by how much placements were more even than uniform ones, in shares of all choices, fading.
-    overruled: the plan that uniform replicas stand in for, if they do."""
+    """gain: by how much placements were more even than uniform ones, in shares of all choices; a fading mean, which
+    begins at 0. overruled: the plan that uniform replicas stand in for, if they do.
+    num_guarded, num_overruled: placements of a guarded policy here, and those of them that uniform replicas stood in
+    for."""
 
     forecaster: Forecaster
     gain: float = 0.0
     overruled: Placement | None = None
+    num_guarded: int = 0
+    num_overruled: int = 0
 
 
 def excess(load_W: np.ndarray) -> float:

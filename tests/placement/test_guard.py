@@ -1,0 +1,68 @@
+"""When the guard steps in and out, on popularity that no policy can foresee. S steps, E experts, W ranks."""
+
+import numpy as np
+import pytest
+
+from swiftmoe_lightning.placement import Observation, Placer, make_policy, plan_dispatch
+from swiftmoe_lightning.placement.placer import excess
+
+E = 16
+
+
+def erratic(num_steps: int) -> np.ndarray:
+    """[S, E]: every step's shares are drawn anew, with a few hot experts among many cold ones."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.multinomial(4096, rng.dirichlet(np.full(E, 0.3))) for _ in range(num_steps)])
+
+
+def running(num_steps: int) -> np.ndarray:
+    """[S, E]: the hot expert of a step is cold in the next ones, so that plans by the last step are always wrong."""
+    popularity_SE = np.ones((num_steps, E), dtype=np.int64)
+    popularity_SE[np.arange(num_steps), np.arange(num_steps) * 5 % E] = 60
+    return popularity_SE
+
+
+def run(
+    popularity_SE: np.ndarray, name: str, is_guarded: bool = True, sizes: tuple[int, int] = (4, 5)
+) -> tuple[float, list[str], Placer]:
+    """Mean excess of its steps, what was reported, and the placer. sizes: ranks, slots of each."""
+    policy = make_policy(name, *sizes)
+    policy.is_guarded = is_guarded  # type: ignore[misc]
+    said: list[str] = []
+    placer = Placer(policy, E, report=said.append)
+    (placement,) = placer.placements_of(["layer"])
+    lost = []
+    for popularity_E in popularity_SE:
+        wanted_W = plan_dispatch(popularity_E[None], placement).wanted_W
+        lost.append(excess(wanted_W))
+        placement = placer.next_placements({"layer": Observation(placement, popularity_E, wanted_W)})["layer"]
+    return float(np.mean(lost)), said, placer
+
+
+@pytest.mark.parametrize("policy", ["balanced", "packed"])
+def test_noise_does_not_make_it_switch_to_and_fro(policy: str) -> None:
+    popularity_SE = erratic(200)
+    lost, said, _ = run(popularity_SE, policy)
+    unguarded, *_ = run(popularity_SE, policy, is_guarded=False)
+    assert len(said) <= 10
+    assert lost <= unguarded + 0.002
+
+
+def test_plans_that_are_always_wrong_are_overruled_for_good() -> None:
+    popularity_SE = running(200)
+    lost, said, placer = run(popularity_SE, "packed", sizes=(8, 3))
+    unguarded, *_ = run(popularity_SE, "packed", is_guarded=False, sizes=(8, 3))
+    assert lost < unguarded
+    assert len(said) == 1
+    num_overruled, num_guarded = placer.guard_counts()["layer"]
+    assert num_guarded == 200
+    assert num_overruled > 180
+
+
+def test_one_lost_placement_alone_does_not_call_it() -> None:
+    steady = np.full(E, 100)
+    steady[0] = 160
+    jump = np.roll(steady, 7)
+    _, said, placer = run(np.array([steady] * 5 + [jump] + [steady] * 5), "balanced")
+    assert said == []
+    assert placer.guard_counts() == {}
