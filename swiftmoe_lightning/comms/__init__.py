@@ -13,6 +13,7 @@ from swiftmoe_lightning.comms.masters import (
     shard_from_rank_zero,
     shard_whole_values,
 )
+from swiftmoe_lightning.comms.numbers import read_whole_numbers
 
 __all__ = [
     "ExpertGroup",
@@ -25,6 +26,7 @@ __all__ = [
     "master_from_local",
     "master_like",
     "mix_with_plain_tensors",
+    "read_whole_numbers",
     "shard_from_rank_zero",
     "shard_whole_values",
 ]

@@ -10,6 +10,7 @@ import functools
 import gc
 import os
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ class ExpertGroup:
             raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
         self.mesh: DeviceMesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("expert",))
         self.process_group = self.mesh.get_group()
+        self._weights_group = _second_group_of(self.process_group, device_type)
         self.rank: int = self.mesh.get_local_rank()
         self.world_size: int = self.mesh.size()
         self.ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -55,12 +57,20 @@ class ExpertGroup:
         dist.broadcast(box, group=self.process_group, group_src=0)
         return int(box.item())
 
+    def start_weight_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
+        """`start_all_to_all` in a line of its own: counts and tokens do not queue behind weights, and a rank that
+        exchanges weights alone is heard of in the next count."""
+        return self._start(send, send_splits, receive_splits, self._weights_group)
+
     def start_all_to_all(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
         """Begin to send the i-th split of `send` (along dim 0) to rank i. Nothing may touch `send` before `wait()`."""
+        return self._start(send, send_splits, receive_splits, self.process_group)
+
+    def _start(
+        self, send: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
+    ) -> PendingExchange:
         received = send.new_empty((sum(receive_splits), *send.shape[1:]))
-        work = dist.all_to_all_single(
-            received, send, receive_splits, send_splits, group=self.process_group, async_op=True
-        )
+        work = dist.all_to_all_single(received, send, receive_splits, send_splits, group=group, async_op=True)
         row_bytes = send.element_size() * (send[0].numel() if send.dim() > 1 and len(send) else 1)
         num_sent = sum(send_splits) - send_splits[self.rank]
         return PendingExchange(work, send, received, num_sent * row_bytes)
@@ -99,6 +109,18 @@ class _ExchangeRows(torch.autograd.Function):
         send_splits, receive_splits = ctx.splits
         back = ctx.group.start_all_to_all(grad.contiguous(), receive_splits, send_splits).wait()
         return back, None, None, None
+
+
+_second_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _second_group_of(group: dist.ProcessGroup, device_type: str) -> dist.ProcessGroup:
+    """Another group of the same ranks, one for all engines. A collective where it is new."""
+    if group not in _second_groups:
+        options = getattr(group._get_backend(torch.device(device_type)), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        _second_groups[group] = dist.new_group(dist.get_process_group_ranks(group), timeout=timeout)
+    return _second_groups[group]
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop] and then [E] counts, padded
-to the widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others
+W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop, updates] and then [E] counts,
+padded to the widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others
 are in.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
-_HEADER: Final = 6
+_HEADER: Final = 7
 _DONE: Final = -1
 _DENSE: Final = -2
 _SAME_STEPS: Final = (
@@ -32,21 +32,24 @@ class Agreement:
 
     layer_names: of all MoE layers, in the same order on every rank. max_experts: the widest layer's E.
 
+    num_updates: optimizer steps that this rank has made; ranks that differ would train different models.
     wants_stop: set it on any rank, at any time; `stops` is then True on all ranks after the same training forward.
     """
 
     def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
         self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
         self.wants_stop = self.stops = False
+        self.num_updates = 0
 
     def call(self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool) -> CallRows:
         """Say what this rank is about to do. Returns what all do, checked.
 
-        Raises RuntimeError when ranks are in different calls, FloatingPointError for non-finite scores; on all ranks.
+        Raises RuntimeError when ranks are in different calls or have made different numbers of optimizer steps,
+        FloatingPointError for non-finite scores; on all ranks.
         """
         head = [layer, int(torch.is_grad_enabled()), DTYPES.index(dtype), int(stale)]
         padding = counts_E.new_zeros(self._max_experts - len(counts_E))
-        flags = [scores_finite.view(1).to(torch.int64), counts_E.new_tensor([int(self.wants_stop)])]
+        flags = [scores_finite.view(1).to(torch.int64), counts_E.new_tensor([int(self.wants_stop), self.num_updates])]
         row = torch.cat([counts_E.new_tensor(head), *flags, counts_E, padding])
         return self._gather(row)
 
@@ -60,7 +63,7 @@ class Agreement:
 
     def _row_without_counts(self, call: int, trains: bool) -> Tensor:
         row = torch.zeros(_HEADER + self._max_experts, dtype=torch.int64, device=self._device)
-        row[:_HEADER] = torch.tensor([call, int(trains), 0, 0, 1, 0])
+        row[:_HEADER] = torch.tensor([call, int(trains), 0, 0, 1, 0, self.num_updates])
         return row
 
     def _gather(self, row: Tensor) -> CallRows:
@@ -83,6 +86,13 @@ class Agreement:
                 "ranks are in different forward passes: "
                 + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
                 + f"; {_SAME_STEPS}"
+            )
+        updates_W = rows.table[:, 6].tolist()
+        if len(set(updates_W)) > 1:
+            raise RuntimeError(
+                f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), and "
+                "train different models from here on. Step on all ranks or on none: a rank's own gradients of experts "
+                "are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
             )
         bad_ranks = np.flatnonzero(rows.table[:, 4] == 0).tolist()
         if bad_ranks:

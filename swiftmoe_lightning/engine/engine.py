@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, mix_with_plain_tensors
+from swiftmoe_lightning.comms import ExpertGroup, mix_with_plain_tensors, read_whole_numbers
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
+from swiftmoe_lightning.engine.collecting import GradientCollector
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
-from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
-from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
+from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
+from swiftmoe_lightning.engine.layer import ShardedLayer
 from swiftmoe_lightning.engine.placing import Placers
 from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
@@ -64,9 +65,7 @@ class SwiftMoEEngine:
         self._ranks_per_node = ranks_per_node
         self._tracked: list[TrackedLayer] = []
         self._updates: dict[int, ShardedUpdate] = {}
-        self._pending: list[ShardedLayer] = []
-        self._syncs = True
-        self._collects_at_end = False
+        self._collector = GradientCollector()
         self.attach(module)
 
     @property
@@ -96,6 +95,7 @@ class SwiftMoEEngine:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
             mix_with_plain_tensors()
+            read_whole_numbers()
             self._placers = Placers(self.config, self.group)
         placer_of = None if self._placers is None else self._placers.of
         self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, placer_of)
@@ -103,7 +103,7 @@ class SwiftMoEEngine:
             widest = max(layer.experts.num_experts for layer in self.layers)
             agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
             for layer in self.layers:
-                layer.connect(agreement, self._on_backward)
+                layer.connect(agreement, self._collector)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
         """The module, with its dense gradients averaged over ranks: in DistributedDataParallel, or itself, cut in place
@@ -143,6 +143,8 @@ class SwiftMoEEngine:
         return optimizer
 
     def _end_step(self, optimizer: Optimizer) -> None:
+        for layer in self.layers[:1]:
+            layer.agreement.num_updates += 1
         others = [update.optimizer for update in self._updates.values() if update.optimizer is not optimizer]
         self.publish(layers_ended_by(optimizer, others, self._tracked))
 
@@ -163,33 +165,19 @@ class SwiftMoEEngine:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward leaves expert gradients in the slots; the first backward outside collects them all."""
-        before = self._syncs
-        self._set_sync(False)
-        try:
+        if self.dense is None:
+            with self._collector.no_sync():
+                yield
+            return
+        with self._collector.no_sync(), self.dense.no_sync():
             yield
-        finally:
-            self._set_sync(before)
-
-    def _set_sync(self, syncs: bool) -> None:
-        self._syncs = syncs
-        if self.dense is not None:
-            self.dense.set_sync(syncs)
-
-    def _on_backward(self, layer: ShardedLayer) -> None:
-        self._pending.append(layer)
-        if self._syncs and not self._collects_at_end:
-            self._collects_at_end = True
-            # As DDP and FSDP2 do: later hooks, clipping and scalers all see the collected gradients.
-            torch.autograd.Variable._execution_engine.queue_callback(self.collect)
 
     def collect(self) -> None:
-        """Phase 1: the gradients in all slots -> `.grad` of the masters, averaged over ranks. A collective.
+        """Phase 1: the gradients that wait in the slots -> `.grad` of the masters, averaged over ranks. A collective.
 
         Runs by itself at the end of backward.
         """
-        self._collects_at_end = False
-        layers, self._pending = list(dict.fromkeys(self._pending)), []
-        collect_gradients(layers)
+        self._collector.collect()
 
     def publish(self, tracked: list[TrackedLayer] | None = None) -> None:
         """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
@@ -244,6 +232,11 @@ class SwiftMoEEngine:
         agreement = self.layers[0].agreement
         while len((rows := agreement.done()).active):
             self.layers[rows.layer].serve(rows)
+
+    def grad_norm(self, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
+        """[] the norm over dense and expert gradients together, equal on all ranks; of all parameters, or of some. A
+        collective. What is not finite anywhere shows on every rank."""
+        return grad_norm(self._clipped(parameters), self.group, norm_type)
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class FullyShardedDense:
         self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype, agree: Callable[[bool], None]
     ) -> None:
         self._root, self._whole, self._agree = module, False, agree
+        self._syncs = True
         self.replaced = Replaced()
         if not isinstance(module, FSDPModule):
             self._shard(module, group, wire_dtype)
@@ -65,9 +67,16 @@ class FullyShardedDense:
             self._agree(not evaluates)
         self.gather(evaluates)
 
-    def set_sync(self, syncs: bool) -> None:
-        """Whether the next backward reduces gradients, or adds them to those that wait (accumulation)."""
-        self._root.set_requires_gradient_sync(syncs)  # type: ignore[operator]
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward adds gradients to those that wait (accumulation); outside it reduces them."""
+        before, self._syncs = self._syncs, False
+        self._root.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self._syncs = before
+            self._root.set_requires_gradient_sync(before)  # type: ignore[operator]
 
     def gather(self, whole: bool) -> None:
         """Hold all weights whole from now on, or cut them again. A collective when it turns to whole."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import ExpertGroup, is_master, local_shard
 from swiftmoe_lightning.engine.update import ShardedUpdate
+from swiftmoe_lightning.engine.waiting import has_gradient
 
 
 @torch.no_grad()
@@ -27,21 +29,39 @@ def clip_grad_norm(
     Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows. A
     collective when there are masters. Returns [] the norm before clipping, equal on all ranks.
     """
-    dense, shards = _split_gradients(parameters)
-    norm_type = float(norm_type)
-    total = get_total_norm(dense + shards, norm_type) if group is None else torch.zeros(())
-    if group is not None:
-        dense_norm, shard_norm = (get_total_norm(grads, norm_type) for grads in (dense, shards))
-        device = next((g.device for g in dense + shards), torch.device("cpu"))
-        dense_norm, shard_norm = dense_norm.to(device), shard_norm.to(device)
-        if norm_type == float("inf"):
-            total = torch.maximum(dense_norm, group.all_reduce(shard_norm, dist.ReduceOp.MAX))
-        else:
-            total = (dense_norm**norm_type + group.all_reduce(shard_norm**norm_type)) ** (1.0 / norm_type)
+    gradients = list(parameters)
+    total = grad_norm(gradients, group, norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in dense + shards:
-        gradient.mul_(factor.to(gradient.device, gradient.dtype))
+    for gradient in itertools.chain(*_split_gradients(gradients)):
+        gradient.mul_(factor.to(gradient.device))
     return total
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, norm_type: float = 2.0) -> Tensor:
+    """[] float32 or wider: the total norm of all gradients, equal on all ranks. A collective when there is a group.
+
+    Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows.
+    """
+    dense, shards = _split_gradients(parameters)
+    device = next((g.device for g in dense + shards), torch.device("cpu"))
+    wide = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
+    norms = torch.stack([_norm(part, float(norm_type), device) for part in (dense, shards)])
+    if group is not None:
+        norms = torch.cat([norms[:1], group.all_gather(norms[1:]).flatten()])
+    return torch.linalg.vector_norm(norms, norm_type).to(wide)
+
+
+def _norm(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[] float64: the total norm. Taken wide, for squares of float16 overflow in float16; a rank without rows may have
+    nothing, which changes no norm."""
+    norms = [
+        torch.linalg.vector_norm(t, norm_type, dtype=torch.promote_types(t.dtype, torch.float32)).to(device)
+        for t in tensors
+        if t.numel()
+    ]
+    nothing = torch.tensor(0.0 if norm_type >= 0 else float("inf"), dtype=torch.float64, device=device)
+    return torch.linalg.vector_norm(torch.stack([nothing, *(n.double() for n in norms)]), norm_type)
 
 
 @torch.no_grad()
@@ -56,7 +76,8 @@ def _split_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], 
     dense: list[Tensor] = []
     shards: list[Tensor] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is not None:
+        if has_gradient(parameter):
+            assert parameter.grad is not None
             (shards if is_master(parameter.grad) else dense).append(local_shard(parameter.grad))
     return dense, shards
 

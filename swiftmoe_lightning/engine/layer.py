@@ -5,8 +5,8 @@ W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,12 @@ from swiftmoe_lightning.comms import (
 )
 from swiftmoe_lightning.engine.agreement import Agreement, CallRows
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
+from swiftmoe_lightning.engine.waiting import StandIn, has_gradient
 from swiftmoe_lightning.modules import ExpertHosting, Experts
 from swiftmoe_lightning.placement import Placement
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.collecting import GradientCollector
 
 
 class ShardedLayer(ExpertHosting):
@@ -40,12 +44,18 @@ class ShardedLayer(ExpertHosting):
         self.rank, self.split, self.ranks_per_node = group.rank, split, group.ranks_per_node
         self.stale = True
         self._agreement: Agreement | None = None
-        self._on_backward: Callable[[ShardedLayer], None] | None = None
+        self._collector: GradientCollector | None = None
+        self._stand_ins: dict[str, StandIn] = {}
         self._rows: CallRows | None = None
 
-    def connect(self, agreement: Agreement, on_backward: Callable[[ShardedLayer], None]) -> None:
+    def connect(self, agreement: Agreement, collector: GradientCollector) -> None:
         """Join the engine's forward protocol."""
-        self._agreement, self._on_backward = agreement, on_backward
+        self._agreement, self._collector = agreement, collector
+
+    @property
+    def collector(self) -> GradientCollector:
+        assert self._collector is not None
+        return self._collector
 
     @property
     def agreement(self) -> Agreement:
@@ -79,6 +89,7 @@ class ShardedLayer(ExpertHosting):
 
     def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         self._refuse_outdated()
+        self.collector.on_forward()
         rows, self._rows = self._rows, None
         if rows is None:
             rows = self.agreement.call(self.index, counts_E, scores_finite, dtype, self.stale)
@@ -101,14 +112,38 @@ class ShardedLayer(ExpertHosting):
         """Begin to send the masters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
         stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # Who was frozen between backward and step still has a gradient, and was updated.
-        if stay and not any(p.requires_grad or p.grad is not None for p in self.experts.parameters()):
+        if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
             return
         self.slots.start_distribution(placement)
         self.stale = False
 
-    def on_backward(self) -> None:
-        assert self._on_backward is not None
-        self._on_backward(self)
+    def on_backward(self, placement: Placement) -> None:
+        if any(p.requires_grad for p in self.experts.parameters()) and not self.slots.holds(placement):
+            raise RuntimeError(
+                "backward through a forward from before the last optimizer step (or load): its experts' weights have "
+                "been replaced since, as an in-place update would. Run forward again after each step."
+            )
+        self.collector.on_backward(self)
+
+    def announce_gradients(self) -> None:
+        """Put stand-ins in `.grad` of the masters before backward adds to the slots."""
+        self.drop_discarded()
+        for name, master in self.experts.expert_parameters().items():
+            if master.requires_grad and name not in self._stand_ins:
+                self._stand_ins[name] = StandIn(master)
+
+    def drop_discarded(self) -> None:
+        """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
+        masters = self.experts.expert_parameters()
+        for name, stand_in in list(self._stand_ins.items()):
+            if stand_in.was_discarded(masters[name]):
+                self._stand_ins.pop(name).release()
+                self.slots.weights[name].grad = None
+
+    def holds_gradients(self) -> bool:
+        """Whether a backward has left gradients in the slots that no collection has taken, nor the user discarded."""
+        self.drop_discarded()
+        return self.slots.has_gradients
 
     @torch.no_grad()
     def serve(self, rows: CallRows) -> None:
@@ -121,17 +156,13 @@ class ShardedLayer(ExpertHosting):
 
     @torch.no_grad()
     def add_to_master_gradients(self, collection: PendingCollection) -> None:
-        """Wait for the collected rows and add them to `.grad` of the masters."""
+        """Wait for the collected rows and add them to `.grad` of the masters, past the hooks of their owners."""
         masters = self.experts.expert_parameters()
         shards = {name: local_shard(masters[name]) for name in collection.names}
         for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
-            master = masters[name]
+            self._stand_ins.pop(name, None)
             # Contiguous, too: fused kernels do not look at strides.
-            gradient = total.to(shards[name])
-            if master.grad is None:
-                master.grad = master_like(gradient, master)
-            else:
-                local_shard(master.grad).add_(gradient)
+            accumulate_gradient(masters[name], total.to(shards[name]))
 
 
 def collect_gradients(layers: list[ShardedLayer]) -> None:
@@ -145,6 +176,22 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
         under_way = None if following is None else (layer, following)
     if under_way is not None:
         under_way[0].add_to_master_gradients(under_way[1])
+
+
+def accumulate_gradient(master: nn.Parameter, shard: Tensor) -> None:
+    """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf: tensor hooks first, which may replace
+    the gradient, then the sum, then hooks that want the sum."""
+    gradient: Tensor = master_like(shard, master)
+    for hook in (master._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    if has_gradient(master):
+        assert master.grad is not None
+        local_shard(master.grad).add_(local_shard(gradient))
+    else:
+        master.grad = gradient
+    for hook in (getattr(master, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(master)
 
 
 @torch.no_grad()
@@ -166,5 +213,8 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
             master = master_from_local(local, parameter.shape, group)
         else:
             master = shard_from_rank_zero(parameter.to(device), group)
-        experts.register_parameter(name, nn.Parameter(master, requires_grad=parameter.requires_grad))
+        spread = nn.Parameter(master, requires_grad=parameter.requires_grad)
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            setattr(spread, kind, getattr(parameter, kind, None))
+        experts.register_parameter(name, spread)
     return replaced

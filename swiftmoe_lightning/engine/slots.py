@@ -60,7 +60,7 @@ class ExpertSlots:
         send = rows_Ec.index_select(0, expert_D).flatten()
         plan = plan_distribution(placement, _row_elements(masters))
         rank = self._group.rank
-        self._distribution = self._group.start_all_to_all(send, plan.send_splits(rank), plan.receive_splits(rank))
+        self._distribution = self._group.start_weight_exchange(send, plan.send_splits(rank), plan.receive_splits(rank))
         self.distribution_bytes += self._distribution.bytes_sent
 
     @torch.no_grad()
@@ -72,6 +72,10 @@ class ExpertSlots:
         num_local = int(self.placement.num_hosted_W[self._group.rank])
         for part, slots in self._host_parts(received, self.weights, num_local):
             slots.copy_(part)
+
+    def holds(self, placement: Placement) -> bool:
+        """Whether the slots still are what a forward under `placement` computed with."""
+        return self._distribution is None and placement is self.placement
 
     @property
     def is_outdated(self) -> bool:
@@ -103,7 +107,7 @@ class ExpertSlots:
         for name in names:
             self.weights[name].grad = None
         rank = self._group.rank
-        pending = self._group.start_all_to_all(send, plan.send_splits(rank), plan.receive_splits(rank))
+        pending = self._group.start_weight_exchange(send, plan.send_splits(rank), plan.receive_splits(rank))
         self.collection_bytes += pending.bytes_sent
         return PendingCollection(pending, self.placement, names)
 

@@ -56,7 +56,7 @@ class TrackedLayer:
 
     def holds_gradients(self) -> bool:
         """Whether gradients wait in the slots (accumulation)."""
-        return self.sharded is not None and self.sharded.slots.has_gradients
+        return self.sharded is not None and self.sharded.holds_gradients()
 
     def close_step(self) -> bool:
         """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
@@ -105,7 +105,10 @@ class TrackedLayer:
             placement = Placement(saved, now.num_experts, now.world_size)
         else:
             (placement,) = placer.placements_of([self.name])
-        self.sharded.slots.placement = placement
+        # Gradients that wait in the slots belong to the placement of now.
+        if not self.holds_gradients():
+            self.sharded.slots.finish_distribution()
+            self.sharded.slots.placement = placement
         self.sharded.stale = True
 
 

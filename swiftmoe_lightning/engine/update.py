@@ -7,6 +7,7 @@ while `optimizer.step()` updates, its groups hold this rank's shards; before and
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import is_master, local_part, local_shard, master_like
+from swiftmoe_lightning.engine.waiting import has_gradient
 
 
 class ShardedUpdate:
@@ -42,6 +44,19 @@ class ShardedUpdate:
         optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())
         optimizer.register_state_dict_post_hook(self._wrap_state)
         optimizer.register_load_state_dict_pre_hook(self._shard_state)
+        optimizer.zero_grad = self._count_zeroing(optimizer.zero_grad)  # type: ignore[method-assign]
+
+    def _count_zeroing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        """With `set_to_none=False` torch zeroes gradients in a way that DTensors' counts of writes do not show."""
+
+        @functools.wraps(zero_grad)
+        def counted(*args: Any, **kwargs: Any) -> None:
+            zero_grad(*args, **kwargs)
+            for parameter in self._parameters():
+                if parameter.grad is not None and is_master(parameter):
+                    torch.autograd.graph.increment_version(local_shard(parameter.grad))
+
+        return counted
 
     def _take_in_groups(self) -> None:
         """Look at the groups that were added since the last time (schedules that unfreeze add some)."""
@@ -94,7 +109,9 @@ class ShardedUpdate:
                 if not is_master(master):
                     continue
                 shard = nn.Parameter(local_shard(master), requires_grad=master.requires_grad)
-                shard.grad = None if master.grad is None else local_shard(master.grad)
+                if has_gradient(master):
+                    assert master.grad is not None
+                    shard.grad = local_shard(master.grad)
                 param_group["params"][i] = shard
                 self._swapped.append((param_group, i, master))
                 if master in state:

@@ -160,8 +160,10 @@ class Experts(nn.Module):
 
         def on_backward() -> None:
             self.trained_load.add(load, placement)
-            hosting.on_backward()
 
+        if out_TD.requires_grad:
+            # At every backward: one forward may have several (retain_graph=True), which train each time.
+            out_TD.register_hook(lambda _: hosting.on_backward(placement))
         popularity_E = torch.from_numpy(load.popularity_E)
         return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), popularity_E, placement.world_size)
 

@@ -45,8 +45,8 @@ class ExpertHosting(ABC):
         """Rows to their ranks, differentiable."""
 
     @abstractmethod
-    def on_backward(self) -> None:
-        """Called once when backward reaches the layer."""
+    def on_backward(self, placement: Placement) -> None:
+        """Called whenever backward reaches the layer. placement: that of its forward."""
 
 
 class LocalHosting(ExpertHosting):
@@ -69,5 +69,5 @@ class LocalHosting(ExpertHosting):
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         return rows_RD
 
-    def on_backward(self) -> None:
+    def on_backward(self, placement: Placement) -> None:
         pass

@@ -1,0 +1,61 @@
+"""Phase 1 of a step: when the gradients that backward leaves in the slots are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
+
+
+class GradientCollector:
+    """Collects at the end of every backward that is synchronised, whatever became of those before it.
+
+    A backward is known by autograd's number for it, so none that failed can be mistaken for one that still runs:
+    autograd drops the callbacks of a backward that raises. Reentrant activation checkpointing runs backwards inside a
+    backward; each of them ends by itself.
+    """
+
+    def __init__(self) -> None:
+        self._syncs = True
+        self._running: dict[int, dict[ShardedLayer, None]] = {}
+        self._waiting: dict[ShardedLayer, None] = {}
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward leaves gradients in the slots."""
+        before, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+    def on_forward(self) -> None:
+        """A forward outside of backward (a recomputation is inside): nothing that began to run back still runs."""
+        if torch._C._current_graph_task_id() == -1:
+            for layers in self._running.values():
+                self._waiting |= layers
+            self._running.clear()
+
+    def on_backward(self, layer: ShardedLayer) -> None:
+        """Backward has reached `layer`; the gradients of its slots follow."""
+        layer.announce_gradients()
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._running:
+            self._running[backward] = {}
+            # As DDP and FSDP2 do: later hooks, clipping and scalers all see the collected gradients.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, backward))
+        self._running[backward][layer] = None
+
+    def _end_backward(self, backward: int) -> None:
+        self._waiting |= self._running.pop(backward)
+        if self._syncs:
+            self.collect()
+
+    def collect(self) -> None:
+        """The gradients that wait in the slots -> `.grad` of the masters, averaged over ranks. A collective."""
+        layers, self._waiting = list(self._waiting), {}
+        collect_gradients([layer for layer in layers if layer.holds_gradients()])

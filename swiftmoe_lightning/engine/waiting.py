@@ -1,0 +1,60 @@
+"""Gradients that wait in the slots, as the user's API sees them: through `.grad` of the masters.
+
+Between a backward without synchronisation (accumulation), or one that an exception ended, and the collection, a
+layer's gradients are in its slots, which nobody outside sees. `zero_grad()` and `p.grad = None` must discard them all
+the same. So a stand-in waits in `.grad` of each master, and what became of it says what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.comms import local_shard, master_like
+
+_MARK: Final = "_swiftmoe_stand_in"
+
+
+class StandIn:
+    """What stands in `.grad` of `master` while its gradient waits in the slots: the gradient that was there, or one of
+    zeros with a trace of life, which scaling keeps and zeroing does not."""
+
+    def __init__(self, master: nn.Parameter) -> None:
+        if master.grad is None:
+            shard = torch.zeros_like(local_shard(master))
+            shard.view(-1)[:1] = max(torch.finfo(shard.dtype).tiny, 2.0**-100)
+            master.grad = master_like(shard, master)
+            setattr(master.grad, _MARK, self)
+        self._gradient = master.grad
+        self._versions = _versions(self._gradient)
+
+    def was_discarded(self, master: nn.Parameter) -> bool:
+        """Whether the user has zeroed it or taken it away."""
+        return master.grad is None or self.was_zeroed(master.grad)
+
+    def release(self) -> None:
+        """Let what stood in be a gradient like any other, as its owner wrote it."""
+        vars(self._gradient).pop(_MARK, None)
+
+    def was_zeroed(self, gradient: Tensor) -> bool:
+        """Whether `gradient` is it, written to zeros, or zeros in its place. Looks at values only where it must."""
+        if gradient is self._gradient and _versions(gradient) == self._versions:
+            return False
+        return not local_shard(gradient).any()
+
+
+def is_stand_in(gradient: Tensor) -> bool:
+    """Whether it holds no gradient of its own: all there is waits in the slots."""
+    stand_in = getattr(gradient, _MARK, None)
+    return stand_in is not None and not stand_in.was_zeroed(gradient)
+
+
+def has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether an update, a norm or a scaler would find a gradient."""
+    return parameter.grad is not None and not is_stand_in(parameter.grad)
+
+
+def _versions(gradient: Tensor) -> tuple[int, int]:
+    return gradient._version, local_shard(gradient)._version
