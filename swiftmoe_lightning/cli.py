@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -162,18 +163,22 @@ def report(  # noqa: PLR0913 - options
     experts_bytes: _Bytes = 1_000_000,
 ) -> None:
     """Draw a run or a trace as one page that opens offline: popularity, replicas, drops, imbalance, bytes."""
-    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, make_plan, read_trace
+    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, check_writable, make_plan, read_trace
     from swiftmoe_lightning.report.page import write_page
     from swiftmoe_lightning.report.plan_page import plan_page
 
     with _clear_errors("report"):
+        # Before the replays, not after them.
+        check_writable(out)
         recording = run_or_trace / "placements.npz"
         found = read_trace(recording if recording.exists() else run_or_trace)
         sizes = Sizes.of(found, ranks, slots, capacity_factor)
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
         write_page(out, plan_page(make_plan(found, machine, options, _say), title=run_or_trace.name))
-    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+    # A name need not be Unicode.
+    name = os.fsencode(out).decode(errors="replace")
+    typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 
 @app.command()

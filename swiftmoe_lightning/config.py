@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final, Literal
 
 PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
@@ -51,15 +52,24 @@ class SwiftMoEConfig:
     def __post_init__(self) -> None:
         if self.replace_every != "auto":
             check_whole(replace_every=self.replace_every)
-        if not 0 <= self.popularity_decay < 1:
+        if not is_number(self.popularity_decay) or not 0 <= self.popularity_decay < 1:
             raise ValueError(f"popularity_decay must be 0 or more and below 1, got {self.popularity_decay!r}.")
         if self.slots_per_rank is not None:
             check_whole(slots_per_rank=self.slots_per_rank)
         if isinstance(self.placement, str):
             check_choice("placement", self.placement, PLACEMENTS)
+        elif not isinstance(self.placement, type):
+            raise ValueError(
+                f"placement must be one of {', '.join(map(repr, PLACEMENTS))} or a subclass of PlacementPolicy, got "
+                f"{self.placement!r}. Leave it out for 'balanced'."
+            )
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
         check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
+        if not isinstance(self.offload_optimizer, bool):
+            raise ValueError(
+                f"offload_optimizer must be True or False, got {self.offload_optimizer!r}. Leave it out for False."
+            )
         if self.dense == "fsdp2" and self.offload_optimizer:
             raise ValueError(
                 "offload_optimizer=True keeps masters in host memory, and dense='fsdp2' needs all parameters on one "
@@ -103,5 +113,10 @@ def check_whole(minimum: int = 1, **values: int) -> None:
 def check_coefficient(**values: float) -> None:
     """Raise ValueError for a value that is not a number of 0 or more, by its name."""
     for name, value in values.items():
-        if not 0 <= value < float("inf"):
+        if not is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a number of 0 or more, got {value!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number; True and False are none here."""
+    return isinstance(value, Real) and not isinstance(value, bool)

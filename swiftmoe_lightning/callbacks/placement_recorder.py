@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
-from swiftmoe_lightning.planner.write_trace import FORMAT_VERSION, writer_for
+from swiftmoe_lightning.planner.write_trace import FORMAT_VERSION, check_writable, writer_for
 
 
 class PlacementRecorder(Callback):
@@ -36,13 +36,14 @@ class PlacementRecorder(Callback):
 
     path: the file; its folder is made.
 
-    Raises ImportError for a .parquet path without pyarrow; ValueError when training starts, for a module without MoE
-    layers or with layers of different E.
+    Raises OSError for a path that cannot be written, ImportError for a .parquet path without pyarrow; ValueError when
+    training starts, for a module without MoE layers or with layers of different E.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # Now, since a missing library must not be found out at the end of the training.
+        # Now, since neither a bad path nor a missing library must be found out at the end of the training.
+        check_writable(self.path)
         self._write_file = writer_for(self.path)
         self._reader: LoadReader | None = None
         self._rows: list[_Row] = []

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from swiftmoe_lightning.config import TOKEN_SPLITS, check_choice
+from swiftmoe_lightning.config import TOKEN_SPLITS, check_choice, is_number
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.shares import even_shares, flow_shares
+
+# Budgets stay within int64 up to it, and far below it nothing is dropped any more.
+_LARGEST_FACTOR: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,21 @@ class Capacity:
     per: "rank", one budget of ceil(factor * N / W) for each rank, pooled over its slots; or "slot", the paper's
         ceil(factor * N / S) for each slot, N being the token-choices of all ranks.
 
-    Raises ValueError for a factor that is not a number above 0, or an unknown `per`.
+    Raises ValueError for a factor that is not a number above 0, at most 1000, or an unknown `per`.
     """
 
     factor: float
     per: str = "rank"
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < float("inf"):
+        if not is_number(self.factor) or not 0 < self.factor < float("inf"):
             raise ValueError(
                 f"capacity_factor must be a number above 0, got {self.factor!r}. Use 1.0 or more, or None to drop no "
                 "tokens."
+            )
+        if self.factor > _LARGEST_FACTOR:
+            raise ValueError(
+                f"capacity_factor must be at most {_LARGEST_FACTOR}, got {self.factor!r}. Use None to drop no tokens."
             )
         check_choice("capacity", self.per, ("rank", "slot"))
 

@@ -7,7 +7,7 @@ from swiftmoe_lightning.planner.read_trace import read_trace
 from swiftmoe_lightning.planner.replay import Replay, Rules, rank_imbalance, replay
 from swiftmoe_lightning.planner.sizes import Sizes
 from swiftmoe_lightning.planner.trace import Trace
-from swiftmoe_lightning.planner.write_trace import writer_for
+from swiftmoe_lightning.planner.write_trace import check_writable, writer_for
 
 __all__ = [
     "CONTENDERS",
@@ -19,6 +19,7 @@ __all__ = [
     "Rules",
     "Sizes",
     "Trace",
+    "check_writable",
     "make_plan",
     "rank_imbalance",
     "read_trace",

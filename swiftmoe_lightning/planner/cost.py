@@ -7,11 +7,15 @@ G: bytes of one expert's gradient, and of its weights, which are as many here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from swiftmoe_lightning.config import check_whole
 from swiftmoe_lightning.placement import Placement
+
+# Sums over all experts and ranks stay finite and exact enough.
+_MOST_BYTES: Final = 2**50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,13 @@ class Machine:
     def __post_init__(self) -> None:
         check_whole(num_ranks=self.num_ranks, slots_per_rank=self.slots_per_rank, expert_bytes=self.expert_bytes)
         check_whole(0, choice_bytes=self.choice_bytes, state_bytes=self.moved_state_bytes)
+        for name, size in (("expert_bytes", self.expert_bytes), ("choice_bytes", self.choice_bytes)):
+            if size > _MOST_BYTES:
+                raise ValueError(f"{name} must be at most 2**50, got {size}. Give the bytes of one.")
+        if self.moved_state_bytes > 8 * _MOST_BYTES:
+            raise ValueError(
+                f"state_bytes must be at most 2**53, got {self.state_bytes}. Give the bytes of one expert."
+            )
         for name in ("link_bytes", "flops", "choice_flops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

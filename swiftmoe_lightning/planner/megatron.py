@@ -10,17 +10,21 @@ call (megatron/core/transformer/moe/router_trace.py in https://github.com/NVIDIA
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from swiftmoe_lightning.planner.trace import Trace
+from swiftmoe_lightning.planner.trace import Trace, check_bytes
 
 FILES_OF_A_FOLDER: Final = "router_trace_rank*.jsonl"
 _REQUIRED: Final = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
+# Of one router call. More in one line is no trace, and must not be read to its end.
+_LONGEST_LINE: Final = 2**28
 # No model has so many; a damaged id must not ask for a table of that size.
 _MOST_EXPERTS: Final = 2**16
 
@@ -67,8 +71,11 @@ def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trac
     steps, ranks = sorted({call.step for call in calls}), sorted({call.rank for call in calls})
     names = {call.layer: call.layer_name for call in calls}
     layers = sorted(names)
+    shape = (len(steps), len(ranks), len(layers), num_experts)
+    # A few damaged numbers in each place make a table of all their combinations.
+    check_bytes(f"counts of the shape {shape}", 8 * math.prod(shape))
     row_of, source_of, layer_of = _positions(steps), _positions(ranks), _positions(layers)
-    counts_SWLE = np.zeros((len(steps), len(ranks), len(layers), num_experts), dtype=np.int64)
+    counts_SWLE = np.zeros(shape, dtype=np.int64)
     for call in calls:
         target_E = counts_SWLE[row_of[call.step], source_of[call.rank], layer_of[call.layer]]
         target_E[: len(call.counts_E)] += call.counts_E
@@ -101,10 +108,14 @@ def _num_experts(calls: list[_Call], num_experts: int | None) -> int:
 
 
 def _calls_of(path: Path) -> Iterator[_Call]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no regular file, but a pipe, socket or device. Take it out of the folder.")
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), 1):
+            where = f"{path.name}, line {number}"
+            if len(line) == _LONGEST_LINE:
+                raise ValueError(f"{where}: it has {_LONGEST_LINE} bytes or more. Give Megatron's router trace.")
             if line.strip():
-                where = f"{path.name}, line {number}"
                 try:
                     yield _parse(line, where)
                 except _LineError as error:

@@ -13,9 +13,10 @@ from swiftmoe_lightning.placement import Capacity, Placement, certify_drops, cer
 from swiftmoe_lightning.planner.contenders import CONTENDERS, Contender
 from swiftmoe_lightning.planner.cost import Machine, paper_bytes, paper_step_seconds, phase_bytes, step_seconds
 from swiftmoe_lightning.planner.replay import Replay, Rules, replay
-from swiftmoe_lightning.planner.trace import Trace
+from swiftmoe_lightning.planner.trace import Trace, check_bytes
 
 DEFAULT_POLICIES: Final = ("balanced", "packed", "symi", "static")
+_MOST_SLOTS: Final = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,9 @@ def make_plan(
 
     report: called with a policy's name before it is run.
 
-    Raises ValueError when the slots cannot hold the experts.
+    Raises ValueError when the slots cannot hold the experts, or the replays would not fit the memory.
     """
+    _check_size(trace, machine)
     popularity_SLE = trace.popularity_SLE
     # The bounds come first: they say at once when the slots are too few.
     bounds = _bounds(popularity_SLE, machine, options.capacity_factor)
@@ -140,6 +142,13 @@ def make_plan(
         found = replay(popularity_SLE, contender.make(machine.num_ranks, machine.slots_per_rank), rules)
         outcomes[name] = _outcome(contender, rules, found, machine, trace.num_experts)
     return Plan(trace, machine, options, outcomes, bounds)
+
+
+def _check_size(trace: Trace, machine: Machine) -> None:
+    """Refuse what would fill the memory: one layer's slots, and a replay's arrays [S, L, W] and [S, L, E]."""
+    if (num_slots := machine.num_ranks * machine.slots_per_rank) > _MOST_SLOTS:
+        raise ValueError(f"{num_slots} slots on all ranks are more than {_MOST_SLOTS}. Plan for fewer ranks or slots.")
+    check_bytes("a replay", 8 * trace.num_steps * trace.num_layers * (2 * machine.num_ranks + trace.num_experts))
 
 
 def _outcome(contender: Contender, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:

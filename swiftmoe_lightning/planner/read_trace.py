@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0
 
 from swiftmoe_lightning.config import check_whole
 from swiftmoe_lightning.planner.megatron import FILES_OF_A_FOLDER, read_megatron
-from swiftmoe_lightning.planner.trace import RECORDED_AXES, Trace
+from swiftmoe_lightning.planner.trace import RECORDED_AXES, Trace, check_bytes
 from swiftmoe_lightning.planner.write_trace import (
     FORMAT_VERSION,
     METADATA_KEY,
@@ -27,6 +29,9 @@ _READABLE: Final = (
     "an .npz or .parquet file of PlacementRecorder, an .npz file with an array `counts`, or Megatron's "
     f"{FILES_OF_A_FOLDER} or their folder"
 )
+# No trace needs more; a claim of more is damage, or an attack, and is refused before memory is asked for.
+_MOST_ROWS: Final = 2**27
+_HEADERS: Final = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 # What zipfile, zlib and numpy raise for damaged archives; RuntimeError is one that zipfile has no method for.
 _DAMAGE: Final = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, MemoryError)
 
@@ -73,6 +78,9 @@ def _read(path: Path, num_experts: int | None) -> Trace:
         if files := sorted(path.glob(FILES_OF_A_FOLDER)):
             return read_megatron(files, num_experts)
         raise ValueError(f"it is a folder without {FILES_OF_A_FOLDER}. Give {_READABLE}.")
+    if not path.is_file():
+        # A pipe or a device may never end.
+        raise ValueError(f"it is no regular file, but a pipe, socket or device. Give {_READABLE}.")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -119,6 +127,7 @@ def _trace_of(archive: Any) -> Trace:
 
 
 def _member(archive: Any, name: str) -> np.ndarray:
+    _check_claim(archive.zip, name)
     try:
         # An entry that is not numpy's comes as bytes.
         return np.asarray(archive[name])
@@ -126,6 +135,28 @@ def _member(archive: Any, name: str) -> np.ndarray:
         raise ValueError(
             f"`{name}` cannot be read, as objects are never unpickled ({error!r}). Save it as an int64 array."
         ) from error
+
+
+def _check_claim(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an entry that is too large, or whose header claims more than the entry holds: numpy would ask for it all.
+
+    Raises ValueError.
+    """
+    entry = next(entry for entry in archive.infolist() if entry.filename in (name, f"{name}.npy"))
+    check_bytes(f"`{name}`", entry.file_size)
+    with archive.open(entry) as file:
+        if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+            return
+        version = tuple(file.read(2))
+        if version not in _HEADERS:
+            raise ValueError(f"`{name}` has numpy's format {version}, which no trace needs. Save it as an int64 array.")
+        shape, _, dtype = _HEADERS[version](file)
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > entry.file_size:
+        raise ValueError(
+            f"`{name}` claims the shape {shape} of {dtype}, {claimed} bytes, and has {entry.file_size}. Copy or record "
+            "it again."
+        )
 
 
 def _metadata(text: str | bytes) -> dict[str, Any]:
@@ -152,6 +183,10 @@ def _read_parquet(path: Path) -> Trace:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema, about = file.schema_arrow, file.schema_arrow.metadata or {}
             wanted = parquet_schema(pa)
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise ValueError(
+                    f"it claims {file.metadata.num_rows} rows, and at most {_MOST_ROWS} are read. Record fewer steps."
+                )
             if not schema.equals(wanted):
                 raise ValueError(
                     f"its columns must be {_columns(wanted)}, got {_columns(schema)}. Record the run again."
@@ -186,4 +221,5 @@ def _shape(text: bytes, num_steps: int) -> tuple[int, ...]:
         raise ValueError(f"its {SHAPE_KEY.decode()} must be four sizes, got {text[:40]!r}. Record the run again.")
     if shape[0] != num_steps:
         raise ValueError(f"it must have rows of {shape[0]} steps, got {num_steps}. Record the run again.")
+    check_bytes(f"counts of the shape {shape}", 8 * math.prod(shape))
     return tuple(shape)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from swiftmoe_lightning.config import check_whole
 from swiftmoe_lightning.planner.trace import Trace
+
+# Ranks, and slots of a rank.
+_MOST: Final = 2**16
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,18 @@ class Sizes:
     ) -> Sizes:
         """What is given, else what the trace's own run had. A given capacity factor of 0 is dropless, too.
 
-        Raises ValueError when neither says how many ranks or slots there are, or the trace's metadata is damaged.
+        Raises ValueError for numbers too large for any machine, when neither says how many ranks or slots there are,
+        or the trace's metadata is damaged.
         """
 
         def known(name: str, given: int | None, key: str) -> int:
             value = trace.metadata.get(key) if given is None else given
             if value is None:
                 raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
-            check_whole(**{name if given is not None else f"{key} of the trace's metadata": value})
+            said = name if given is not None else f"{key} of the trace's metadata"
+            check_whole(**{said: value})
+            if value > _MOST:
+                raise ValueError(f"{said} must be at most {_MOST}, got {value}. Give the run's own with --{name}.")
             return int(value)
 
         factor = trace.metadata.get("capacity_factor") if capacity_factor is None else capacity_factor

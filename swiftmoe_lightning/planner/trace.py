@@ -20,8 +20,10 @@ RECORDED_AXES: Final[Mapping[str, str]] = MappingProxyType(
     {"replicas": "SLE", "loads": "SLW", "dropped": "SL", "moved": "SL"}
 )
 _AXES: Final = {"S": "steps", "W": "ranks", "L": "layers", "E": "experts"}
-# Sums and shares of counts stay within int64 below it.
-_MOST_CHOICES: Final = 2**62
+# Budgets and shares of counts stay within int64 below it, and counts are exact in float64.
+_MOST_CHOICES: Final = 2**50
+# No trace needs more; a claim of more is damage, or an attack, and is refused before memory is asked for.
+_MOST_BYTES: Final = 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Trace:
         `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
 
     Raises ValueError for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
-    expert, not a single token-choice, or other arrays that do not fit the counts.
+    expert, not a single token-choice, other arrays that do not fit the counts, or more dropped than was there.
     """
 
     counts_SWLE: np.ndarray
@@ -67,6 +69,7 @@ class Trace:
         self._check_layers()
         self._check_steps()
         object.__setattr__(self, "recorded", {name: self._checked(name, a) for name, a in self.recorded.items()})
+        self._check_totals()
 
     @property
     def num_steps(self) -> int:
@@ -132,6 +135,20 @@ class Trace:
             )
         object.__setattr__(self, "step_S", step_S)
 
+    def _check_totals(self) -> None:
+        """No step dropped, or computed, more token-choices than it had."""
+        total_SL = self.counts_SWLE.sum((1, 3))
+        for name in ("dropped", "loads"):
+            if name not in self.recorded:
+                continue
+            found_SL = self.recorded[name].reshape(*total_SL.shape, -1).sum(2)
+            if (is_more_SL := found_SL > total_SL).any():
+                at = np.unravel_index(int(is_more_SL.argmax()), is_more_SL.shape)
+                raise ValueError(
+                    f"{name} must be at most the token-choices of its step, got {found_SL[at]} of {total_SL[at]} in "
+                    f"row {int(at[0])}, layer {int(at[1])}: the trace is damaged. Copy or record it again."
+                )
+
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
         """One array of `recorded`, if its name is known and its shape fits the counts."""
         if name not in RECORDED_AXES:
@@ -151,6 +168,15 @@ class Trace:
         return _whole_numbers(name, values)
 
 
+def check_bytes(what: str, num_bytes: int) -> None:
+    """Raise ValueError if it needs more memory than any trace does."""
+    if num_bytes > _MOST_BYTES:
+        raise ValueError(
+            f"{what} would take {num_bytes} bytes, more than {_MOST_BYTES}. Take fewer steps or ranks, or copy the "
+            "file again if it is damaged."
+        )
+
+
 def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
     """The same as int64. Raises ValueError, with the first wrong entry, unless all are whole numbers of 0 or more."""
     if values.dtype.kind not in "iuf":
@@ -160,7 +186,7 @@ def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
         _refuse(name, values, values != np.floor(values), "Give numbers of token-choices, not shares.")
     _refuse(name, values, values < 0, "Give numbers of token-choices.")
     if values.sum(dtype=np.float64) > _MOST_CHOICES:
-        raise ValueError(f"{name} must add up to no more than 2**62, got {values.max()} at the most. Are they counts?")
+        raise ValueError(f"{name} must add up to no more than 2**50, got {values.max()} at the most. Are they counts?")
     return values.astype(np.int64, copy=False)
 
 

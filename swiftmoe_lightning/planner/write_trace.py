@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,18 @@ def writer_for(path: Path) -> TraceWriter:
         return write_npz
     import_parquet()
     return write_parquet
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, with the reason, if `path` cannot become a file: now, not at the end of a run. Writes nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is to be written. Name a file in it.")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, as {folder} is a file. Name another folder.")
+    target = path if path.exists() else folder
+    if not os.access(target, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {target} is read-only. Name another folder.")
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:

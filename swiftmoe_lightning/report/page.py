@@ -36,7 +36,8 @@ def write_page(path: str | Path, page: PageData) -> None:
     }
     # One pass: a name that looks like a gap of the template is not filled.
     html = re.sub(r"\{\{(\w+)\}\}", lambda gap: parts[gap[1]], _asset("page.html"))
-    Path(path).write_text(html, encoding="utf-8", newline="\n")
+    # A file's name need not be Unicode. Encoded before the file is opened: it is written whole, or not at all.
+    Path(path).write_bytes(html.encode("utf-8", errors="replace"))
 
 
 def _asset(name: str) -> str:

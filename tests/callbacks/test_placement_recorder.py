@@ -194,3 +194,20 @@ def test_what_does_not_fit_one_table_is_refused_when_training_starts(tmp_path: P
     with pytest.raises(AssertionError, match=message):
         run_ranks(Fit(tmp_path / "trace.npz", 1, "auto", model), 1, init=False)
     assert not (tmp_path / "trace.npz").exists()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        NotADirectoryError, match=r"file/runs/trace\.npz cannot be written, as .+/file is a file\. Name"
+    ):
+        sml.PlacementRecorder(tmp_path / "file" / "runs" / "trace.npz")
+    with pytest.raises(IsADirectoryError, match=r"is a folder, and a file is to be written\. Name a file in it\."):
+        sml.PlacementRecorder(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path)
+    with pytest.raises(PermissionError, match=rf"trace\.npz cannot be written: {tmp_path} is read-only\. Name another"):
+        sml.PlacementRecorder(tmp_path / "new" / "trace.npz")
+    sml.PlacementRecorder(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -52,7 +52,7 @@ def test_choices_are_cut_evenly_over_the_ranks_of_another_world() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 2**50), min_size=1, max_size=6).filter(any), st.integers(1, 40))
+@given(st.lists(st.integers(0, 2**47), min_size=1, max_size=6).filter(any), st.integers(1, 40))
 def test_even_cuts_keep_every_choice_and_differ_by_one_at_the_most(counts: list[int], world_size: int) -> None:
     cut_WE = Trace(np.array(counts)[None, None, None]).counts_for(world_size)[0, :, 0]
     assert cut_WE.sum(0).tolist() == counts
@@ -89,8 +89,8 @@ def changed(value: float, dtype: Any = np.float64) -> np.ndarray:
         (changed(np.inf), r"got inf at \[1, 0, 0, 2\]"),
         (changed(-np.inf), r"got -inf at \[1, 0, 0, 2\]"),
         (changed(0.25), r"got 0\.25 at \[1, 0, 0, 2\]\. Give numbers of token-choices, not shares"),
-        (changed(1e30), r"add up to no more than 2\*\*62, got 1e\+30"),
-        (changed(2**63, np.uint64), r"add up to no more than 2\*\*62, got 9223372036854775808"),
+        (changed(1e30), r"add up to no more than 2\*\*50, got 1e\+30"),
+        (changed(2**63, np.uint64), r"add up to no more than 2\*\*50, got 9223372036854775808"),
         (COUNTS > 0, r"must be whole numbers, got dtype bool\. Save them as int64"),
         (COUNTS.astype(object), r"must be whole numbers, got dtype object"),
         (COUNTS.astype(str), r"must be whole numbers, got dtype <U"),
@@ -135,7 +135,16 @@ def test_recorded_loads_are_of_the_source_ranks_where_those_are_told_apart() -> 
     with pytest.raises(ValueError, match=r"loads must have the axes \[steps = 2, layers = 1, ranks = 3\]"):
         Trace(counts, recorded={"loads": np.full((2, 1, 6), 2)})
     # Any number of ranks may have shared what nobody knows the sources of.
-    assert Trace(COUNTS, recorded={"loads": np.full((2, 1, 6), 2)}).recorded["loads"].shape == (2, 1, 6)
+    loads = np.array([[[2, 2, 2, 1, 1, 1]], [[0] * 6]])
+    assert Trace(COUNTS, recorded={"loads": loads}).recorded["loads"].shape == (2, 1, 6)
+
+
+def test_a_step_cannot_have_dropped_or_computed_more_than_it_had() -> None:
+    # The second row has no tokens, the first has 9.
+    for name, wrong in (("dropped", [[10], [0]]), ("dropped", [[0], [1]]), ("loads", [[[4, 6]], [[0, 0]]])):
+        with pytest.raises(ValueError, match=rf"{name} must be at most the token-choices of its step, got (10|1) of"):
+            Trace(COUNTS, recorded={name: np.array(wrong)})
+    assert Trace(COUNTS, recorded={"dropped": np.array([[9], [0]])}).recorded["dropped"].sum() == 9
 
 
 def outcome(values: np.ndarray) -> Trace | str:
