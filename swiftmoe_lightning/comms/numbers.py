@@ -19,7 +19,7 @@ def read_whole_numbers() -> None:
     A sum, norm or `any` of a DTensor is one number a rank, still to be reduced, and torch's `.item()` returns this
     rank's. Reduced first, which is a collective: all ranks must read.
     """
-    DTensor._op_dispatcher._custom_op_handlers[_ITEM] = _item
+    DTensor._op_dispatcher._custom_op_handlers[_ITEM] = _item  # type: ignore[assignment]
 
 
 def _item(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop, updates] and then [E] counts,
-padded to the widest layer, so that a rank which has left its evaluation loop can answer without knowing which layer others
-are in.
+W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop, updates] and then
+[E] counts, padded to the widest layer, so that a rank which has left its evaluation loop can answer without knowing
+which layer others are in.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Agreement:
         updates_W = rows.table[:, 6].tolist()
         if len(set(updates_W)) > 1:
             raise RuntimeError(
-                f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), and "
-                "train different models from here on. Step on all ranks or on none: a rank's own gradients of experts "
-                "are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
+                f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), "
+                "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
+                "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
             )
         bad_ranks = np.flatnonzero(rows.table[:, 4] == 0).tolist()
         if bad_ranks:

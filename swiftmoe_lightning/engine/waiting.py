@@ -51,7 +51,7 @@ def is_stand_in(gradient: Tensor) -> bool:
     return stand_in is not None and not stand_in.was_zeroed(gradient)
 
 
-def has_gradient(parameter: nn.Parameter) -> bool:
+def has_gradient(parameter: Tensor) -> bool:
     """Whether an update, a norm or a scaler would find a gradient."""
     return parameter.grad is not None and not is_stand_in(parameter.grad)
 
