@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +13,9 @@ from swiftmoe_lightning.comms import is_master
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.engine import SwiftMoEEngine
+
+# How torch's message begins.
+_UNFINISHED: Final = "Expected to have finished reduction"
 
 
 class ExpertDataParallel(DistributedDataParallel):
@@ -29,7 +32,17 @@ class ExpertDataParallel(DistributedDataParallel):
                 "ranks with spread experts need equally many training batches, and cannot join uneven inputs. Leave "
                 "Join out, and set drop_last=True in the loader, or with Accelerate even_batches=True."
             )
-        return super().forward(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        except RuntimeError as error:
+            if _UNFINISHED not in str(error):
+                raise
+            raise RuntimeError(
+                "the backward before this forward did not reach every dense parameter. If an exception ended it, "
+                "DistributedDataParallel cannot go on: wrap the module again (model = engine.data_parallel()) and call "
+                "zero_grad() before you try again. If parameters were not used, pass find_unused_parameters=True. "
+                f"DistributedDataParallel says: {error}"
+            ) from error
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
