@@ -1,4 +1,4 @@
-"""`auto_find_batch_size` under SwiftMoETrainer: a backward that runs out of memory is tried again with a smaller batch."""
+"""`auto_find_batch_size`: a backward that runs out of memory is tried again with a smaller batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import swiftmoe_lightning as sml
 from tests.helpers import run_ranks
 from tests.strategies.test_hf_trainer import Regression, result, trainer
 
