@@ -97,6 +97,18 @@ class SwiftMoEConfig:
         return self.slots_per_rank
 
 
+def check_config(config: object) -> SwiftMoEConfig:
+    """The same config, or the default one for None. Raises ValueError for anything else."""
+    if config is None:
+        return SwiftMoEConfig()
+    if not isinstance(config, SwiftMoEConfig):
+        raise ValueError(
+            f"config must be a SwiftMoEConfig, got {config!r}. Write SwiftMoEConfig(slots_per_rank=...), or leave it "
+            "out."
+        )
+    return config
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`, naming the setting and what it may be."""
     if value not in choices:

@@ -1,11 +1,13 @@
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning import SwiftMoEConfig
+from swiftmoe_lightning import MoE, SwiftMoEConfig
+from swiftmoe_lightning.config import PLACEMENTS
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,36 @@ def test_config_cannot_change_once_made():
 def test_cut_dense_parameters_and_masters_in_host_memory_are_refused_together():
     with pytest.raises(ValueError, match="Leave one of them out"):
         SwiftMoEConfig(dense="fsdp2", offload_optimizer=True)
+
+
+@pytest.mark.parametrize("value", [None, 3, 0.5, ["balanced"]])
+def test_a_placement_that_is_neither_a_name_nor_a_class_is_refused(value):
+    names = ", ".join(map(repr, PLACEMENTS))
+    message = f"placement must be one of {names} or a subclass of PlacementPolicy, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SwiftMoEConfig(placement=value)
+
+
+@pytest.mark.parametrize("value", ["no", "yes", 0, 1, None])
+def test_offloading_is_asked_for_with_true_or_false(value):
+    with pytest.raises(ValueError, match=rf"offload_optimizer must be True or False, got {value!r}\. Leave it out for"):
+        SwiftMoEConfig(offload_optimizer=value)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
+def test_a_decay_that_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match=r"popularity_decay must be 0 or more and below 1, got "):
+        SwiftMoEConfig(popularity_decay=value)
+
+
+@pytest.mark.parametrize("value", ["0.1", True, math.nan, math.inf, -1])
+@pytest.mark.parametrize("name", ["aux_loss_coef", "z_loss_coef"])
+def test_coefficients_of_a_block_are_numbers(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a number of 0 or more, got "):
+        MoE(4, 4, 2, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["1", True, [1.0]])
+def test_a_capacity_factor_that_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match=r"capacity_factor must be a number above 0, got "):
+        MoE(4, 4, 2, capacity_factor=value)

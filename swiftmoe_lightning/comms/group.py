@@ -35,7 +35,8 @@ class ExpertGroup:
         self._weights_group = _second_group_of(self.process_group, device_type)
         self.rank: int = self.mesh.get_local_rank()
         self.world_size: int = self.mesh.size()
-        self.ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        launched = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.ranks_per_node = launched if ranks_per_node is None else ranks_per_node
         _leave_cleanly()
 
     def all_gather(self, row: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import ExpertGroup, mix_with_plain_tensors, read_whole_numbers
-from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.collecting import GradientCollector
@@ -22,6 +22,7 @@ from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.layer import ShardedLayer
 from swiftmoe_lightning.engine.placing import Placers
+from swiftmoe_lightning.engine.replaced import refuse_foreign
 from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate
@@ -45,7 +46,7 @@ class SwiftMoEEngine:
     device: where the slots live; None takes the module's own, or the CPU for a module on meta.
     ranks_per_node: for the "local" token split; None asks the launcher.
 
-    Raises ValueError when the slots cannot hold the experts.
+    Raises ValueError when the slots cannot hold the experts, or for a config or ranks_per_node that is none.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class SwiftMoEEngine:
         ranks_per_node: int | None = None,
     ) -> None:
         self.module = module
-        self.config = config or SwiftMoEConfig()
+        self.config = check_config(config)
+        if ranks_per_node is not None:
+            check_whole(ranks_per_node=ranks_per_node)
         self.group: ExpertGroup | None = None
         self.dense: FullyShardedDense | None = None
         self._placers: Placers | None = None
@@ -137,6 +140,8 @@ class SwiftMoEEngine:
         its update is not elementwise.
         """
         self._refuse_replaced(optimizer)
+        if self._tracked:
+            refuse_foreign(optimizer, self.module)
         if id(optimizer) not in self._updates:
             end_step = partial(self._end_step, optimizer)
             self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, end_step)

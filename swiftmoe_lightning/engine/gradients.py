@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import ExpertGroup, is_master, local_shard
+from swiftmoe_lightning.config import is_number
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.engine.waiting import has_gradient
 
@@ -29,6 +30,7 @@ def clip_grad_norm(
     Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows. A
     collective when there are masters. Returns [] the norm before clipping, equal on all ranks.
     """
+    _check_limit("max_norm", max_norm)
     gradients = list(parameters)
     total = grad_norm(gradients, group, norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -67,9 +69,17 @@ def _norm(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tens
 @torch.no_grad()
 def clip_grad_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
     """Clamp every gradient's elements to +-clip_value. No communication."""
+    _check_limit("clip_value", clip_value)
     dense, shards = _split_gradients(parameters)
     for gradient in dense + shards:
         gradient.clamp_(-clip_value, clip_value)
+
+
+def _check_limit(name: str, value: object) -> None:
+    """Raise ValueError for a limit that limits nothing, or turns gradients round; inf is none, and allowed."""
+    # A tensor may be on its way on a GPU: to look at it would wait for that.
+    if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number of 0 or more, got {value!r}. Use 1.0, or leave gradients unclipped.")
 
 
 def _split_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,6 +9,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 
+def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
+    """Raise ValueError if not one of the optimizer's parameters is the module's; it may hold others besides."""
+    own = {id(p) for p in module.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in own for p in held):
+        raise ValueError(
+            f"none of the optimizer's {len(held)} parameters belongs to the engine's {type(module).__name__}, whose "
+            "experts it would never update. Make it from module.parameters(), after the engine."
+        )
+
+
 class Replaced:
     """Knows parameters without keeping them alive."""
 

@@ -23,8 +23,10 @@ def convert(model: Model) -> Model:
     checkpoints know no difference; router, shared experts and losses are not touched. Repeatable.
 
     Warns, once, of experts that stay as they are, with the reasons.
-    Raises ValueError with the reasons when no experts could be taken over.
+    Raises ValueError with the reasons when no experts could be taken over, or for what is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"convert() takes a model, an nn.Module, got {model!r}. Load one first.")
     taken: dict[int, Experts] = {}
     left: dict[str, tuple[nn.Module, str]] = {}
     num_ours = 0

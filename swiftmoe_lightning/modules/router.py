@@ -5,6 +5,7 @@ T tokens, D model dim, E experts, K top-k.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftmoe_lightning.config import check_choice, check_whole
+from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
 from swiftmoe_lightning.kernels import on_triton, route
 
 SCORES: Final = ("softmax", "sigmoid")
+# Forwards in training without an update of the bias, after which that is said. More than any accumulation has.
+_PATIENCE: Final = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +66,11 @@ class TopKRouter(nn.Module):
         1, and the router would learn nothing from the task.)
     bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the weights),
         and every optimizer step moves it by this much towards less popular experts: balance without an auxiliary
-        loss (arXiv 2408.15664). The engine calls `update_bias`.
+        loss (arXiv 2408.15664). The engine calls `update_bias`. Where nobody does in the first thousand forwards of
+        a training (compiled ones do not count), a warning says so.
 
-    Raises ValueError if top_k is not in 1..E, for an unknown score, or for renormalise=True with top_k=1.
+    Raises ValueError if top_k is not in 1..E, for an unknown score, for renormalise=True with top_k=1, or a
+    bias_update_rate that is not a number of 0 or more.
     """
 
     expert_bias: Tensor | None
@@ -85,7 +90,8 @@ class TopKRouter(nn.Module):
         super().__init__()
         check_whole(dim=dim, num_experts=num_experts)
         check_choice("score", score, SCORES)
-        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        check_coefficient(bias_update_rate=bias_update_rate)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in 1..num_experts={num_experts}, got {top_k!r}.")
         if renormalise and top_k == 1:
             raise ValueError(
@@ -93,6 +99,8 @@ class TopKRouter(nn.Module):
                 "Leave renormalise unset, or choose top_k=2 or more."
             )
         self.top_k, self.score, self.bias_update_rate = top_k, score, bias_update_rate
+        # None once the bias was updated, or the warning given.
+        self._patience: int | None = _PATIENCE
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias_update_rate else None
@@ -108,6 +116,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> RouterOutput:
         """[T, D] -> the choice of each token. Scores are computed in float32 (float64 for float64 weights)."""
+        if self.expert_bias is not None and self.training and torch.is_grad_enabled():
+            self._miss_updates()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
@@ -132,9 +142,24 @@ class TopKRouter(nn.Module):
             probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
         return RouterOutput(expert_ids_TK, weights_TK, logits_TE, probs_TE)
 
+    def _miss_updates(self) -> None:
+        # A number that changes in every forward would make torch.compile start again each time.
+        if self._patience is None or torch.compiler.is_compiling():
+            return
+        self._patience -= 1
+        if self._patience == 0:
+            self._patience = None
+            warnings.warn(
+                f"TopKRouter(bias_update_rate={self.bias_update_rate}) has trained for {_PATIENCE} forwards, and "
+                "nobody has updated its bias, so nothing balances the experts. An engine does, on one device, too (a "
+                "strategy has one); or call router.update_bias(popularity) after every optimizer step.",
+                stacklevel=3,
+            )
+
     @torch.no_grad()
     def update_bias(self, popularity_E: np.ndarray) -> None:
         """Move `expert_bias` towards experts with less than the mean popularity. popularity_E: [E], one step."""
+        self._patience = None
         if self.expert_bias is not None:
             step_E = torch.from_numpy(np.sign(popularity_E.mean() - popularity_E))
             self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)

@@ -443,3 +443,9 @@ def test_autocast_and_default_dtype_around_convert_do_not_matter() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert experts.activation == "swiglu"
+
+
+@pytest.mark.parametrize("model", [None, "allenai/OLMoE-1B-7B-0924", 3])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match=rf"convert\(\) takes a model, an nn\.Module, got {model!r}\. Load one"):
+        sml.convert(model)

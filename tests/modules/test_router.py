@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,11 @@ def test_the_bias_moves_towards_cold_experts_and_changes_the_choice_but_not_the_
     ("options", "message"),
     [
         ({"top_k": 0}, r"top_k must be in 1..num_experts=6, got 0"),
+        ({"top_k": True}, r"top_k must be in 1..num_experts=6, got True"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate must be a number of 0 or more, got nan"),
+        ({"bias_update_rate": float("inf")}, "bias_update_rate must be a number of 0 or more, got inf"),
+        ({"bias_update_rate": -1}, "bias_update_rate must be a number of 0 or more, got -1"),
+        ({"bias_update_rate": "0.1"}, "bias_update_rate must be a number of 0 or more, got '0.1'"),
         ({"top_k": 7}, r"top_k must be in 1..num_experts=6, got 7"),
         ({"top_k": 1, "renormalise": True}, "renormalise=True with top_k=1 makes every weight 1"),
         ({"score": "relu"}, "score must be one of 'softmax', 'sigmoid', got 'relu'"),
@@ -112,3 +118,33 @@ def test_the_balancing_loss_is_1_when_balanced_and_e_when_all_choose_one() -> No
     assert float(load_balancing_loss(uniform, torch.tensor([3, 3, 3, 3]), 1, 1)) == pytest.approx(1)
     one_hot = torch.eye(4)[torch.zeros(12, dtype=torch.int64)]
     assert float(load_balancing_loss(one_hot, torch.tensor([12, 0, 0, 0]), 1, 1)) == pytest.approx(4)
+
+
+def test_a_bias_that_nobody_updates_says_so_once(recwarn: pytest.WarningsRecorder) -> None:
+    made = router(bias_update_rate=0.1)
+    warnings.simplefilter("always")
+    with torch.no_grad():
+        for _ in range(1100):
+            made(X_TD[:1])
+    made.eval()
+    for _ in range(1100):
+        made(X_TD[:1])
+    assert not recwarn.list
+    made.train()
+    for _ in range(2100):
+        made(X_TD[:1])
+    (warned,) = recwarn.list
+    message = "TopKRouter(bias_update_rate=0.1) has trained for 1000 forwards, and nobody has updated its bias"
+    assert str(warned.message).startswith(message)
+
+
+def test_a_bias_that_was_updated_and_a_router_without_one_are_silent() -> None:
+    # Warnings are errors.
+    updated, without = router(bias_update_rate=0.1), router()
+    updated(X_TD)
+    updated.update_bias(np.ones(6))
+    for _ in range(1100):
+        updated(X_TD[:1])
+        without(X_TD[:1])
+    assert updated.expert_bias is not None
+    assert updated.expert_bias.tolist() == [0.0] * 6
