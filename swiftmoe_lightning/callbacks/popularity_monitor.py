@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from swiftmoe_lightning.config import is_number
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
 from swiftmoe_lightning.placement import CAUSES
 
@@ -55,7 +56,7 @@ class ExpertPopularityMonitor(Callback):
     """
 
     def __init__(self, max_keys: int = 500) -> None:
-        if max_keys < _NUM_ALWAYS:
+        if not (is_number(max_keys) and max_keys >= _NUM_ALWAYS):
             raise ValueError(f"max_keys must be {_NUM_ALWAYS} or more, got {max_keys!r}.")
         self.max_keys = max_keys
         self._reader: LoadReader | None = None

@@ -144,7 +144,7 @@ class TopKRouter(nn.Module):
 
     def _miss_updates(self) -> None:
         # A number that changes in every forward would make torch.compile start again each time.
-        if self._patience is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._patience is None:
             return
         self._patience -= 1
         if self._patience == 0:

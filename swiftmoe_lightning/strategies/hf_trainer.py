@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from typing_extensions import override
 
-from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.modules import convert
@@ -79,7 +79,7 @@ class SwiftMoETrainer(Trainer):
         if args is not None:
             check_arguments(args)
         self.engine: SwiftMoEEngine | None = None
-        self._swiftmoe_config = swiftmoe_config
+        self._swiftmoe_config = check_config(swiftmoe_config)
         self._drops_state = False
         self._whole: dict[str, Any] | None = None
         super().__init__(model if model is None else convert(model), args, *rest, **options)

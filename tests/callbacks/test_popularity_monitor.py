@@ -107,6 +107,7 @@ def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> N
     assert len(found["logged"]) == 25
 
 
-def test_too_few_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_keys must be 10 or more, got 9"):
-        sml.ExpertPopularityMonitor(9)
+@pytest.mark.parametrize("max_keys", [9, "500", True, float("nan"), None])
+def test_too_few_keys_are_refused(max_keys: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_keys must be 10 or more, got {max_keys!r}"):
+        sml.ExpertPopularityMonitor(max_keys)

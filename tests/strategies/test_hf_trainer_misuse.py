@@ -100,3 +100,8 @@ def test_deepspeed_is_refused_over_several_processes() -> None:
     arguments: Any = SimpleNamespace(n_gpu=1, world_size=2, deepspeed="zero3.json")
     with pytest.raises(ValueError, match="deepspeed='zero3.json' cannot be combined with experts spread"):
         check_arguments(arguments)
+
+
+def test_a_config_is_checked_when_the_trainer_is_made() -> None:
+    with pytest.raises(ValueError, match=r"config must be a SwiftMoEConfig, got \{'slots_per_rank': 2\}\. Write"):
+        sml.SwiftMoETrainer(hf_models.build("qwen3_moe"), swiftmoe_config={"slots_per_rank": 2})
