@@ -179,7 +179,9 @@ class Demo:
                 files.insert(0, "picture.png")
             except ImportError as missing:
                 console.print(f"No picture: {missing}", markup=False)
-        console.print(f"Files: {folder}/ ({', '.join(files)})", soft_wrap=True, markup=False)
+        # A name need not be Unicode, and must not break a run that has ended well.
+        shown = os.fsencode(folder).decode(errors="replace")
+        console.print(f"Files: {shown}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
 def _hush() -> None:

@@ -119,6 +119,13 @@ def test_without_matplotlib_the_run_still_ends_with_its_table(text: Path, tmp_pa
     assert not (tmp_path / "picture.png").exists()
 
 
+def test_a_folder_whose_name_is_not_unicode_is_shown_as_far_as_it_is(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xfcns")
+    ((_, printed),) = run_ranks(Run(data=text, out=folder), 1, init=False)
+    assert "/r\ufffdns/ (picture.png, metrics.csv, placements.npz)" in printed
+    assert (folder / "placements.npz").exists()
+
+
 def test_torchruns_ranks_are_taken_and_no_others(monkeypatch: Any) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "6")
