@@ -9,7 +9,8 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,21 +40,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
     Raises RankError with every rank's traceback if any rank raised, AssertionError if one hung or died.
     """
     with TemporaryDirectory() as folder:
-        port = _free_port()
-        ranks = [
-            _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder, init, timeout_s))
-            for rank in range(world_size)
-        ]
-        try:
-            for process in ranks:
-                process.start()
+        with start_ranks(fn, world_size, *args, init=init, timeout_s=timeout_s, folder=folder) as ranks:
             for process in ranks:
                 process.join(2 * timeout_s)
             hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
         results = [Path(folder, f"{rank}.pt") for rank in range(world_size)]
         died = [rank for rank, path in enumerate(results) if not path.exists() and rank not in hung]
         outcomes = [torch.load(path, weights_only=False) if path.exists() else ("?", None) for path in results]
@@ -63,6 +53,35 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = 
         assert not died, f"ranks {died} died without a word: {[ranks[r].exitcode for r in died]}"
         assert all(p.exitcode == 0 for p in ranks), [p.exitcode for p in ranks]
         return [value for _, value in outcomes]
+
+
+@contextmanager
+def start_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    init: bool = True,
+    timeout_s: int = 60,
+    folder: str | None = None,
+) -> Iterator[list[Any]]:
+    """The processes of `run_ranks`, which run until they end or the context does.
+
+    folder: where outcomes go; None keeps them nowhere.
+    """
+    with TemporaryDirectory() as own:
+        port = _free_port()
+        ranks = [
+            _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder or own, init, timeout_s))
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            yield ranks
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
 
 def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:
