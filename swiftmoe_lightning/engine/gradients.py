@@ -48,7 +48,9 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
     wide = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
-    norms = torch.stack([_norm(part, float(norm_type), device) for part in (dense, shards)])
+    # As torch: Fabric's users write "inf".
+    norm_type = float(norm_type)
+    norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
     if group is not None:
         norms = torch.cat([norms[:1], group.all_gather(norms[1:]).flatten()])
     return torch.linalg.vector_norm(norms, norm_type).to(wide)
