@@ -220,11 +220,7 @@ class SwiftMoEStrategy(DDPStrategy):
         optimizers = self.optimizers if "optimizer_states" in checkpoint else []
         # Lightning only asks whether states are there; their values are read when their owners exist.
         meta = {k: type(v)() if k in ("state_dict", "optimizer_states") else v for k, v in checkpoint.items()}
-        filepath = self.broadcast(filepath)
-        if self.is_global_zero:
-            checkpoints.make_directory(filepath)
-        self.barrier()
-        checkpoints.save_directory(filepath, self._module, optimizers, meta, self.global_rank)
+        checkpoints.save_directory(self.broadcast(filepath), self._module, optimizers, meta)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
