@@ -6,7 +6,7 @@ W ranks, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from swiftmoe_lightning.engine.replaced import Replaced
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import Observation, Placement, Placer
+
+# What `TrackedLayer.state_dict` holds.
+_SAVED: Final = ("popularity", "slot_to_expert", "world_size", "num_steps", "placer")
 
 
 class TrackedLayer:
@@ -93,6 +96,12 @@ class TrackedLayer:
 
     def load_state_dict(self, state: dict[str, Any], placer: Placer | None) -> None:
         """Take up the saved placement if it fits these ranks and slots, else one from what was known of its loads."""
+        missing = [key for key in _SAVED if key not in state]
+        if missing:
+            raise ValueError(
+                f"what the checkpoint says of the placement of {self.name!r} lacks {missing}: it was edited, or saved by "
+                "another version of this package. Take its 'swiftmoe' entry out, and placements start from nothing."
+            )
         self.num_steps = state["num_steps"]
         if self.sharded is None or placer is None:
             return

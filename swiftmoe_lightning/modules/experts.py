@@ -123,7 +123,8 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
 
-        Raises ValueError for an input whose last dim is not D, FloatingPointError for non-finite router weights.
+        Raises ValueError for an input whose last dim is not D and, on the CPU, for ids outside -1..E (-1 and E are
+        nobody's), TypeError for ids that are no integers, FloatingPointError for non-finite router weights.
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
 
@@ -136,7 +137,7 @@ class Experts(nn.Module):
 
         scores_finite: [] bool; None looks at `weights_TK`.
         """
-        self._check_input(x_TD)
+        self._check_input(x_TD, expert_ids_TK)
         hosting, out_dtype = self.hosting, x_TD.dtype
         x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
@@ -195,7 +196,20 @@ class Experts(nn.Module):
         """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
         return as_computed(self.hosting.weights(), dtype, self.transposed)
 
-    def _check_input(self, x_TD: Tensor) -> None:
+    def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:
+        if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
+            raise TypeError(
+                f"Experts take expert ids as integers of 0..{self.num_experts - 1} (-1 and {self.num_experts} are "
+                f"nobody's), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
+            )
+        if expert_ids_TK.device.type == "cpu" and expert_ids_TK.numel():
+            # On a GPU this would wait for it.
+            least, most = (int(end) for end in expert_ids_TK.aminmax())
+            if least < -1 or most > self.num_experts:
+                raise ValueError(
+                    f"expert ids must be 0..{self.num_experts - 1} (-1 and {self.num_experts} are nobody's), got "
+                    f"{least}..{most}. Build the layer with the router's num_experts."
+                )
         if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_dim:
             raise ValueError(
                 f"Experts take [tokens, dim={self.hidden_dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -107,6 +107,14 @@ class TopKRouter(nn.Module):
         self.register_buffer("expert_bias", bias)
         if not self.weight.is_meta:
             self.reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Casts leave the bias in float32: its steps are small, and bfloat16 would round them away."""
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
+            self.expert_bias = before.to(self.expert_bias.device)
+        return self
 
     def reset_parameters(self) -> None:
         """Weights from N(0, 0.02), the bias to zero."""

@@ -43,7 +43,7 @@ def prepare(
     returned as Accelerate prepares it.
 
     optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' masters.
-    rest: data loaders and schedulers, in any order.
+    rest: data loaders, schedulers and more optimizers, in any order.
     config: None takes the defaults.
     ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
 
@@ -53,18 +53,23 @@ def prepare(
     """
     check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
     _warn_of_one_process(accelerator)
-    _check_inputs(accelerator, model, optimizer)
+    optimizers = [optimizer, *(thing for thing in rest if isinstance(thing, Optimizer))]
+    for each in optimizers:
+        _check_inputs(accelerator, model, each)
     if accelerator.num_processes == 1:
-        SwiftMoEEngine(model, config).prepare_optimizer(optimizer)
+        engine = SwiftMoEEngine(model, config)
+        for each in optimizers:
+            engine.prepare_optimizer(each)
         return tuple(accelerator.prepare(model, optimizer, *rest))
     names = names_of(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
     wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
-    rebind(optimizer, model, names)
-    engine.prepare_optimizer(optimizer)
-    # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
-    optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
+    for each in optimizers:
+        rebind(each, model, names)
+        engine.prepare_optimizer(each)
+        # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
+        each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
     share_scaler(accelerator, engine)
     _save_whole_experts(accelerator, model, engine)
     prepared = accelerator.prepare(optimizer, *rest)

@@ -258,7 +258,13 @@ class SwiftMoEStrategy(DDPStrategy):
         if _DIRECTORY_KEY in checkpoint:
             checkpoints.load_optimizers(checkpoint[_DIRECTORY_KEY], self._module, self.optimizers)
             return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"the checkpoint holds the states of {len(states)} optimizers, and configure_optimizers returned "
+                f"{len(self.optimizers)}. Return the optimizers that were saved, or load the weights alone."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
     @override

@@ -74,3 +74,11 @@ def test_limits_that_torch_takes_are_taken(limit: Any, norm_type: float) -> None
     after = [p.grad for p in module.parameters() if p.grad is not None]
     assert len(after) > 2
     torch.testing.assert_close(after, before)
+
+
+def test_a_saved_placement_that_lacks_something_is_named() -> None:
+    engine = sml.SwiftMoEEngine(sml.MoE(4, 3, 2))
+    state = engine.state_dict()
+    del state["experts"]["num_steps"]
+    with pytest.raises(ValueError, match=r"the placement of 'experts' lacks \['num_steps'\]"):
+        engine.load_state_dict(state)
