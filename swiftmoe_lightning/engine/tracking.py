@@ -100,7 +100,8 @@ class TrackedLayer:
         if missing:
             raise ValueError(
                 f"what the checkpoint says of the placement of {self.name!r} lacks {missing}: it was edited, or "
-                "saved by another version of this package. Take its 'swiftmoe' entry out, and placements start from nothing."
+                "saved by another version of this package. Take its 'swiftmoe' entry out, and placements start from "
+                "nothing."
             )
         self.num_steps = state["num_steps"]
         if self.sharded is None or placer is None:
