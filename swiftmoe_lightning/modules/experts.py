@@ -29,11 +29,13 @@ class ExpertsOutput:
     hidden_TD: [T, D], the experts' weighted sum for each token.
     popularity_E: [E] int, token-choices of all ranks in this forward, on the device where they are known.
     world_size: ranks that took part.
+    recomputes: the forward ran inside backward (activation checkpointing).
     """
 
     hidden_TD: Tensor
     popularity_E: Tensor
     world_size: int
+    recomputes: bool
 
 
 class Experts(nn.Module):
@@ -166,7 +168,8 @@ class Experts(nn.Module):
             # At every backward: one forward may have several (retain_graph=True), which train each time.
             out_TD.register_hook(lambda _: hosting.on_backward(placement))
         popularity_E = torch.from_numpy(load.popularity_E)
-        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), popularity_E, placement.world_size)
+        out_TD = OnceInBackward(on_backward).mark(out_TD)
+        return ExpertsOutput(out_TD, popularity_E, placement.world_size, _in_backward())
 
     def _run_alone(
         self,
@@ -190,7 +193,7 @@ class Experts(nn.Module):
         def on_backward() -> None:
             self.trained_load.add_on_device(order.counts_G, scores_finite)
 
-        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), order.counts_G, 1)
+        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), order.counts_G, 1, _in_backward())
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
@@ -228,6 +231,10 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {name}"
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from swiftmoe_lightning.config import check_coefficient, check_whole
 from swiftmoe_lightning.kernels import activate
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+from swiftmoe_lightning.modules.router_losses import RouterLosses
 from swiftmoe_lightning.placement import Capacity
 
 
@@ -71,7 +70,7 @@ class MoE(nn.Module):
         self.shared: nn.Module | None = None
         if num_shared_experts:
             self.shared = DenseMLP(dim, hidden_dim * num_shared_experts, activation, device, dtype)
-        self.last_router_loss: Tensor | None = None
+        self.router_losses = RouterLosses()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D].
@@ -85,19 +84,16 @@ class MoE(nn.Module):
         routed: RouterOutput = self.router(x_TD)
         finite = routed.logits_TE.isfinite().all()
         result = self.experts.run(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
-        self.last_router_loss = self._router_loss(routed, result)
-        out_TD = result.hidden_TD
+        loss = self._router_loss(routed, result)
+        out_TD = self.router_losses.hand_over(loss, result.hidden_TD, result.recomputes)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return out_TD.reshape(x.shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The loss of the last forward belongs to its graph, not to a copy of the block.
-        return {**self.__dict__, "last_router_loss": None}
-
     def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:
-        """The block's weighted router losses; None where there are none to train with."""
-        if not torch.is_grad_enabled() or not (self.aux_loss_coef or self.z_loss_coef):
+        """The block's weighted router losses; None where there are none to train with. Reentrant checkpointing trains a
+        forward without a graph."""
+        if not (torch.is_grad_enabled() or self.training) or not (self.aux_loss_coef or self.z_loss_coef):
             return None
         loss = routed.logits_TE.new_zeros(())
         if self.aux_loss_coef:
@@ -134,11 +130,12 @@ class DenseMLP(nn.Module):
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:
-    """[] float: the sum of all MoE blocks' own router losses of their last forward, each already weighted.
+    """[] float: the sum of all MoE blocks' own router losses of their forwards since it was last read, each already
+    weighted. A block that is called twice counts twice.
 
-    Add it to the task loss. Zero where no block has one (no coefficient set, or no gradients wanted).
+    Add it to the task loss. Zero where no block has one (no coefficient set, or in evaluation).
     """
-    losses = [m.last_router_loss for m in module.modules() if isinstance(m, MoE) and m.last_router_loss is not None]
+    losses = [loss for m in module.modules() if isinstance(m, MoE) for loss in m.router_losses.read()]
     if losses:
         return torch.stack(losses).sum()
     return torch.zeros((), device=next((p.device for p in module.parameters()), None))
