@@ -140,6 +140,20 @@ def _refuse_changed(name: str, experts: Experts) -> None:
             )
 
 
+def _routers(module: nn.Module) -> dict[int, nn.Module]:
+    """id of `Experts` -> the router of the block that they are in."""
+    routers: dict[int, nn.Module] = {}
+    for name, block in module.named_modules():
+        if not isinstance(block, MoE):
+            continue
+        if routers.setdefault(id(block.experts), block.router) is not block.router:
+            raise ValueError(
+                f"the experts of {name!r} are also those of a block with another router: loads, and the router biases "
+                "that follow them, would be of both. Give each router experts of its own, or the blocks one router."
+            )
+    return routers
+
+
 def track_layers(
     module: nn.Module,
     group: ExpertGroup | None,
@@ -152,9 +166,9 @@ def track_layers(
 
     placer_of: E -> the placer of layers of E experts; None on one rank.
 
-    Raises ValueError for experts inside an adapter or quantised.
+    Raises ValueError for experts inside an adapter, quantised, or under two routers.
     """
-    router_of = {id(m.experts): m.router for m in module.modules() if isinstance(m, MoE)}
+    router_of = _routers(module)
     known_by_id = {id(t.experts): t for t in known}
     tracked: list[TrackedLayer] = []
     for name, experts in module.named_modules():

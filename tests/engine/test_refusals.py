@@ -82,3 +82,13 @@ def test_a_saved_placement_that_lacks_something_is_named() -> None:
     del state["experts"]["num_steps"]
     with pytest.raises(ValueError, match=r"the placement of 'experts' lacks \['num_steps'\]"):
         engine.load_state_dict(state)
+
+
+def test_experts_under_two_routers_are_refused_and_under_one_are_not() -> None:
+    first, second = (sml.MoE(4, 3, 2) for _ in range(2))
+    second.experts = first.experts
+    model = torch.nn.ModuleList([first, second])
+    with pytest.raises(ValueError, match=r"the experts of '1' are also those of a block with another router"):
+        sml.SwiftMoEEngine(model)
+    second.router = first.router
+    assert list(sml.SwiftMoEEngine(model).placements) == ["0.experts"]
