@@ -25,13 +25,14 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_ids_of_other_ranks_experts_are_nobodys_and_not_counted() -> None:
     layer, (x, ids, weights) = experts(bias=True), batch()
-    ids[0], ids[3, 1] = torch.tensor([4, 7]), 9
+    # Hugging Face marks them by -1, or by the number of experts.
+    ids[0], ids[3, 1] = torch.tensor([4, -1]), 4
     reader = sml.LoadReader(layer)
     out = layer(x, ids, weights)
     out.sum().backward()
     assert torch.equal(out[0], torch.zeros(8))
-    zeroed = weights.masked_fill(ids >= 4, 0.0)
-    torch.testing.assert_close(out, layer(x, ids.clamp(max=3), zeroed))
+    zeroed = weights.masked_fill((ids >= 4) | (ids < 0), 0.0)
+    torch.testing.assert_close(out, layer(x, ids.clamp(0, 3), zeroed))
     assert reader.read()[""].popularity_E.tolist() == [int((ids == e).sum()) for e in range(4)]
 
 
