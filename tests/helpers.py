@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,7 +70,7 @@ def start_ranks(
     folder: where outcomes go; None keeps them nowhere.
     """
     with TemporaryDirectory() as own:
-        port = _free_port()
+        port = free_port()
         ranks = [
             _CONTEXT.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder or own, init, timeout_s))
             for rank in range(world_size)
@@ -82,6 +83,12 @@ def start_ranks(
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def script_environment(**more: str) -> dict[str, str]:
+    """For a script that starts ranks of its own: nothing of ours, neither a rank nor a port of a test beside."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+    return {**kept, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **more}
 
 
 def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:
@@ -140,7 +147,24 @@ _THIRD_PARTY_WARNINGS = (
 )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _ports() -> Iterator[int]:
+    """Ports of this test process alone, below those that the system hands out to whoever asks for any."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    lane = range(10_000 + 1000 * (worker % 20), 10_000 + 1000 * (worker % 20) + 1000)
+    return cycle([*lane[os.getpid() % 1000 :], *lane[: os.getpid() % 1000]])
+
+
+_PORTS = _ports()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, nor will by chance: one that the system gave could be taken by the time a group
+    starts on it."""
+    for port in _PORTS:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port")

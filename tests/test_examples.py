@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import script_environment
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -15,7 +16,7 @@ def test_the_example_runs(path: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(path)],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=script_environment(),
         capture_output=True,
         text=True,
         timeout=120,

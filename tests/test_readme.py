@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests import hf_models, works_with
+from tests.helpers import script_environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,8 +34,9 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
     on_cpu = BLOCKS[0].replace('accelerator="auto"', 'accelerator="cpu", max_epochs=1, logger=False')
     assert on_cpu != BLOCKS[0]
     (tmp_path / "script.py").write_text(on_cpu + FIT)
-    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=keep, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=script_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

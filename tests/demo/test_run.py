@@ -14,7 +14,7 @@ import pytest
 
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.run import Demo, Ranks
-from tests.helpers import run_ranks
+from tests.helpers import run_ranks, script_environment
 
 TINY = {"steps": 4, "layers": 2, "dim": 32, "hidden_dim": 16, "experts": 4, "seq_len": 16, "batch_size": 8}
 
@@ -44,7 +44,7 @@ def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(
     result = subprocess.run(
         [*command, "train", *options],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=script_environment(),
         capture_output=True,
         text=True,
         timeout=120,

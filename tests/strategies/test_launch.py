@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.strategies import registration
-from tests.helpers import rank_errors
+from tests.helpers import rank_errors, script_environment
 from tests.strategies.cases import Model, loader, trainer
 
 SCRIPT = """
@@ -64,16 +63,13 @@ if __name__ == "__main__":
 """
 )
 
-# Nothing of ours: neither a rank nor a port of a test that runs beside.
-KEEP = ("PATH", "HOME", "LANG", "TMPDIR")
-ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k in KEEP}, "OMP_NUM_THREADS": "1"}
 CLASS_PATH = "swiftmoe_lightning.SwiftMoEStrategy"
 
 
 def start(folder: Path, source: str, *command: str) -> None:
     (folder / "script.py").write_text(source)
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=folder, env=script_environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
@@ -103,7 +99,9 @@ if __name__ == "__main__":
 
 def test_sigterm_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(ENDLESS)
-    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, env=script_environment(), stderr=subprocess.DEVNULL
+    )
     try:
         while not (tmp_path / "started-1").exists():
             assert process.poll() is None
