@@ -48,8 +48,7 @@ class ExpertSlots:
 
     def start_distribution(self, placement: Placement) -> None:
         """Begin to send this rank's rows of every expert to the experts' hosts in `placement`."""
-        self.finish_distribution()
-        self.placement = placement
+        self.move_to(placement)
         masters = self._masters()
         self._sent_versions = _versions(masters)
         self._match_slots(masters)
@@ -62,6 +61,12 @@ class ExpertSlots:
         rank = self._group.rank
         self._distribution = self._group.start_weight_exchange(send, plan.send_splits(rank), plan.receive_splits(rank))
         self.distribution_bytes += self._distribution.bytes_sent
+
+    def move_to(self, placement: Placement) -> None:
+        """Let the next distribution fill the slots by `placement`. Weights under way arrive first: they are cut as the
+        placement says that they were sent by."""
+        self.finish_distribution()
+        self.placement = placement
 
     @torch.no_grad()
     def finish_distribution(self) -> None:

@@ -117,8 +117,7 @@ class TrackedLayer:
             (placement,) = placer.placements_of([self.name])
         # Gradients that wait in the slots belong to the placement of now.
         if not self.holds_gradients():
-            self.sharded.slots.finish_distribution()
-            self.sharded.slots.placement = placement
+            self.sharded.slots.move_to(placement)
         self.sharded.stale = True
 
 
