@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,10 +24,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.comms import full_tensor, is_master
+from swiftmoe_lightning.engine.files import check_file, discard, partial_path, save_whole, sync_folder
 from swiftmoe_lightning.engine.safe_reading import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message
 
-_META_FILE: Final = "meta.pt"
+META_FILE: Final = "meta.pt"
+# In META_FILE, which is written last and carries checksums itself: that of DCP's index, which carries none.
+_INDEX_SUM: Final = "swiftmoe_metadata_sha256"
 
 
 def full_state(value: Any, keep: bool) -> Any:
@@ -47,7 +51,20 @@ def full_state(value: Any, keep: bool) -> Any:
 
 def is_checkpoint_directory(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory of `save_directory`, or was to become one."""
-    return (Path(path) / _META_FILE).is_file() or Path(path).is_dir()
+    return Path(path).is_dir()
+
+
+def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.PathLike[str], *rest: Any) -> None:
+    """`write(state, path, *rest)`, of a plain file, on rank 0. A collective.
+
+    Raises OSError, on all ranks, where it cannot be written.
+    """
+    try:
+        _on_rank_zero(lambda: write(state, path, *rest))
+    except OSError as error:
+        raise OSError(
+            f"cannot write the checkpoint {str(path)!r} ({error}). Make room, or choose another folder."
+        ) from error
 
 
 def save_directory(
@@ -64,10 +81,7 @@ def save_directory(
     Raises OSError, on all ranks, where it cannot be written; what was there is still there.
     """
     whole = Path(path)
-    partial, previous = (
-        whole.with_name(f"{whole.name}.partial"),
-        whole.with_name(f"{whole.stem}-previous{whole.suffix}"),
-    )
+    partial, previous = partial_path(whole), whole.with_name(f"{whole.stem}-previous{whole.suffix}")
     try:
         _on_rank_zero(lambda: _make_room(whole, partial, previous))
         state: dict[str, Any] = {"model": get_model_state_dict(module)}
@@ -76,17 +90,16 @@ def save_directory(
         dcp.save(state, checkpoint_id=partial)
         _on_rank_zero(lambda: _finish(meta, whole, partial, previous))
     except (CheckpointException, OSError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        causes = getattr(error, "failures", None) or {}
-        said = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in causes.items()) or str(error)
+        # By one rank: the next save's may be there by the time another has come here.
+        _on_rank_zero(lambda: discard(partial))
         raise OSError(
-            f"cannot write the checkpoint {str(path)!r} ({said}). Nothing of it is left, and one that was there still "
-            "is: make room, or choose another folder."
+            f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
+            "there still is: make room, or choose another folder."
         ) from error
 
 
 def _make_room(whole: Path, partial: Path, previous: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     if previous.exists() and not whole.exists():
         # Killed between the two renames of `_finish`.
         os.rename(previous, whole)
@@ -94,45 +107,72 @@ def _make_room(whole: Path, partial: Path, previous: Path) -> None:
 
 
 def _finish(meta: dict[str, Any], whole: Path, partial: Path, previous: Path) -> None:
-    with (partial / _META_FILE).open("wb") as file:
-        torch.save(meta, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(previous, ignore_errors=True)
+    save_whole({**meta, _INDEX_SUM: index_sum(partial)}, partial / META_FILE)
+    discard(previous)
     if whole.is_dir() and not whole.is_symlink():
         os.rename(whole, previous)
     else:
         whole.unlink(missing_ok=True)
     os.rename(partial, whole)
-    shutil.rmtree(previous, ignore_errors=True)
+    sync_folder(whole.parent)
+    discard(previous)
 
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; what it raises, all ranks raise. A collective."""
+    """Run `action` on rank 0; what it raises, all ranks raise as an OSError. A collective."""
     said: list[str | None] = [None]
+    cause: Exception | None = None
     is_spread = dist.is_available() and dist.is_initialized()
     if not is_spread or dist.get_rank() == 0:
         try:
             action()
         except Exception as error:
-            said[0] = f"{type(error).__name__}: {error}"
+            cause, said = error, [f"rank 0: {type(error).__name__}: {error}"]
     if is_spread:
         dist.broadcast_object_list(said, src=0)
     if said[0] is not None:
-        raise OSError(said[0])
+        raise OSError(said[0]) from cause
+
+
+def _causes(error: BaseException) -> str:
+    """What DCP was told by the ranks that failed; any other error's own words."""
+    failures = getattr(error, "failures", None) or {}
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failures.items()) or str(error)
+
+
+def index_sum(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a directory's DCP index, in hex."""
+    with (Path(path) / ".metadata").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_file(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote (plain types and tensors), on the CPU.
+
+    Raises ValueError for a file that cannot be read or is damaged, naming the record.
+    """
+    with reading(path):
+        check_file(Path(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The `meta` of a directory.
 
-    Raises ValueError for one that was never finished.
+    Raises ValueError for one that was never finished, and where it or DCP's index is damaged.
     """
-    if not (Path(path) / _META_FILE).is_file():
-        raise ValueError(
-            f"the directory lacks {_META_FILE}, which is written last: the run that saved it was stopped before it had "
-            "finished"
-        )
-    meta: dict[str, Any] = torch.load(Path(path) / _META_FILE, map_location="cpu", weights_only=True)
+    file = Path(path) / META_FILE
+    with reading(path):
+        if not file.is_file():
+            raise ValueError(
+                f"the directory lacks {META_FILE}, which is written last: the run that saved it was stopped before it "
+                "had finished"
+            )
+        check_file(file)
+        meta: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        # Directories of the first versions have none.
+        if meta.pop(_INDEX_SUM, None) not in (None, index_sum(path)):
+            raise ValueError(f".metadata is damaged: its SHA-256 is not the one in {META_FILE}")
     return meta
 
 
@@ -163,15 +203,23 @@ def _load(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     try:
         dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner())
     except CheckpointException as error:
-        raise ValueError(unreadable(path, f"{error}: {error.failures}")) from error
+        raise ValueError(unreadable(path, _causes(error))) from error
 
 
 def _read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    try:
+    with reading(path):
         return SafeReader(path).read_metadata()
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever is raised inside becomes a ValueError that names the checkpoint and says what to do."""
+    try:
+        yield
     # Of a damaged pickle anything may come.
     except Exception as error:
-        raise ValueError(unreadable(path, f"{type(error).__name__}: {error}")) from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(unreadable(path, f"{kind}{error}")) from error
 
 
 def unreadable(path: str | os.PathLike[str], reason: str) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from swiftmoe_lightning.engine.files import FileSlice, check_records
 
 # Module -> names that DCP's own `.metadata` holds.
 _ALLOWED: Final = {
@@ -39,7 +44,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of a directory, whose `.metadata` may hold DCP's own classes alone."""
+    """DCP's reader of a directory, whose `.metadata` may hold DCP's own classes alone, and whose shards must be what
+    was written."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises UnpicklingError, naming what else it holds."""
@@ -50,6 +56,22 @@ class SafeReader(FileSystemReader):
         meta = metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Raises ValueError, naming file and record, for what this rank reads and is damaged."""
+        for item in plan.items:
+            # One by one: what has been checked is then read from memory.
+            self._check(item)
+            super().read_data(replace(plan, items=[item]), planner).wait()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _check(self, item: ReadItem) -> None:
+        stored = self.storage_data[item.storage_index]
+        with Path(self.path, stored.relative_path).open("rb") as file:
+            whole = io.BufferedReader(FileSlice(file, stored.offset, stored.length))
+            check_records(whole, f"{item.storage_index.fqn!r} in {stored.relative_path}")
 
 
 class SafePlanner(DefaultLoadPlanner):

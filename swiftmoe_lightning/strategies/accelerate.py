@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
-from swiftmoe_lightning.engine.checkpoint import full_state
+from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 
 if TYPE_CHECKING:
@@ -167,10 +167,7 @@ def load_whole(model: nn.Module, folder: Path, suffix: str) -> None:
     from safetensors.torch import load_file
 
     path = folder / f"model{suffix}.safetensors"
-    if path.exists():
-        state = load_file(path)
-    else:
-        state = torch.load(folder / f"pytorch_model{suffix}.bin", map_location="cpu", weights_only=True)
+    state = load_file(path) if path.exists() else read_file(folder / f"pytorch_model{suffix}.bin")
     found = model.load_state_dict(state, strict=False)
     live = model.state_dict(keep_vars=True)
     # Of tied weights a file holds one.
@@ -204,7 +201,7 @@ def _save_whole_experts(accelerator: Accelerator, model: nn.Module, engine: Swif
         models.clear()
         # A folder of a plain run has no such file: placements then start from nothing.
         if Path(folder, STATE_FILE).exists():
-            engine.load_state_dict(torch.load(Path(folder, STATE_FILE), weights_only=True))
+            engine.load_state_dict(read_file(Path(folder, STATE_FILE)))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -20,6 +20,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
+from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
@@ -27,7 +28,7 @@ from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 STATE_KEY: Final = "swiftmoe_engines"
 
 
-class SwiftMoEFabricStrategy(DDPStrategy):
+class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     The loop stays as it is under "ddp": `setup` (optimizers may be made before it), `setup_module` and
@@ -180,8 +181,7 @@ class SwiftMoEFabricStrategy(DDPStrategy):
         if engines:
             checkpoint[STATE_KEY] = engines
         whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint=whole, path=path, storage_options=storage_options)
+        checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, path, storage_options)
 
     @override
     def load_checkpoint(

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import SwiftMoEEngine
-from swiftmoe_lightning.engine.checkpoint import full_state
+from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.modules import convert
 from swiftmoe_lightning.strategies.accelerate import (
     STATE_FILE,
@@ -151,7 +151,7 @@ class SwiftMoETrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         # A plain Trainer's folder has no such file: placements then start from nothing.
         if checkpoint is not None and self.engine is not None and Path(checkpoint, STATE_FILE).exists():
-            self.engine.load_state_dict(torch.load(Path(checkpoint, STATE_FILE), weights_only=True))
+            self.engine.load_state_dict(read_file(Path(checkpoint, STATE_FILE)))
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -23,6 +23,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
+from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
 from swiftmoe_lightning.strategies.fully_sharded import shard_dense
 from swiftmoe_lightning.strategies.joining import JoinRanks
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
@@ -32,7 +33,7 @@ _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
 
 
-class SwiftMoEStrategy(DDPStrategy):
+class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
@@ -210,7 +211,7 @@ class SwiftMoEStrategy(DDPStrategy):
         if not self._save_distributed_checkpoint:
             # Here, after all hooks have put into it what they want (EMA adds a second model).
             whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-            super().save_checkpoint(whole, filepath, storage_options)
+            checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, filepath, storage_options)
             return
         if "current_model_state" in checkpoint:
             raise ValueError(
@@ -237,8 +238,7 @@ class SwiftMoEStrategy(DDPStrategy):
         except Exception as caught:
             error = caught
         if not self.reduce_boolean_decision(error is None):
-            here = f"{type(error).__name__}: {error}" if error else "another rank could not read it"
-            raise ValueError(checkpoints.unreadable(checkpoint_path, here)) from error
+            raise error or ValueError(checkpoints.unreadable(checkpoint_path, "another rank could not read it"))
         return checkpoint
 
     @override
