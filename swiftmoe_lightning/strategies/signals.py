@@ -1,4 +1,4 @@
-"""What a SIGTERM (preemption, `docker stop`, `kill`) does to a run."""
+"""What signals do to a run: SIGTERM (preemption, `docker stop`, `kill`), and the one by which SLURM asks to requeue."""
 
 from __future__ import annotations
 
@@ -6,33 +6,73 @@ import functools
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
 
 from swiftmoe_lightning.engine import SwiftMoEEngine
 
 
 def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
-    """Let a SIGTERM stop all ranks after the same training batch; in evaluation, at once.
+    """Let a signal stop all ranks after the same training batch; in evaluation, SIGTERM does at once.
 
-    Lightning (2.6) broadcasts from inside its handler, wherever the signal finds each rank; between the exchanges of
-    expert layers that is a collective which the other ranks do not expect. Here the signal is only noted, and the
-    engine's next exchange of counts tells all ranks.
+    Lightning (2.6) broadcasts from inside its SIGTERM handler, and saves from inside SLURM's, wherever the signal finds
+    each rank; between the exchanges of expert layers those are collectives which the other ranks do not expect. Here
+    the signal is only noted, and the engine's next exchange of counts tells all ranks.
     """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _StopTogether)]
+    callbacks.append(stopper := _StopTogether(engine))
     connector: Any = trainer._signal_connector
-    connector._sigterm_notifier_fn = functools.partial(_on_sigterm, trainer, engine)
+    connector._sigterm_notifier_fn = functools.partial(stopper.on_sigterm, trainer)
+    connector._slurm_sigusr_handler_fn = functools.partial(stopper.on_requeue, trainer)
 
 
 def note_agreed_stop(trainer: Trainer, engine: SwiftMoEEngine) -> None:
-    """After a training batch's forward: tell Lightning's loop, which stops at the end of the batch."""
-    if engine.stops:
+    """After a training batch's forward: tell Lightning's loop, which stops at the end of the batch.
+
+    Accumulated gradients would be lost: their optimizer step is waited for. What is saved after the last batch of an
+    epoch Lightning (2.6) resumes with one batch too many: there the run stops a batch later.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if engine.stops and not loop._should_accumulate() and not loop._num_ready_batches_reached():
         trainer._signal_connector.received_sigterm = True
 
 
-def _on_sigterm(trainer: Trainer, engine: SwiftMoEEngine, signum: int, _: FrameType | None) -> None:
-    if trainer.strategy.launcher is not None:
-        # To the processes that rank 0 started.
-        trainer.strategy.launcher.kill(signum)
-    if not trainer.state.fn == "fit":
-        raise SIGTERMException
-    engine.request_stop()
+class _StopTogether(Callback):
+    def __init__(self, engine: SwiftMoEEngine) -> None:
+        self._engine = engine
+        self._requeue_signum: int | None = None
+
+    def on_sigterm(self, trainer: Trainer, signum: int, _: FrameType | None) -> None:
+        if trainer.strategy.launcher is not None:
+            # To the processes that rank 0 started.
+            trainer.strategy.launcher.kill(signum)
+        if not trainer.state.fn == "fit":
+            raise SIGTERMException
+        self._engine.request_stop()
+
+    def on_requeue(self, trainer: Trainer, signum: int, _: FrameType | None) -> None:
+        if trainer.state.fn == "fit":
+            self._requeue_signum = signum
+            self._engine.request_stop()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._engine.stops and trainer.num_training_batches == 1:
+            trainer._signal_connector.received_sigterm = True
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._engine.stops:
+            trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save and requeue as Lightning does for SLURM, if any rank was asked to."""
+        if not trainer.received_sigterm:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._requeue_signum is not None, all=False):
+            connector: Any = trainer._signal_connector
+            type(connector)._slurm_sigusr_handler_fn(connector, self._requeue_signum, None)
