@@ -2,6 +2,7 @@
 
 from swiftmoe_lightning.comms.group import ExpertGroup, PendingExchange
 from swiftmoe_lightning.comms.masters import (
+    first_row,
     full_tensor,
     is_master,
     local_part,
@@ -9,15 +10,16 @@ from swiftmoe_lightning.comms.masters import (
     local_shard,
     master_from_local,
     master_like,
-    mix_with_plain_tensors,
     shard_from_rank_zero,
     shard_whole_values,
 )
-from swiftmoe_lightning.comms.numbers import read_whole_numbers
+from swiftmoe_lightning.comms.meeting import meet
+from swiftmoe_lightning.comms.stock_code import serve_stock_code
 
 __all__ = [
     "ExpertGroup",
     "PendingExchange",
+    "first_row",
     "full_tensor",
     "is_master",
     "local_part",
@@ -25,8 +27,8 @@ __all__ = [
     "local_shard",
     "master_from_local",
     "master_like",
-    "mix_with_plain_tensors",
-    "read_whole_numbers",
+    "meet",
+    "serve_stock_code",
     "shard_from_rank_zero",
     "shard_whole_values",
 ]

@@ -9,7 +9,7 @@ import atexit
 import functools
 import gc
 import os
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXIS: Final = "expert"
 
 
 class ExpertGroup:
@@ -30,7 +32,7 @@ class ExpertGroup:
     def __init__(self, device_type: str, ranks_per_node: int | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
-        self.mesh: DeviceMesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("expert",))
+        self.mesh: DeviceMesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=(AXIS,))
         self.process_group = self.mesh.get_group()
         self._weights_group = _second_group_of(self.process_group, device_type)
         self.rank: int = self.mesh.get_local_rank()

@@ -5,16 +5,13 @@ FSDP2's parameters, which are cut along their first dimension, are handled alike
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 
 from swiftmoe_lightning.comms.group import ExpertGroup
 from swiftmoe_lightning.placement import shard_rows
@@ -64,22 +61,16 @@ def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: 
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-@functools.cache
-def mix_with_plain_tensors() -> ExitStack:
-    """For the rest of the process, let masters stand in one list with plain tensors, which count as replicated.
-
-    Dense parameters are equal on all ranks, so this is what stock code means that walks over all parameters at once:
-    averaged weights, `torch.nn.utils.clip_grad_norm_`, norms to log.
-    """
-    stack = ExitStack()
-    stack.enter_context(implicit_replication())
-    # Kept by the cache: to drop it would end the context.
-    return stack
-
-
 def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
     """First and last-plus-one row that this rank owns of an expert tensor of global `shape`."""
     return shard_rows(shape[1], group.world_size)[group.rank]
+
+
+def first_row(value: Tensor) -> int:
+    """The row that a master's part here begins with; 0 of any other tensor."""
+    if not isinstance(value, DTensor):
+        return 0
+    return shard_rows(value.shape[1], value.device_mesh.size())[value.device_mesh.get_local_rank()][0]
 
 
 def local_shard(value: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer, _DENSE or _DONE, training, dtype, stale, finite, stop, updates] and then
+W ranks, E experts. A row is [layer, _DENSE, _EPOCH or _DONE, training, dtype, stale, finite, stop, updates] and then
 [E] counts, padded to the widest layer, so that a rank which has left its evaluation loop can answer without knowing
 which layer others are in.
 """
@@ -20,9 +20,11 @@ from swiftmoe_lightning.modules import NON_FINITE_SCORES
 _HEADER: Final = 7
 _DONE: Final = -1
 _DENSE: Final = -2
+_EPOCH: Final = -3
 _SAME_STEPS: Final = (
-    "every rank must run the same MoE layers in the same order, as many times: give all ranks equally many training "
-    "batches (drop_last=True, or limit_train_batches)."
+    "every rank must run the same MoE layers in the same order, as many times, in evaluation and in hooks, too (no "
+    "forward under `if rank == 0:`): give all ranks equally many training batches (drop_last=True, or "
+    "limit_train_batches)."
 )
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,6 +62,13 @@ class Agreement:
     def call_dense(self, trains: bool) -> None:
         """Say that this rank is about to gather the weights of the dense part. Raises RuntimeError as `call` does."""
         self._gather(self._row_without_counts(_DENSE, trains))
+
+    def begin_epoch(self, num_batches: int) -> list[int]:
+        """Say that this rank begins to train that many batches. Returns what all say. Raises RuntimeError as `call`."""
+        row = self._row_without_counts(_EPOCH, trains=True)
+        row[_HEADER] = num_batches
+        told: list[int] = self._gather(row).table[:, _HEADER].tolist()
+        return told
 
     def _row_without_counts(self, call: int, trains: bool) -> Tensor:
         row = torch.zeros(_HEADER + self._max_experts, dtype=torch.int64, device=self._device)
@@ -103,6 +112,8 @@ class Agreement:
         if row[0] == _DONE:
             return "has no more batches"
         verb = "trains" if row[1] else "evaluates"
+        if row[0] == _EPOCH:
+            return "begins a training epoch"
         if row[0] == _DENSE:
             return f"{verb} and gathers the dense weights"
         return f"{verb} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
+from swiftmoe_lightning.comms import is_master
 from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
 
 
@@ -32,6 +35,17 @@ class GradientCollector:
             yield
         finally:
             self._syncs = before
+
+    def refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Raise RuntimeError for a step inside `no_sync()` of an optimizer whose experts wait for their gradients."""
+        if self._syncs or not any(is_master(p) for group in optimizer.param_groups for p in group["params"]):
+            return
+        if any(layer.holds_gradients() for layer in self._waiting):
+            raise RuntimeError(
+                "optimizer.step() inside no_sync(): the experts' gradients have not been collected from the ranks, so "
+                "experts would stay while the rest moves. Run the last backward before a step, and the step, outside "
+                "no_sync(). LocalSGD, in which ranks step each for itself, cannot be combined with spread experts."
+            )
 
     def on_forward(self) -> None:
         """A forward outside of backward (a recomputation is inside): nothing that began to run back still runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -24,10 +24,14 @@ class ExpertDataParallel(DistributedDataParallel):
     def __init__(self, module: nn.Module, engine: SwiftMoEEngine, **ddp_options: Any) -> None:
         ignore_expert_parameters(module)
         super().__init__(module, **ddp_options)
-        self.engine = engine
+        self.engine: SwiftMoEEngine | None = engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (AveragedModel's) has no engine until it is given one of its own.
+        return {**super().__getstate__(), "engine": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._join_config.enable and self.engine.layers:
+        if self._join_config.enable and self.engine is not None and self.engine.layers:
             raise ValueError(
                 "ranks with spread experts need equally many training batches, and cannot join uneven inputs. Leave "
                 "Join out, and set drop_last=True in the loader, or with Accelerate even_batches=True."
@@ -46,7 +50,7 @@ class ExpertDataParallel(DistributedDataParallel):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        with super().no_sync(), self.engine.no_sync():
+        with super().no_sync(), nullcontext() if self.engine is None else self.engine.no_sync():
             yield
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, mix_with_plain_tensors, read_whole_numbers
+from swiftmoe_lightning.comms import ExpertGroup, serve_stock_code
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
@@ -22,6 +22,7 @@ from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.layer import ShardedLayer
 from swiftmoe_lightning.engine.placing import Placers
+from swiftmoe_lightning.engine.pretrained import gather_to_save
 from swiftmoe_lightning.engine.replaced import refuse_foreign
 from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
@@ -97,8 +98,7 @@ class SwiftMoEEngine:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
-            mix_with_plain_tensors()
-            read_whole_numbers()
+            serve_stock_code()
             self._placers = Placers(self.config, self.group)
         placer_of = None if self._placers is None else self._placers.of
         self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, placer_of)
@@ -107,6 +107,7 @@ class SwiftMoEEngine:
             agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
             for layer in self.layers:
                 layer.connect(agreement, self._collector)
+            gather_to_save(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
         """The module, with its dense gradients averaged over ranks: in DistributedDataParallel, or itself, cut in place
@@ -143,6 +144,7 @@ class SwiftMoEEngine:
         if self._tracked:
             refuse_foreign(optimizer, self.module)
         if id(optimizer) not in self._updates:
+            optimizer.register_step_pre_hook(self._collector.refuse_step)
             end_step = partial(self._end_step, optimizer)
             self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, end_step)
         return optimizer

@@ -108,6 +108,9 @@ class ShardedLayer(ExpertHosting):
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
 
+    def on_rewrite(self) -> None:
+        self.stale = True
+
     def distribute(self, placement: Placement) -> None:
         """Begin to send the masters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
         stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)

@@ -7,7 +7,6 @@ while `optimizer.step()` updates, its groups hold this rank's shards; before and
 from __future__ import annotations
 
 import copy
-import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,19 +43,6 @@ class ShardedUpdate:
         optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())
         optimizer.register_state_dict_post_hook(self._wrap_state)
         optimizer.register_load_state_dict_pre_hook(self._shard_state)
-        optimizer.zero_grad = self._count_zeroing(optimizer.zero_grad)  # type: ignore[method-assign]
-
-    def _count_zeroing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
-        """With `set_to_none=False` torch zeroes gradients in a way that DTensors' counts of writes do not show."""
-
-        @functools.wraps(zero_grad)
-        def counted(*args: Any, **kwargs: Any) -> None:
-            zero_grad(*args, **kwargs)
-            for parameter in self._parameters():
-                if parameter.grad is not None and is_master(parameter):
-                    torch.autograd.graph.increment_version(local_shard(parameter.grad))
-
-        return counted
 
     def _take_in_groups(self) -> None:
         """Look at the groups that were added since the last time (schedules that unfreeze add some)."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from swiftmoe_lightning.comms import first_row, local_shard
 from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
@@ -111,10 +112,14 @@ class Experts(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does."""
+        """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does.
+
+        Spread over ranks, each draws its own rows: from one seed on all ranks, those of one process.
+        """
         seed = int(torch.randint(2**31, ()).item())
         for name, parameter in self.expert_parameters().items():
-            self.initialise_rows(name, parameter.data, 0, seed)
+            self.initialise_rows(name, local_shard(parameter), first_row(parameter), seed)
+        self.hosting.on_rewrite()
 
     def initialise_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
         """Fill `rows` [E, r, ...], rows first_row.. of parameter `name`, with what `seed` gives them on any cut."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.comms import is_master
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
@@ -45,6 +46,10 @@ class ExpertHosting(ABC):
         """Rows to their ranks, differentiable."""
 
     @abstractmethod
+    def on_rewrite(self) -> None:
+        """Called when the module has written its parameters anew."""
+
+    @abstractmethod
     def on_backward(self, placement: Placement) -> None:
         """Called whenever backward reaches the layer. placement: that of its forward."""
 
@@ -64,10 +69,20 @@ class LocalHosting(ExpertHosting):
         return numbers[None, :-1]
 
     def weights(self) -> Mapping[str, Tensor]:
-        return self._experts.expert_parameters()
+        parameters = self._experts.expert_parameters()
+        if any(is_master(p) for p in parameters.values()):
+            raise RuntimeError(
+                "these experts are a copy (deepcopy, AveragedModel) of ones that are spread over the ranks, and hold "
+                "this rank's rows alone. Spread the copy, too, on all ranks: SwiftMoEEngine(copy), whose mark_stale() "
+                "you call when the copy was written. Or load engine.full_state_dict() into a model built anew."
+            )
+        return parameters
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         return rows_RD
+
+    def on_rewrite(self) -> None:
+        pass
 
     def on_backward(self, placement: Placement) -> None:
         pass

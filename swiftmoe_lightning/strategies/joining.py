@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -43,11 +42,10 @@ class JoinRanks(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         engine = trainer.strategy.engine  # type: ignore[attr-defined]
-        if engine.group is None:
-            return
-        num_batches = trainer.num_training_batches
-        mine = torch.tensor([-1 if math.isinf(num_batches) else int(num_batches)], device=trainer.strategy.root_device)
-        refuse_uneven_training(engine.group.all_gather(mine).flatten().tolist())
+        if engine.layers:
+            num_batches = trainer.num_training_batches
+            mine = -1 if math.isinf(num_batches) else int(num_batches)
+            refuse_uneven_training(engine.layers[0].agreement.begin_epoch(mine))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,40 @@
+"""Collectives that a user starts by hand, which one rank alone could start by mistake."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Final
+
+import torch.distributed as dist
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count()
+_POLL_S: Final = 0.02
+
+
+def meet(what: str, *, warn_after_s: float = 20, patience_s: float = 600) -> None:
+    """Wait until every rank is here, in the launcher's store instead of a collective.
+
+    Raises RuntimeError, naming the ranks that are missing, when patience is over; says so in the log much earlier.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store, start, number = dist.distributed_c10d._get_default_store(), time.monotonic(), next(_numbers)
+    keys = [f"swiftmoe/meeting/{number}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], what)
+    warned = False
+    while not store.check(keys):
+        waited = time.monotonic() - start
+        if waited > warn_after_s and not warned or waited > patience_s:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            said = (
+                f"rank {dist.get_rank()} has waited {waited:.0f} s in {what} for ranks {missing}. It gathers "
+                "experts from all ranks: call it on every rank (outside of `if rank == 0:`); one of them writes."
+            )
+            if waited > patience_s:
+                raise RuntimeError(said)
+            _log.warning(said)
+            warned = True
+        time.sleep(_POLL_S)
