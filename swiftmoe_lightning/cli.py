@@ -182,10 +182,22 @@ def report(  # noqa: PLR0913 - options
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
-    """Say what is installed here, on which devices it runs, and which path each operation takes, with the reason."""
-    from swiftmoe_lightning.doctor import examine, print_findings
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A file or folder whose checksums are verified; exit status 1 if it is bad.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what is installed here, on which devices it runs, and which path each operation takes, with the reason.
 
+    With CHECKPOINT, say instead of each of its files whether it still holds what was written.
+    """
+    from swiftmoe_lightning.doctor import examine, print_checkpoint, print_findings
+
+    if checkpoint is not None:
+        with _clear_errors("doctor"):
+            is_good = print_checkpoint(checkpoint, as_json)
+        raise typer.Exit(int(not is_good))
     found = examine()
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -1,11 +1,13 @@
-"""What is installed here, on what it can run, and which path each operation takes, with the reason."""
+"""What is installed here, on what it can run, and which path each operation takes; or if a checkpoint is whole."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections import defaultdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftmoe_lightning.comms.backends import available_backends
+from swiftmoe_lightning.engine.verifying import verify_checkpoint
 from swiftmoe_lightning.kernels import paths
 
 _LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
@@ -54,6 +57,23 @@ def print_findings(found: dict[str, Any]) -> None:
         console.print("No GPU is seen by torch.\n")
     console.print(f"Process-group backends: {', '.join(found['backends']) or 'none'}.\n")
     console.print(_path_table(found["paths"]))
+
+
+def print_checkpoint(path: Path, as_json: bool) -> bool:
+    """One line for each file of a checkpoint, as it is read; or JSON, at the end. Returns whether none is bad."""
+    is_good, found = True, []
+    for finding in verify_checkpoint(path):
+        is_good &= not finding.is_bad
+        # A name need not be Unicode.
+        name = os.fsencode(finding.path).decode(errors="replace")
+        if as_json:
+            found.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
+        else:
+            size = "" if finding.size is None else f", {finding.size:,} bytes"
+            print(f"{name}{size}: {finding.state}{f' ({finding.why})' if finding.why else ''}", flush=True)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    return is_good
 
 
 def _versions() -> dict[str, str | None]:

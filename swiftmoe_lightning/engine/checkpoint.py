@@ -146,6 +146,12 @@ def index_sum(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expected_index_sum(path: str | os.PathLike[str]) -> str | None:
+    """What `index_sum` was when a directory was saved; None if it was not kept."""
+    found: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
+    return found
+
+
 def read_file(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote (plain types and tensors), on the CPU.
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 
 import torch
 
-_ZIP_START: Final = b"PK\x03\x04"
+ZIP_START: Final = b"PK\x03\x04"
 _CHUNK: Final = 1 << 20
 
 
@@ -76,7 +76,7 @@ def check_records(stream: BinaryIO, name: str) -> bool:
     Raises ValueError, naming the record that is damaged.
     """
     stream.seek(0)
-    if stream.read(len(_ZIP_START)) != _ZIP_START:
+    if stream.read(len(ZIP_START)) != ZIP_START:
         return False
     part, has_sums = "list of records", False
     try:

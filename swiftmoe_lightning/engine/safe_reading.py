@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from swiftmoe_lightning.engine.files import FileSlice, check_records
+from swiftmoe_lightning.engine.files import ZIP_START, FileSlice, check_records
 
 # Module -> names that DCP's own `.metadata` holds.
 _ALLOWED: Final = {
@@ -61,17 +62,24 @@ class SafeReader(FileSystemReader):
         """Raises ValueError, naming file and record, for what this rank reads and is damaged."""
         for item in plan.items:
             # One by one: what has been checked is then read from memory.
-            self._check(item)
+            check_slice(self.path, item.storage_index.fqn, self.storage_data[item.storage_index])
             super().read_data(replace(plan, items=[item]), planner).wait()
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _check(self, item: ReadItem) -> None:
-        stored = self.storage_data[item.storage_index]
-        with Path(self.path, stored.relative_path).open("rb") as file:
-            whole = io.BufferedReader(FileSlice(file, stored.offset, stored.length))
-            check_records(whole, f"{item.storage_index.fqn!r} in {stored.relative_path}")
+
+def check_slice(folder: str | os.PathLike[str], name: str, place: Any) -> bool:
+    """`check_records` of the tensor or value `name`, which lies where DCP's index says (place).
+
+    Raises ValueError, too, where no file of `torch.save` begins.
+    """
+    where = f"{name!r} in {place.relative_path}"
+    with Path(folder, place.relative_path).open("rb") as file:
+        whole = io.BufferedReader(FileSlice(file, place.offset, place.length))
+        if whole.read(len(ZIP_START)) != ZIP_START:
+            raise ValueError(f"{where} is damaged: it does not begin as what torch.save writes")
+        return check_records(whole, where)
 
 
 class SafePlanner(DefaultLoadPlanner):
