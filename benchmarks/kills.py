@@ -1,0 +1,95 @@
+"""Training runs that are killed (SIGKILL) at random moments, also while they save, and go on.
+
+python -m benchmarks.kills
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.certificate import birth_certificate, write_result
+from tests.helpers import run_ranks
+from tests.strategies.kills import WHERE, draw, num_lost_steps, run_and_kill, train
+from tests.strategies.stopping import losses
+
+KINDS = {"file": False, "directory": True}
+KILLS_A_RUN = 5
+
+
+def kill_runs(folder: Path, kind: str, num_kills: int, seed: int) -> dict[str, Any]:
+    """Runs of one kind of checkpoint, each killed a few times and then left to end."""
+    moments = random.Random(f"{seed} {kind}")
+    whole = folder / f"whole-{kind}"
+    run_ranks(train, 2, str(whole), KINDS[kind], init=False)
+    expected = dict(losses(whole))
+    kills: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    while len(kills) < num_kills:
+        run = folder / f"{kind}-{len(runs)}"
+        for _ in range(min(KILLS_A_RUN, num_kills - len(kills))):
+            kill = draw(moments)
+            death = run_and_kill(str(run), KINDS[kind], kill)
+            if not death.killed:
+                break
+            kills.append({**asdict(kill), **asdict(death)})
+            print(f"{kind}, kill {len(kills)}: {kill}, {death}", flush=True)
+        runs.append(finish(run, kind, expected))
+        print(f"{kind}, run {len(runs)}: {runs[-1]}", flush=True)
+    return {"kills": kills, "runs": runs}
+
+
+def finish(run: Path, kind: str, expected: dict[int, float]) -> dict[str, Any]:
+    """Let the run end. How its losses, also of steps that were trained twice, differ from the uninterrupted run's."""
+    run_ranks(train, 2, str(run), KINDS[kind], init=False)
+    found = losses(run)
+    return {
+        "steps_trained": len(found),
+        "steps_missing": len(expected.keys() - {number for number, _ in found}),
+        "steps_lost": num_lost_steps(run),
+        "largest_loss_error": max(abs(loss - expected[number]) for number, loss in found),
+    }
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """The results for people."""
+    print(
+        f"\n{'checkpoints':12} {'kills':>6}  {'of them ' + ', '.join(WHERE):38} {'hung':>5} {'others outlived, s':>19}"
+    )
+    for kind in KINDS:
+        kills = results[kind]["kills"]
+        counts = Counter(kill["where"] for kill in kills)
+        outlived = max(kill["outlived_s"] for kill in kills)
+        where, hung = ", ".join(str(counts[name]) for name in WHERE), sum(kill["hung"] for kill in kills)
+        print(f"{kind:12} {len(kills):6}  {where:38} {hung:5} {outlived:19.2f}")
+    print(f"\n{'checkpoints':12} {'runs':>6} {'steps lost of a whole checkpoint':>33} {'largest error of a loss':>24}")
+    for kind in KINDS:
+        runs = results[kind]["runs"]
+        lost = sum(run["steps_lost"] + run["steps_missing"] for run in runs)
+        print(f"{kind:12} {len(runs):6} {lost:33} {max(run['largest_loss_error'] for run in runs):24.1e}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--name", default="kills", help="of the result file")
+    parser.add_argument("--kills", type=int, default=50, help="in all, half of them with each kind of checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    given = parser.parse_args()
+    certificate = birth_certificate()
+    with TemporaryDirectory() as folder:
+        halves = (given.kills - given.kills // 2, given.kills // 2)
+        results = {
+            kind: kill_runs(Path(folder), kind, half, given.seed) for kind, half in zip(KINDS, halves, strict=True)
+        }
+    print_table(results)
+    print(f"written to {write_result(given.name, certificate, results).name}")
+
+
+if __name__ == "__main__":
+    main()

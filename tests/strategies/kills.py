@@ -1,0 +1,138 @@
+"""A run whose ranks are killed (SIGKILL) at chosen moments, and what it wrote down about itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import swiftmoe_lightning as sml
+from tests.helpers import start_ranks
+from tests.strategies.cases import GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer, whole
+from tests.strategies.stopping import Record
+
+NUM_STEPS, TIMEOUT_S = 60, 60
+STEP_S, START_S = 0.02, 0.2
+WHERE = ("starting", "training", "saving")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process dies: `share` (0 to 1) of the way through its first steps, a training batch, or a save.
+
+    rank: None kills all of them. number: which batch or save after the start, from 0.
+    """
+
+    rank: int | None
+    where: str
+    number: int
+    share: float
+
+
+def draw(moments: random.Random) -> Kill:
+    """A kill at a random moment, most of them in training and in saves."""
+    (where,) = moments.choices(WHERE, (1, 2, 2))
+    return Kill(moments.choice([None, 0, 1]), where, moments.randrange(6), moments.random())
+
+
+class Killer(L.Callback):
+    """Kills its own process at a moment, by a timer, so that it may come inside anything; keeps books of saves."""
+
+    def __init__(self, folder: str, kill: Kill | None) -> None:
+        self.folder, self.kill = Path(folder), kill
+        self.num_batches, self.save_times = 0, [0.01]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.trainer, self.save = trainer, trainer.strategy.save_checkpoint
+        trainer.strategy.save_checkpoint = self.save_checkpoint  # type: ignore[method-assign]
+        self.at("starting", 0, START_S)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.note("start")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.at("training", self.num_batches, STEP_S)
+        self.num_batches += 1
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # Steps long enough to be killed between saves, too.
+        time.sleep(STEP_S)
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, **options: Any) -> None:
+        self.at("saving", len(self.save_times) - 1, self.save_times[-1])
+        start = time.perf_counter()
+        self.save(checkpoint, filepath, **options)
+        self.save_times.append(time.perf_counter() - start)
+        if Path(filepath).name.startswith("last"):
+            self.note("save")
+
+    def at(self, where: str, number: int, lasts_s: float) -> None:
+        """Set the timer if this is where to die."""
+        kill = self.kill
+        is_due = kill is not None and kill.where == where and (where == "starting" or kill.number == number)
+        if kill is not None and is_due and kill.rank in (None, self.trainer.global_rank):
+            threading.Timer(kill.share * lasts_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def note(self, name: str) -> None:
+        if self.trainer.is_global_zero:
+            with (self.folder / "books").open("a") as file:
+                file.write(f"{name} {self.trainer.global_step}\n")
+
+
+def train(folder: str, directory: bool, kill: Kill | None = None) -> dict[str, Tensor]:
+    """60 steps in float64, saved after every fourth, from the last checkpoint if there is one."""
+    torch.set_default_dtype(torch.float64)
+    Path(folder).mkdir(exist_ok=True)
+    model = Model()
+    saving = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
+    strategy = sml.SwiftMoEStrategy(save_distributed_checkpoint=directory)
+    callbacks = [saving, Killer(folder, kill), Record(folder)]
+    made = trainer(2, strategy, callbacks=callbacks, enable_checkpointing=True, max_epochs=NUM_STEPS // NUM_BATCHES)
+    made.fit(model, loader(2), loader(2, GLOBAL_BATCH), ckpt_path="last" if any(Path(folder).glob("last*")) else None)
+    assert made.global_step == NUM_STEPS
+    return whole(model)
+
+
+def num_lost_steps(folder: str | Path) -> int:
+    """The most steps that a start lay behind a "last" checkpoint which had been saved."""
+    saved = lost = 0
+    for line in Path(folder, "books").read_text().splitlines():
+        name, step = line.split()
+        if name == "save":
+            saved = int(step)
+        else:
+            lost = max(lost, saved - int(step))
+    return lost
+
+
+@dataclass(frozen=True)
+class Death:
+    """killed: False where the run ended first. outlived_s: how long a rank that was not killed lived on. hung: ranks
+    that were still there after a minute."""
+
+    killed: bool
+    outlived_s: float
+    hung: int
+
+
+def run_and_kill(folder: str, directory: bool, kill: Kill) -> Death:
+    """Start or resume the run on two ranks, one or both of which die."""
+    with start_ranks(train, 2, folder, directory, kill, init=False, timeout_s=TIMEOUT_S) as ranks:
+        died_at = None
+        started_at = time.monotonic()
+        while any(rank.is_alive() for rank in ranks) and time.monotonic() < (died_at or started_at) + TIMEOUT_S:
+            time.sleep(0.01)
+            if died_at is None and any(rank.exitcode == -signal.SIGKILL for rank in ranks):
+                died_at = time.monotonic()
+        outlived_s = 0.0 if died_at is None else time.monotonic() - died_at
+        return Death(died_at is not None, outlived_s, sum(rank.is_alive() for rank in ranks))
