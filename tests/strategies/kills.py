@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,13 @@ def train(folder: str, directory: bool, kill: Kill | None = None) -> dict[str, T
     """60 steps in float64, saved after every fourth, from the last checkpoint if there is one."""
     torch.set_default_dtype(torch.float64)
     Path(folder).mkdir(exist_ok=True)
+    warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
     model = Model()
     saving = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
     strategy = sml.SwiftMoEStrategy(save_distributed_checkpoint=directory)
     callbacks = [saving, Killer(folder, kill), Record(folder)]
     made = trainer(2, strategy, callbacks=callbacks, enable_checkpointing=True, max_epochs=NUM_STEPS // NUM_BATCHES)
-    made.fit(model, loader(2), loader(2, GLOBAL_BATCH), ckpt_path="last" if any(Path(folder).glob("last*")) else None)
+    made.fit(model, loader(2), loader(2, GLOBAL_BATCH), ckpt_path="last")
     assert made.global_step == NUM_STEPS
     return whole(model)
 
