@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.engine import SwiftMoEEngine
-from swiftmoe_lightning.engine.checkpoint import full_state, read_file
+from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
+from swiftmoe_lightning.engine.checkpoint import full_state
+from swiftmoe_lightning.strategies.accelerate_folders import add_to_folders, gather_state_dicts
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# In a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
-STATE_FILE: Final = "swiftmoe.pt"
 _KNOWN_TYPES: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
@@ -56,6 +51,8 @@ def prepare(
     optimizers = [optimizer, *(thing for thing in rest if isinstance(thing, Optimizer))]
     for each in optimizers:
         _check_inputs(accelerator, model, each)
+    if isinstance(accelerator.scaler, ShardedGradScaler):
+        raise ValueError("with mixed_precision='fp16' one model with experts can be prepared. Use 'bf16' for more.")
     if accelerator.num_processes == 1:
         engine = SwiftMoEEngine(model, config)
         for each in optimizers:
@@ -71,7 +68,8 @@ def prepare(
         # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
         each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
     share_scaler(accelerator, engine)
-    _save_whole_experts(accelerator, model, engine)
+    gather_state_dicts(accelerator)
+    add_to_folders(accelerator, callable_model, engine)
     prepared = accelerator.prepare(optimizer, *rest)
     return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
 
@@ -157,51 +155,3 @@ def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
             "that is prepared."
         )
     refuse_stepped(optimizer, "Prepare first, then step, or load with accelerator.load_state.")
-
-
-def load_whole(model: nn.Module, folder: Path, suffix: str) -> None:
-    """Read what `save_state` wrote of a model. No communication.
-
-    Raises ValueError, naming the keys, where the file and the model differ.
-    """
-    from safetensors.torch import load_file
-
-    path = folder / f"model{suffix}.safetensors"
-    state = load_file(path) if path.exists() else read_file(folder / f"pytorch_model{suffix}.bin")
-    found = model.load_state_dict(state, strict=False)
-    live = model.state_dict(keep_vars=True)
-    # Of tied weights a file holds one.
-    held = {id(live[name]) for name in state if name in live}
-    missing = [name for name in found.missing_keys if id(live[name]) not in held]
-    if missing or found.unexpected_keys:
-        raise ValueError(
-            f"{folder} belongs to another model: it lacks {missing}, and holds {found.unexpected_keys} that this one "
-            "does not have. Build the model that was saved, or load another folder."
-        )
-
-
-def _save_whole_experts(accelerator: Accelerator, model: nn.Module, engine: SwiftMoEEngine) -> None:
-    """Accelerate's savers see whole experts, and `save_state` also keeps where they were."""
-    get_state_dict: Callable[..., Any] = accelerator.get_state_dict
-
-    @functools.wraps(get_state_dict)
-    def get_whole(*args: Any, **kwargs: Any) -> Any:
-        return full_state(get_state_dict(*args, **kwargs), keep=True)
-
-    accelerator.get_state_dict = get_whole
-
-    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            torch.save(engine.state_dict(), Path(folder, STATE_FILE))
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        for index, saved in enumerate(models):
-            load_whole(saved, Path(folder), f"_{index}" if index else "")
-        # Done: Accelerate's own loader looks at storages, which masters do not show.
-        models.clear()
-        # A folder of a plain run has no such file: placements then start from nothing.
-        if Path(folder, STATE_FILE).exists():
-            engine.load_state_dict(read_file(Path(folder, STATE_FILE)))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)

@@ -18,12 +18,12 @@ from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.modules import convert
 from swiftmoe_lightning.strategies.accelerate import (
-    STATE_FILE,
     check_fresh,
     check_processes,
     data_parallel,
     share_scaler,
 )
+from swiftmoe_lightning.strategies.accelerate_folders import STATE_FILE, gather_state_dicts
 from swiftmoe_lightning.strategies.rebinding import names_of, rebind
 
 # What is overridden below and is not public: all there is in transformers 5.
@@ -101,6 +101,7 @@ class SwiftMoETrainer(Trainer):
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
             self.engine.shard_dense()
             share_scaler(self.accelerator, self.engine)
+            gather_state_dicts(self.accelerator)
             rebind(optimizer, self.model, names)
         if not getattr(optimizer, "_swiftmoe_prepared", False):
             self.engine.prepare_optimizer(optimizer)
