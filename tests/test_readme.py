@@ -18,7 +18,14 @@ from tests.helpers import script_environment
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/training-step.md", "docs/placement.md", "benchmarks/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/training-step.md",
+    "docs/placement.md",
+    "docs/checkpoints.md",
+    "benchmarks/README.md",
+]
 
 
 FIT = """
