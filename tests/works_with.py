@@ -47,6 +47,16 @@ ROWS: Final = (
         "LBFGS, Adafactor, Muon and the like are refused: a shard does not show them the whole tensor",
         ("engine/test_update: elementwise fused", "strategies/test_launch: whole_tensors"),
     ),
+    Row(
+        "Stock code on experts",
+        "`nn.init`, penalties on weights, hooks, averages and momentum teachers, `save_pretrained` on all ranks",
+        "after a write by hand call `engine.mark_stale()`; a copy needs an engine of its own; LocalSGD is refused",
+        (
+            "engine/test_stock_code: draw write penalty average_that_is_spread momentum copy_says step_each",
+            "engine/test_gradients: hook",
+            "strategies/test_save_pretrained: all_ranks",
+        ),
+    ),
     Row("Signals", "SIGTERM stops all ranks after the same batch", "", ("strategies/test_launch: sigterm",)),
     Row(
         "Evaluation",

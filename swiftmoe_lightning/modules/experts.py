@@ -48,7 +48,7 @@ class Experts(nn.Module):
 
     capacity: None computes every choice.
 
-    Raises ValueError for a size below 1 or an unknown activation.
+    Raises ValueError for a size below 1, an unknown activation, or a capacity that is none.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -67,6 +67,8 @@ class Experts(nn.Module):
         check_whole(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, dim, hidden_dim
+        if capacity is not None and not isinstance(capacity, Capacity):
+            raise ValueError(f"capacity must be a Capacity, or None, got {capacity!r}. Write Capacity(factor=1.0).")
         self.activation: Activation = activation
         self.capacity, self.transposed = capacity, False
         up_name, up_rows = ("gate_up_proj", 2 * hidden_dim) if activation == "swiglu" else ("up_proj", hidden_dim)
@@ -130,8 +132,9 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
 
-        Raises ValueError for an input whose last dim is not D and, on the CPU, for ids outside -1..E (-1 and E are
-        nobody's), TypeError for ids that are no integers, FloatingPointError for non-finite router weights.
+        Raises ValueError for an input whose last dim is not D and, on the CPU or under torch's anomaly detection, for
+        ids outside -1..E (-1 and E are nobody's), TypeError for ids that are no integers, FloatingPointError for
+        non-finite router weights.
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
 
@@ -210,8 +213,7 @@ class Experts(nn.Module):
                 f"Experts take expert ids as integers of 0..{self.num_experts - 1} (-1 and {self.num_experts} are "
                 f"nobody's), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
             )
-        if expert_ids_TK.device.type == "cpu" and expert_ids_TK.numel():
-            # On a GPU this would wait for it.
+        if _may_wait_for(expert_ids_TK.device) and expert_ids_TK.numel():
             least, most = (int(end) for end in expert_ids_TK.aminmax())
             if least < -1 or most > self.num_experts:
                 raise ValueError(
@@ -236,6 +238,11 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {name}"
+
+
+def _may_wait_for(device: torch.device) -> bool:
+    """Whether values may be looked at: a GPU would have to finish first, which only a debugging run wants."""
+    return device.type == "cpu" or torch.is_anomaly_enabled()
 
 
 def _in_backward() -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.modules import experts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -33,6 +36,19 @@ def test_ids_that_are_no_integers_are_refused(ids: torch.Tensor) -> None:
 def test_ids_of_no_expert_are_refused(wrong: int) -> None:
     with pytest.raises(ValueError, match=r"expert ids must be 0\.\.2 .*, got -?\d\.\.-?\d"):
         choose(torch.tensor([[0], [wrong]]))
+
+
+def test_on_a_gpu_ids_are_looked_at_under_anomaly_detection_alone() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [experts._may_wait_for(device) for device in (cpu, gpu)] == [True, False]
+    with torch.autograd.set_detect_anomaly(True):
+        assert [experts._may_wait_for(device) for device in (cpu, gpu)] == [True, True]
+
+
+@pytest.mark.parametrize("capacity", [1.0, 2, "rank", True])
+def test_a_capacity_is_a_capacity(capacity: Any) -> None:
+    with pytest.raises(ValueError, match=rf"capacity must be a Capacity, or None, got {capacity!r}\. Write"):
+        sml.Experts(2, 4, 4, capacity=capacity)
 
 
 def test_foreign_choices_add_nothing() -> None:
