@@ -31,6 +31,7 @@ from swiftmoe_lightning.modules import shape_message
 META_FILE: Final = "meta.pt"
 # In META_FILE, which is written last and carries checksums itself: that of DCP's index, which carries none.
 _INDEX_SUM: Final = "swiftmoe_metadata_sha256"
+_TO_WRITE: Final = "Make room, choose another folder, or leave out what cannot be pickled."
 
 
 def full_state(value: Any, keep: bool) -> Any:
@@ -62,9 +63,7 @@ def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.
     try:
         _on_rank_zero(lambda: write(state, path, *rest))
     except OSError as error:
-        raise OSError(
-            f"cannot write the checkpoint {str(path)!r} ({error}). Make room, or choose another folder."
-        ) from error
+        raise OSError(f"cannot write the checkpoint {str(path)!r} ({error}). {_TO_WRITE}") from error
 
 
 def save_directory(
@@ -94,7 +93,7 @@ def save_directory(
         _on_rank_zero(lambda: discard(partial))
         raise OSError(
             f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
-            "there still is: make room, or choose another folder."
+            f"there still is. {_TO_WRITE}"
         ) from error
 
 

@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_written_is_an_error_on_every_rank(
     path = tmp_path / "run.ckpt"
     for error in rank_errors(save, 2, str(path), *options, init=False):
         assert f"OSError: cannot write the checkpoint '{path}' (rank 0: OSError: [Errno 28] No space left on" in error
-        assert "Make room, or choose another folder." in error
+        assert "Make room, choose another folder, or leave out what cannot be pickled." in error
     assert WholeFileIO().load_checkpoint(path)
     assert names(tmp_path) == ["run.ckpt"]
 
