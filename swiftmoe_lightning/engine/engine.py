@@ -58,15 +58,14 @@ class SwiftMoEEngine:
         device: torch.device | str | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
-        self.module = module
-        self.config = check_config(config)
+        self.module, self.config = module, check_config(config)
         if ranks_per_node is not None:
             check_whole(ranks_per_node=ranks_per_node)
         self.group: ExpertGroup | None = None
         self.dense: FullyShardedDense | None = None
         self._placers: Placers | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
-        self._ranks_per_node = ranks_per_node
+        self._ranks_per_node, self._wants_stop = ranks_per_node, False
         self._tracked: list[TrackedLayer] = []
         self._updates: dict[int, ShardedUpdate] = {}
         self._collector = GradientCollector()
@@ -221,13 +220,14 @@ class SwiftMoEEngine:
 
     def request_stop(self) -> None:
         """Ask all ranks to stop, from any of them and at any time (a signal handler will do)."""
+        self._wants_stop = True
         for layer in self.layers:
             layer.agreement.wants_stop = True
 
     @property
     def stops(self) -> bool:
         """Whether a rank has asked to stop; it turns True on all ranks in the same training forward."""
-        return any(layer.agreement.stops for layer in self.layers)
+        return any(layer.agreement.stops for layer in self.layers) if self.layers else self._wants_stop
 
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""

@@ -185,3 +185,10 @@ def test_a_hugging_face_trainer_saves_and_its_losses_go_on(tmp_path: Path) -> No
     assert stopped == expected[: STOP_AT + 1]
     assert [step for step, _ in resumed] == [*range(1, NUM_STEPS + 1)]
     assert dict(resumed) == pytest.approx(dict(expected), abs=1e-6)
+
+
+def test_a_single_process_has_nobody_to_ask() -> None:
+    engine = sml.SwiftMoEEngine(models.build())
+    assert not engine.stops
+    engine.request_stop()
+    assert engine.stops
