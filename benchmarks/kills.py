@@ -58,15 +58,14 @@ def finish(run: Path, kind: str, expected: dict[int, float]) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any]) -> None:
     """The results for people."""
-    print(
-        f"\n{'checkpoints':12} {'kills':>6}  {'of them ' + ', '.join(WHERE):38} {'hung':>5} {'others outlived, s':>19}"
-    )
+    columns = [*(f"while {name}" for name in WHERE), "in a save", "hung", "outlived, s"]
+    print(f"\n{'checkpoints':12} {'kills':>6} " + " ".join(f"{name:>14}" for name in columns))
     for kind in KINDS:
         kills = results[kind]["kills"]
         counts = Counter(kill["where"] for kill in kills)
-        outlived = max(kill["outlived_s"] for kill in kills)
-        where, hung = ", ".join(str(counts[name]) for name in WHERE), sum(kill["hung"] for kill in kills)
-        print(f"{kind:12} {len(kills):6}  {where:38} {hung:5} {outlived:19.2f}")
+        in_save, hung = (sum(kill[name] for kill in kills) for name in ("in_save", "hung"))
+        cells = [*(counts[name] for name in WHERE), in_save, hung, round(max(kill["outlived_s"] for kill in kills), 2)]
+        print(f"{kind:12} {len(kills):6} " + " ".join(f"{cell:14}" for cell in cells))
     print(f"\n{'checkpoints':12} {'runs':>6} {'steps lost of a whole checkpoint':>33} {'largest error of a loss':>24}")
     for kind in KINDS:
         runs = results[kind]["runs"]

@@ -70,12 +70,12 @@ class Killer(L.Callback):
         time.sleep(STEP_S)
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, **options: Any) -> None:
+        self.note("begin")
         self.at("saving", len(self.save_times) - 1, self.save_times[-1])
         start = time.perf_counter()
         self.save(checkpoint, filepath, **options)
         self.save_times.append(time.perf_counter() - start)
-        if Path(filepath).name.startswith("last"):
-            self.note("save")
+        self.note("last" if Path(filepath).name.startswith("last") else "other")
 
     def at(self, where: str, number: int, lasts_s: float) -> None:
         """Set the timer if this is where to die."""
@@ -105,30 +105,41 @@ def train(folder: str, directory: bool, kill: Kill | None = None) -> dict[str, T
     return whole(model)
 
 
+def books(folder: str | Path) -> list[tuple[str, int]]:
+    """What rank 0 did, and at which step: "start"; "begin" of a save, and that the "last" or an "other" was saved."""
+    path = Path(folder, "books")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(name, int(step)) for name, step in map(str.split, lines)]
+
+
 def num_lost_steps(folder: str | Path) -> int:
     """The most steps that a start lay behind a "last" checkpoint which had been saved."""
     saved = lost = 0
-    for line in Path(folder, "books").read_text().splitlines():
-        name, step = line.split()
-        if name == "save":
-            saved = int(step)
-        else:
-            lost = max(lost, saved - int(step))
+    for name, step in books(folder):
+        if name == "last":
+            saved = step
+        elif name == "start":
+            lost = max(lost, saved - step)
     return lost
 
 
 @dataclass(frozen=True)
 class Death:
-    """killed: False where the run ended first. outlived_s: how long a rank that was not killed lived on. hung: ranks
-    that were still there after a minute."""
+    """What a kill did.
+
+    killed: False where the run ended first. in_save: a save was under way, and was not finished. outlived_s: how long a
+    rank that was not killed lived on. hung: ranks that were still there after a minute.
+    """
 
     killed: bool
+    in_save: bool
     outlived_s: float
     hung: int
 
 
 def run_and_kill(folder: str, directory: bool, kill: Kill) -> Death:
     """Start or resume the run on two ranks, one or both of which die."""
+    num_before = len(books(folder))
     with start_ranks(train, 2, folder, directory, kill, init=False, timeout_s=TIMEOUT_S) as ranks:
         died_at = None
         started_at = time.monotonic()
@@ -137,4 +148,6 @@ def run_and_kill(folder: str, directory: bool, kill: Kill) -> Death:
             if died_at is None and any(rank.exitcode == -signal.SIGKILL for rank in ranks):
                 died_at = time.monotonic()
         outlived_s = 0.0 if died_at is None else time.monotonic() - died_at
-        return Death(died_at is not None, outlived_s, sum(rank.is_alive() for rank in ranks))
+        hung = sum(rank.is_alive() for rank in ranks)
+    in_save = died_at is not None and [name for name, _ in books(folder)[num_before:]][-1:] == ["begin"]
+    return Death(died_at is not None, in_save, outlived_s, hung)
