@@ -31,12 +31,21 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
 def note_agreed_stop(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     """After a training batch's forward: tell Lightning's loop, which stops at the end of the batch.
 
+    Validation that follows the batch is run first: it would stop in its midst, where ranks may have no more batches.
+    """
+    loop = trainer.fit_loop
+    if engine.stops and _may_stop(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+        trainer._signal_connector.received_sigterm = True
+
+
+def _may_stop(trainer: Trainer) -> bool:
+    """Whether a training batch may be the last.
+
     Accumulated gradients would be lost: their optimizer step is waited for. What is saved after the last batch of an
     epoch Lightning (2.6) resumes with one batch too many: there the run stops a batch later.
     """
     loop = trainer.fit_loop.epoch_loop
-    if engine.stops and not loop._should_accumulate() and not loop._num_ready_batches_reached():
-        trainer._signal_connector.received_sigterm = True
+    return not loop._should_accumulate() and not loop._num_ready_batches_reached()
 
 
 class _StopTogether(Callback):
@@ -56,6 +65,11 @@ class _StopTogether(Callback):
         if trainer.state.fn == "fit":
             self._requeue_signum = signum
             self._engine.request_stop()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and self._engine.stops and _may_stop(trainer):
+            trainer._signal_connector.received_sigterm = True
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

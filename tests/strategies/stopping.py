@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,25 @@ def save_at_stop(folder: str) -> L.Callback:
     return made
 
 
-def train(folder: str, *callbacks: L.Callback, num_steps: int = NUM_STEPS, **options: Any) -> None:
-    """The example's training in float64, from the newest checkpoint in the folder."""
+def train(
+    folder: str,
+    *callbacks: L.Callback,
+    num_steps: int = NUM_STEPS,
+    change: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> None:
+    """The example's training in float64, from the newest checkpoint in the folder.
+
+    change: is given the example as a module, to change what it trains.
+    """
     Path(folder).mkdir(exist_ok=True)
     warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
     # Lightning's precision="64-true" would load weights through float32.
     torch.set_default_dtype(torch.float64)
-    load_example().train(folder, [Record(folder), save_at_stop(folder), *callbacks], max_steps=num_steps, **options)
+    example = load_example()
+    if change is not None:
+        change(example)
+    example.train(folder, [Record(folder), save_at_stop(folder), *callbacks], max_steps=num_steps, **options)
 
 
 def train_until_signal(folder: str, batch: int, signum: int = signal.SIGTERM, options: Any = None) -> None:

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests.helpers import rank_errors, run_ranks, script_environment
 from tests.strategies.stopping import (
@@ -65,6 +68,56 @@ def test_a_stop_waits_for_the_optimizer_step_of_what_is_accumulated(tmp_path: Pa
     run_ranks(accumulate, 2, stopped, init=False)
     run_ranks(accumulate, 2, whole, init=False)
     assert_same_losses(stopped, whole)
+
+
+class Batches(IterableDataset[Any]):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.ones(4, 16), torch.ones(4, 1))] * self.number)
+
+
+def validate_unevenly(example: Any) -> None:
+    class Validated(example.Model):  # type: ignore[misc]
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.training_step(batch, index)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(Batches(3 - 2 * self.global_rank), batch_size=None)
+
+    example.Model = Validated
+
+
+def train_and_validate(folder: str, *callbacks: Callback) -> None:
+    options: Any = {"val_check_interval": 3, "num_sanity_val_steps": 0, "change": validate_unevenly}
+    train(folder, *callbacks, **options)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_validation_that_follows_is_finished_by_all_ranks(batch: int, uninterrupted: str, tmp_path: Path) -> None:
+    for error in rank_errors(train_and_validate, 2, str(tmp_path), Signal(batch, signal.SIGTERM), init=False):
+        assert "SIGTERMException" in error
+    assert step_of(tmp_path / "last.ckpt") == batch
+    run_ranks(train_and_validate, 2, str(tmp_path), init=False)
+    assert_same_losses(tmp_path, uninterrupted)
+
+
+class Fail(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 6:
+            raise ArithmeticError("of rank 1 alone")
+
+
+def train_and_fail(folder: str) -> None:
+    train(folder, Fail())
+
+
+def test_an_error_of_one_rank_saves_nothing_and_is_shown(tmp_path: Path) -> None:
+    errors = rank_errors(train_and_fail, 2, str(tmp_path), init=False)
+    assert "did not follow" in errors[0]
+    assert "ArithmeticError: of rank 1 alone" in errors[1]
+    assert step_of(tmp_path / "last.ckpt") == 5
 
 
 @pytest.mark.parametrize("options", [{"num_steps": 8}, {"limit_train_batches": 1}], ids=str)
