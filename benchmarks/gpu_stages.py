@@ -57,7 +57,7 @@ def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float | None) -> d
 
 def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (call, bytes)."""
-    from swiftmoe_lightning.kernels.triton import swiglu
+    from swiftmoe_lightning.kernels.triton import activation
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
     key_N = case.ids.flatten()
@@ -73,7 +73,7 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
         "combine": (lambda: combine(y_RD, case.scores, order.choice_N, rows_TK), rows + tokens),
         "activate": (lambda: activate(z_RO, shape.activation), z_RO.nbytes + a_RF.nbytes),
         "activate, backward": (
-            lambda: swiglu.activate_backward(a_RF, z_RO, shape.activation),
+            lambda: activation.activate_backward(a_RF, z_RO, shape.activation),
             2 * z_RO.nbytes + a_RF.nbytes,
         ),
     }

@@ -186,9 +186,9 @@ def _(grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_
 @torch.library.custom_op("swiftmoe::activate", mutates_args=())
 def _activate(z_RF: Tensor, activation: str) -> Tensor:
     if on_triton(z_RF):
-        from swiftmoe_lightning.kernels.triton import swiglu
+        from swiftmoe_lightning.kernels.triton import activation as kernel
 
-        return swiglu.activate(z_RF, activation)
+        return kernel.activate(z_RF, activation)
     return reference.activate(z_RF, activation)
 
 
@@ -200,9 +200,9 @@ def _(z_RF: Tensor, activation: str) -> Tensor:
 @torch.library.custom_op("swiftmoe::activate_backward", mutates_args=())
 def _activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
     if on_triton(z_RF):
-        from swiftmoe_lightning.kernels.triton import swiglu
+        from swiftmoe_lightning.kernels.triton import activation as kernel
 
-        return swiglu.activate_backward(grad_RF, z_RF, activation)
+        return kernel.activate_backward(grad_RF, z_RF, activation)
     return reference.activate_backward(grad_RF, z_RF, activation)
 
 

@@ -47,6 +47,7 @@ def test_large_values_and_poison_stay_in_their_place(activation):
     assert out_RF[finite].isfinite().all()
     assert z_RF.grad[finite].isfinite().all()
     assert out_RF[2, 0].isnan()
+    assert z_RF.grad[2, 0].isnan()
     assert_close(out_RF[finite], plain(z_RF[finite], activation))
 
 

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from swiftmoe_lightning.kernels.reference import ACTIVATIONS
-from swiftmoe_lightning.kernels.triton import bias, router, rows, sorting, swiglu
+from swiftmoe_lightning.kernels.triton import activation as activations
+from swiftmoe_lightning.kernels.triton import bias, router, rows, sorting
 from tests.kernels.aot import MAX_SHARED, Build, compile_all, launched_by
 
 # T tokens, D model dim, K top-k, dtype.
@@ -40,9 +41,9 @@ def activation_builds() -> list[Build]:
     builds = []
     for activation in ACTIVATIONS:
         z_RF = meta(2**18, 2048 if activation == "swiglu" else 1024, dtype=torch.bfloat16)
-        builds += launched_by(partial(swiglu.activate, z_RF, activation))
+        builds += launched_by(partial(activations.activate, z_RF, activation))
         grad_RF = meta(2**18, 1024, dtype=torch.bfloat16)
-        builds += launched_by(partial(swiglu.activate_backward, grad_RF, z_RF, activation))
+        builds += launched_by(partial(activations.activate_backward, grad_RF, z_RF, activation))
     return builds
 
 

@@ -109,20 +109,24 @@ def test_rows_that_are_nobodys_change_nothing(wrap, dtype, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["reference", "grouped"])
-def test_poison_in_one_experts_rows_or_weights_stays_there(sizes):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_poison_in_one_experts_rows_or_weights_shows_there_and_nowhere_else(sizes, activation):
     dim, hidden_dim = sizes
-    weights = leaves(make_weights(3, dim, hidden_dim, "swiglu", True, torch.float32))
+    weights = leaves(make_weights(3, dim, hidden_dim, activation, True, torch.float32))
     x_RD = torch.randn(6, dim)
     x_RD[:2] = float("nan")
     with torch.no_grad():
         weights["down_proj"][2] = float("inf")
     x_RD.requires_grad_()
     # Rows 0-1 (poisoned) belong to slot 0, rows 2-4 to slot 1, row 5 to slot 2, whose weights are poisoned.
-    out = expert_mlp(x_RD, weights, torch.tensor([2, 5, 6], dtype=torch.int32), "swiglu")
+    out = expert_mlp(x_RD, weights, torch.tensor([2, 5, 6], dtype=torch.int32), activation)
     out.sum().backward()
-    assert out[2:5].isfinite().all()
-    assert x_RD.grad[2:5].isfinite().all()
-    for weight in weights.values():
+    for found in (out, x_RD.grad):
+        assert found[:2].isnan().all()
+        assert found[2:5].isfinite().all()
+    for name, weight in weights.items():
+        # The last bias gets the outputs' gradient alone.
+        assert weight.grad[0].isnan().any() == (name != "down_proj_bias")
         assert weight.grad[1].isfinite().all()
 
 

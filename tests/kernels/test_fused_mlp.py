@@ -174,20 +174,24 @@ def test_nobodys_rows_are_not_read_and_come_out_and_back_as_zero(counts, dtype):
         assert_close(found[name].cpu(), torch.zeros_like(value) if want is None else want)
 
 
-def test_poison_in_one_slots_rows_or_weights_stays_there():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_poison_in_one_slots_rows_or_weights_shows_there_and_nowhere_else(activation):
     choice_R, rows_TK, ends_s = torch.arange(6), torch.arange(6).view(6, 1), torch.tensor([2, 5, 6])
     routing = [t.to(DEVICE) for t in (choice_R, rows_TK, ends_s.to(torch.int32))]
-    weights = leaves({k: v.to(DEVICE) for k, v in make_weights(3, 10, 6, "swiglu", True, torch.float32).items()})
+    weights = leaves({k: v.to(DEVICE) for k, v in make_weights(3, 10, 6, activation, True, torch.float32).items()})
     x_TD, scores_TK = torch.randn(6, 10, device=DEVICE), torch.rand(6, 1, device=DEVICE).requires_grad_()
     x_TD[:2] = float("nan")
     with torch.no_grad():
         weights["down_proj"][2] = float("inf")
     # Rows 0-1 (poisoned) belong to slot 0, rows 2-4 to slot 1, row 5 to slot 2, whose weights are poisoned.
-    out = fused_moe(x_TD.requires_grad_(), scores_TK, *routing, weights, "swiglu")
+    out = fused_moe(x_TD.requires_grad_(), scores_TK, *routing, weights, activation)
     out.sum().backward()
-    for clean in (out, x_TD.grad, scores_TK.grad):
-        assert clean[2:5].isfinite().all()
-    for weight in weights.values():
+    for found in (out, x_TD.grad, scores_TK.grad):
+        assert found[:2].isnan().all()
+        assert found[2:5].isfinite().all()
+    for name, weight in weights.items():
+        # The last bias gets the outputs' gradient alone.
+        assert weight.grad[0].isnan().any() == (name != "down_proj_bias")
         assert weight.grad[1].isfinite().all()
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftmoe_lightning.kernels.triton.activation import silu_and_slope, value_and_slope
 from swiftmoe_lightning.kernels.triton.launch import num_programs, tiles_of
 from swiftmoe_lightning.kernels.triton.tiles import (
     Rows,
@@ -91,17 +92,6 @@ def grouped_product(
 
 
 @triton.jit
-def hidden_of(z, ACTIVATION: tl.constexpr):
-    """act(z) in float32, for an activation without a gate."""
-    if ACTIVATION == "gelu":
-        hidden = 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
-    else:
-        tl.static_assert(ACTIVATION == "relu2")
-        hidden = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
-    return hidden
-
-
-@triton.jit
 def finish_hidden(
     b_z,  # [BM, W], rounded
     rows,  # [BM] int64
@@ -122,7 +112,7 @@ def finish_hidden(
         mask = m_row[:, None] & (cols < F)[None, :]
         if p_z is not None:
             tl.store(p_z + at, b_z, mask=mask)
-        b_a = hidden_of(b_z.to(tl.float32), ACTIVATION)
+        b_a, _ = value_and_slope(b_z.to(tl.float32), ACTIVATION)
         tl.store(p_a + at, b_a.to(p_a.dtype.element_ty), mask=mask)
     else:
         b_left, b_right = column_halves(b_z, BM, W)
@@ -196,8 +186,8 @@ def up_kernel(
             at_z = at_a + rows[:, None] * F
             tl.store(p_z + at_z, b_gate, mask=m_a)
             tl.store(p_z + at_z + F, b_up, mask=m_a)
-        b_gate = b_gate.to(tl.float32)
-        b_a = b_gate * tl.sigmoid(b_gate) * b_up.to(tl.float32)
+        b_silu, _ = silu_and_slope(b_gate.to(tl.float32))
+        b_a = b_silu * b_up.to(tl.float32)
         tl.store(p_a + at_a, b_a.to(p_a.dtype.element_ty), mask=m_a)
     else:
         # In column parts, one after the other: all at once, the activation does not fit the registers.

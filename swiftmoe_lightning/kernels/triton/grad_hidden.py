@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftmoe_lightning.kernels.triton.gemm_forward import hidden_of
+from swiftmoe_lightning.kernels.triton.activation import silu_and_slope, value_and_slope
 from swiftmoe_lightning.kernels.triton.launch import tiles_of
 from swiftmoe_lightning.kernels.triton.tiles import (
     Rows,
@@ -81,17 +81,6 @@ def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias
 
 
 @triton.jit
-def gradient_of_hidden(z, ACTIVATION: tl.constexpr):
-    """act'(z) in float32, for an activation without a gate."""
-    if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        slope = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * density
-    else:
-        slope = 2 * tl.maximum(z, 0.0)
-    return slope
-
-
-@triton.jit
 def finish_columns(
     b_grad,  # [BM, W] float32, the unweighted gradient of A in columns first_col..
     score,  # [BM] float32
@@ -114,13 +103,11 @@ def finish_columns(
     # What is done with first is stored first, which frees its registers.
     if ACTIVATION == "swiglu":
         b_up = tl.load(p_z + z_offsets + F, mask=mask, other=0.0).to(tl.float32)
-        b_sigmoid = tl.sigmoid(b_z)
-        b_silu = b_z * b_sigmoid
+        b_silu, b_slope = silu_and_slope(b_z)
         b_a = b_silu * b_up
-        b_slope = b_up * (b_sigmoid + b_silu * (1 - b_sigmoid))
+        b_slope *= b_up
     else:
-        b_a = hidden_of(b_z, ACTIVATION)
-        b_slope = gradient_of_hidden(b_z, ACTIVATION)
+        b_a, b_slope = value_and_slope(b_z, ACTIVATION)
     part = tl.sum(b_grad * b_a, 1)
     at_a = p_a + rows[:, None] * F + hidden[None, :]
     tl.store(at_a, (b_a * score[:, None]).to(p_a.dtype.element_ty), mask=mask)

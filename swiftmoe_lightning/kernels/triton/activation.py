@@ -32,6 +32,30 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
+def silu_and_slope(gate):
+    """silu(gate), and its derivative. gate: float32."""
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu, sigmoid + silu * (1 - sigmoid)
+
+
+@triton.jit
+def value_and_slope(z, ACTIVATION: tl.constexpr):
+    """An activation without a gate, and its derivative. z: float32; nan stays nan."""
+    if ACTIVATION == "gelu":
+        # 0.3989... is 1 / sqrt(2 pi), the normal density's factor.
+        cumulative = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+        value = z * cumulative
+        slope = cumulative + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        # Not a maximum, which would turn nan into 0.
+        value = tl.where(z <= 0, 0.0, z * z)
+        slope = tl.where(z <= 0, 0.0, 2 * z)
+    return value, slope
+
+
+@triton.jit
 def activate_kernel(
     p_z,  # [R, 2F] for swiglu, else [R, F]
     p_out,  # [R, F]
@@ -45,14 +69,11 @@ def activate_kernel(
     if ACTIVATION == "swiglu":
         b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
         b_up = tl.load(p_z + b_r * (2 * F) + F + b_f, mask=m, other=0.0).to(tl.float32)
-        b_out = b_gate * tl.sigmoid(b_gate) * b_up
+        b_silu, _ = silu_and_slope(b_gate)
+        b_out = b_silu * b_up
     else:
         b_z = tl.load(p_z + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
-        if ACTIVATION == "gelu":
-            b_out = 0.5 * b_z * (1 + tl.erf(b_z * 0.7071067811865476))
-        else:
-            # Not a maximum, which would turn nan into 0.
-            b_out = tl.where(b_z <= 0, 0.0, b_z * b_z)
+        b_out, _ = value_and_slope(b_z, ACTIVATION)
     tl.store(p_out + b_r * F + b_f, b_out, mask=m)
 
 
@@ -72,16 +93,10 @@ def activate_backward_kernel(
     if ACTIVATION == "swiglu":
         b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
         b_up = tl.load(p_z + b_r * (2 * F) + F + b_f, mask=m, other=0.0).to(tl.float32)
-        b_sigmoid = tl.sigmoid(b_gate)
-        b_grad_gate = b_grad * b_up * b_sigmoid * (1 + b_gate * (1 - b_sigmoid))
-        tl.store(p_grad_z + b_r * (2 * F) + b_f, b_grad_gate, mask=m)
-        tl.store(p_grad_z + b_r * (2 * F) + F + b_f, b_grad * b_gate * b_sigmoid, mask=m)
+        b_silu, b_slope = silu_and_slope(b_gate)
+        tl.store(p_grad_z + b_r * (2 * F) + b_f, b_grad * b_up * b_slope, mask=m)
+        tl.store(p_grad_z + b_r * (2 * F) + F + b_f, b_grad * b_silu, mask=m)
     else:
         b_z = tl.load(p_z + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
-        if ACTIVATION == "gelu":
-            # 0.3989... is 1 / sqrt(2 pi), the normal density's factor.
-            b_slope = 0.5 * (1 + tl.erf(b_z * 0.7071067811865476))
-            b_slope += b_z * 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
-        else:
-            b_slope = tl.where(b_z <= 0, 0.0, 2 * b_z)
+        _, b_slope = value_and_slope(b_z, ACTIVATION)
         tl.store(p_grad_z + b_r * F + b_f, b_grad * b_slope, mask=m)
