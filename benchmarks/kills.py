@@ -35,7 +35,7 @@ def kill_runs(folder: Path, kind: str, num_kills: int, seed: int) -> dict[str, A
         for _ in range(min(KILLS_A_RUN, num_kills - len(kills))):
             kill = draw(moments)
             death = run_and_kill(str(run), KINDS[kind], kill)
-            if not death.killed:
+            if not death.killed and not death.hung:
                 break
             kills.append({**asdict(kill), **asdict(death)})
             print(f"{kind}, kill {len(kills)}: {kill}, {death}", flush=True)
