@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
-from swiftmoe_lightning.kernels import on_triton, route
+from swiftmoe_lightning.kernels import route
 
 SCORES: Final = ("softmax", "sigmoid")
 # Forwards in training without an update of the bias, after which that is said. More than any accumulation has.
@@ -29,10 +29,9 @@ class RouterOutput:
     expert_ids_TK: [T, K] int64, different experts for each token.
     weights_TK: [T, K] floating, what each choice counts in the token's sum.
     logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
-    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss). None where the two sums
-        are given, which a kernel took on the way.
-    prob_sums_E: [E] floating, `probs_TE` summed over T. square_sum: [] floating, the squared log-sum-exp of
-        `logits_TE` summed over T (for the z-loss).
+    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or
+    prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs: what `TopKRouter` gives.
+    square_sum: [] floating, the squared log-sum-exp of `logits_TE` summed over T (for the z-loss); None computes it.
     """
 
     expert_ids_TK: Tensor
@@ -129,26 +128,14 @@ class TopKRouter(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        if on_triton(logits_TE):
-            routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalise)
-            return RouterOutput(
-                routed.expert_ids_TK,
-                routed.weights_TK,
-                logits_TE,
-                prob_sums_E=routed.prob_sums_E,
-                square_sum=routed.square_sum,
-            )
-        scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
-        choice_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
-        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(-1, expert_ids_TK)
-        if self.renormalise:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
-        probs_TE = scores_TE
-        if self.score == "sigmoid":
-            # Shares, not raw scores: else the loss falls when all scores do, balanced or not.
-            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
-        return RouterOutput(expert_ids_TK, weights_TK, logits_TE, probs_TE)
+        routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalise)
+        return RouterOutput(
+            routed.expert_ids_TK,
+            routed.weights_TK,
+            logits_TE,
+            prob_sums_E=routed.prob_sums_E,
+            square_sum=routed.square_sum,
+        )
 
     def _miss_updates(self) -> None:
         # A number that changes in every forward would make torch.compile start again each time.
