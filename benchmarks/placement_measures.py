@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.spread import spread
-from swiftmoe_lightning.placement import Capacity, make_policy, plan_dispatch
+from swiftmoe_lightning.placement import Capacity, Forecast, make_policy, plan_dispatch
 from swiftmoe_lightning.planner import read_trace
 
 
@@ -19,7 +19,7 @@ def time_planning() -> dict[str, Any]:
     of it), and placements of 60 layers at W = 2048, E = 256, s = 2."""
     rng = np.random.default_rng(0)
     counts_WE = rng.multinomial(4096, rng.dirichlet(np.full(64, 0.5)), size=64)
-    (placement,) = make_policy("balanced", 64, 4).next_placements(counts_WE.sum(0)[None])
+    (placement,) = make_policy("balanced", 64, 4).place(Forecast.of(counts_WE.sum(0)[None]))
 
     def split(ranks_per_node: int) -> Callable[[], object]:
         return lambda: plan_dispatch(counts_WE, placement, "flow", Capacity(1.0), ranks_per_node).side_of(3)
@@ -28,7 +28,7 @@ def time_planning() -> dict[str, Any]:
     found = {"split": split(1), "split_nodes_of_8": split(8)}
     for name in ("balanced", "packed", "symi"):
         policy = make_policy(name, 2048, 2)
-        found[f"place_{name}"] = lambda policy=policy: policy.next_placements(popularity_LE.astype(np.int64))
+        found[f"place_{name}"] = lambda policy=policy: policy.place(Forecast.of(popularity_LE.astype(np.int64)))
     return {f"{name}_us": spread(_microseconds(action)) for name, action in found.items()}
 
 
@@ -53,12 +53,12 @@ def switch_domains(path: Path) -> dict[str, Any]:
     num_domains, _, num_experts = popularity_SLE.shape
     rows = []
     for num_ranks, slots in ((8, 12), (16, 6), (8, 9)):
-        uniform = make_policy("static", num_ranks, slots).next_placements(popularity_SLE[0])
+        uniform = make_policy("static", num_ranks, slots).place(Forecast.of(popularity_SLE[0]))
         contenders = [("balanced", "flow", "rank"), ("packed", "flow", "rank"), ("symi", "even", "slot")]
         for name, split, per in contenders:
             dropped, slot, pooled = [], [], []
             for planned in range(num_domains):
-                placements = make_policy(name, num_ranks, slots).next_placements(popularity_SLE[planned])
+                placements = make_policy(name, num_ranks, slots).place(Forecast.of(popularity_SLE[planned]))
                 for run in set(range(num_domains)) - {planned}:
                     popularity_LE = popularity_SLE[run]
                     dropped.append(_dropped(popularity_LE, placements, split, per))

@@ -15,7 +15,8 @@ class TopOfTheStep(sml.PlacementPolicy):
     Every rank asks it alone, so that the same popularity must always give the same placements.
     """
 
-    def next_placements(self, popularity_LE):
+    def place(self, forecast):
+        popularity_LE = forecast.popularity_LE
         tables = []
         for popularity_E in popularity_LE:
             num_experts = len(popularity_E)

@@ -23,7 +23,7 @@ from swiftmoe_lightning.modules import (
     convert,
     register_hf_experts,
 )
-from swiftmoe_lightning.placement import Placement, PlacementPolicy
+from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, accelerate, register
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ExpertPopularityMonitor",
     "Experts",
+    "Forecast",
     "LayerLoad",
     "LoadReader",
     "MoE",

@@ -108,7 +108,6 @@ def plan(  # noqa: PLR0913 - options
     policies: _Policies = "balanced,packed,symi,static",
     lag: _Lag = 1,
     replace_every: Annotated[str, _option("Steps between two placements, or 'auto'.")] = "1",
-    popularity_decay: Annotated[float, _option("Expect a moving average that fades by this much a step.", 0)] = 0.0,
     experts_bytes: _Bytes = 1_000_000,
     state_bytes: Annotated[int | None, _option("Bytes of an expert's optimizer state (default: 8 x weights).", 0)] = (
         None
@@ -142,7 +141,6 @@ def plan(  # noqa: PLR0913 - options
             capacity=capacity,
             lag=lag,
             replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
-            popularity_decay=popularity_decay,
         )
         result = make_plan(found, machine, options, None if as_json else _say)
     if as_json:

@@ -23,8 +23,6 @@ class SwiftMoEConfig:
         (uniform, contiguous), or a subclass of `PlacementPolicy`.
     replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves a
         layer as it is while its loads are even and no fewer hosts would do.
-    popularity_decay: what placements expect of the next step: 0 the last one, d in 0..1 a moving average in which
-        the past fades by d a placement.
     token_split: how an expert's tokens are shared by its hosts: "flow" (so that the loads of all ranks are as even as
         the placement allows; equal shares where every slot has a budget of its own), "local" (equal shares a slot),
         or "even" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
@@ -42,7 +40,6 @@ class SwiftMoEConfig:
     slots_per_rank: int | None = None
     placement: Any = "balanced"
     replace_every: int | Literal["auto"] = 1
-    popularity_decay: float = 0.0
     token_split: str = "flow"
     dense: str = "ddp"
     param_dtype: str | None = None
@@ -52,8 +49,6 @@ class SwiftMoEConfig:
     def __post_init__(self) -> None:
         if self.replace_every != "auto":
             check_whole(replace_every=self.replace_every)
-        if not is_number(self.popularity_decay) or not 0 <= self.popularity_decay < 1:
-            raise ValueError(f"popularity_decay must be 0 or more and below 1, got {self.popularity_decay!r}.")
         if self.slots_per_rank is not None:
             check_whole(slots_per_rank=self.slots_per_rank)
         if isinstance(self.placement, str):

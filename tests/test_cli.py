@@ -227,7 +227,6 @@ def test_no_file_and_no_trace_in_a_folder_end_with_one_line(tmp_path: Path) -> N
         (["--slots", "1"], "2 slots cannot hold 4 experts"),
         (["--replace-every", "often"], "replace_every must be a whole number of 1 or more, got 'often'"),
         (["--replace-every", "0"], "replace_every must be a whole number of 1 or more, got 0"),
-        (["--popularity-decay", "1"], "popularity_decay must be 0 or more and below 1, got 1.0"),
         (["--capacity-factor", "inf"], "capacity_factor must be a number above 0, got inf"),
         (["--capacity", "node"], "capacity must be one of 'rank', 'slot', got 'node'"),
         (["--tflops", "100"], "Give both link_bytes and flops"),

@@ -9,6 +9,7 @@ import swiftmoe_lightning as sml
 NAMES = [
     "ExpertPopularityMonitor",
     "Experts",
+    "Forecast",
     "LayerLoad",
     "LoadReader",
     "MoE",
@@ -62,7 +63,6 @@ def test_signatures_are_what_they_were() -> None:
         "slots_per_rank",
         "placement",
         "replace_every",
-        "popularity_decay",
         "token_split",
         "dense",
         "param_dtype",

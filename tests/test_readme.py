@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from swiftmoe_lightning.placement import Forecast
 from tests import hf_models, works_with
 from tests.helpers import script_environment
 
@@ -75,7 +76,7 @@ def test_the_policy_in_the_docs_places_the_hottest_expert_on_every_rank() -> Non
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/placement.md").read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, "placement.md", "exec"), names)
-    (placement,) = names["HotExpertEverywhere"](4, 3).next_placements(np.array([[3, 9, 1, 0, 2]]))
+    (placement,) = names["HotExpertEverywhere"](4, 3).place(Forecast.of(np.array([[3, 9, 1, 0, 2]])))
     assert names["strategy"].config.placement is names["HotExpertEverywhere"]
     assert all(1 in placement.experts_of(rank) for rank in range(4))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from rich.table import Table
 
-from swiftmoe_lightning.report.picture import imbalance
+from swiftmoe_lightning.placement import imbalance
 
 
 def summary_table(

@@ -21,7 +21,7 @@ from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.layer import ShardedLayer
-from swiftmoe_lightning.engine.placing import Placers
+from swiftmoe_lightning.engine.placing import make_placer
 from swiftmoe_lightning.engine.pretrained import gather_to_save
 from swiftmoe_lightning.engine.replaced import refuse_foreign
 from swiftmoe_lightning.engine.steps import layers_ended_by
@@ -63,7 +63,7 @@ class SwiftMoEEngine:
             check_whole(ranks_per_node=ranks_per_node)
         self.group: ExpertGroup | None = None
         self.dense: FullyShardedDense | None = None
-        self._placers: Placers | None = None
+        self._placer: Placer | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
         self._ranks_per_node, self._wants_stop = ranks_per_node, False
         self._tracked: list[TrackedLayer] = []
@@ -98,9 +98,8 @@ class SwiftMoEEngine:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
             serve_stock_code()
-            self._placers = Placers(self.config, self.group)
-        placer_of = None if self._placers is None else self._placers.of
-        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, placer_of)
+            self._placer = make_placer(self.config, self.group)
+        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, self._placer)
         if self.group is not None and self.layers:
             widest = max(layer.experts.num_experts for layer in self.layers)
             agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
@@ -194,10 +193,12 @@ class SwiftMoEEngine:
     def place(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
         """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
         closed = [t for t in tracked if t.close_step()]
-        if self._placers is None:
+        if self._placer is None:
             return {}
         interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
-        return self._placers.next_placements([t for t in closed if t.num_steps % interval == 0])
+        due = {t.name: t for t in closed if t.num_steps % interval == 0}
+        placements = self._placer.next_placements({name: t.load_since_placed() for name, t in due.items()})
+        return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, tracked: list[TrackedLayer], placements: dict[int, Placement]) -> None:
         """Phase 4: begin to send the masters' rows to their hosts; each layer's next forward waits for its own."""
@@ -278,16 +279,13 @@ class SwiftMoEEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: layers' popularity and placements. Loads with weights_only=True."""
-        return {t.name: t.state_dict(self._placer_of(t)) for t in self._tracked}
+        return {t.name: t.state_dict(self._placer) for t in self._tracked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; at another world size placements are made anew from its popularity."""
         for t in self._tracked:
             if t.name in state:
-                t.load_state_dict(state[t.name], self._placer_of(t))
-
-    def _placer_of(self, tracked: TrackedLayer) -> Placer | None:
-        return None if self._placers is None else self._placers.of(tracked.experts.num_experts)
+                t.load_state_dict(state[t.name], self._placer)
 
     def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
         return self.module.parameters() if parameters is None else parameters

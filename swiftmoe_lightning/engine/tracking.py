@@ -5,7 +5,6 @@ W ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -18,8 +17,8 @@ from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.materialise import materialise_dense
 from swiftmoe_lightning.engine.replaced import Replaced
 from swiftmoe_lightning.engine.slots import ExpertSlots
-from swiftmoe_lightning.modules import ExpertLoad, Experts, MoE, TopKRouter, TrainedLoad
-from swiftmoe_lightning.placement import Observation, Placement, Placer
+from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
+from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
 
 # What `TrackedLayer.state_dict` holds.
 _SAVED: Final = ("popularity", "slot_to_expert", "world_size", "num_steps", "placer")
@@ -32,7 +31,7 @@ class TrackedLayer:
         self.index, self.name, self.experts, self.router = index, name, experts, router
         self.sharded: ShardedLayer | None = None
         self.num_steps = 0
-        self._closed = self._placed = experts.trained_load.total
+        self._since_step, self._since_placed = experts.load_cursor(), experts.load_cursor()
         self._step: ExpertLoad | None = None
         self.replaced = Replaced()
 
@@ -42,7 +41,7 @@ class TrackedLayer:
         replaced = shard_parameters(self.experts, group, master_device)
         self.replaced.add(replaced.values())
         if self.sharded is None:
-            (first,) = placer.placements_of([self.name])
+            first = placer.planned({self.name: self.experts.num_experts})[self.name]
             slots = ExpertSlots(
                 self.experts.expert_parameters,
                 group,
@@ -63,8 +62,7 @@ class TrackedLayer:
 
     def close_step(self) -> bool:
         """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
-        trained = self.experts.trained_load
-        load, self._closed = trained.since(self._closed), trained.total
+        load = self._since_step.read()
         if load.num_choices == 0:
             return False
         self.num_steps += 1
@@ -73,11 +71,9 @@ class TrackedLayer:
             self.router.update_bias(load.popularity_E)
         return True
 
-    def take_observation(self) -> Observation:
-        """What was trained since the last placement."""
-        trained = self.experts.trained_load
-        load, self._placed = trained.since(self._placed), trained.total
-        return Observation(trained.placement, load.popularity_E, load.wanted_W)
+    def load_since_placed(self) -> ExpertLoad:
+        """What was trained since the last placement. Asked for once."""
+        return self._since_placed.read()
 
     def state_dict(self, placer: Placer | None) -> dict[str, Any]:
         """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size.
@@ -114,7 +110,7 @@ class TrackedLayer:
         if state["world_size"] == now.world_size and saved.size == now.slot_to_expert_S.size:
             placement = Placement(saved, now.num_experts, now.world_size)
         else:
-            (placement,) = placer.placements_of([self.name])
+            placement = placer.planned({self.name: now.num_experts})[self.name]
         # Gradients that wait in the slots belong to the placement of now.
         if not self.holds_gradients():
             self.sharded.slots.move_to(placement)
@@ -159,11 +155,11 @@ def track_layers(
     config: SwiftMoEConfig,
     device: torch.device,
     known: list[TrackedLayer],
-    placer_of: Callable[[int], Placer] | None,
+    placer: Placer | None,
 ) -> list[TrackedLayer]:
     """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective.
 
-    placer_of: E -> the placer of layers of E experts; None on one rank.
+    placer: None on one rank.
 
     Raises ValueError for experts inside an adapter, quantised, or under two routers.
     """
@@ -178,8 +174,8 @@ def track_layers(
             tracked.append(t)
     for index, t in enumerate(tracked):
         t.index = index
-        if group is not None and placer_of is not None:
-            t.shard(group, config, device, placer_of(t.experts.num_experts))
+        if group is not None and placer is not None:
+            t.shard(group, config, device, placer)
             assert t.sharded is not None
             t.sharded.index = index
     materialise_dense(module, device)

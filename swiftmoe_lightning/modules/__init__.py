@@ -4,7 +4,7 @@ from swiftmoe_lightning.modules.convert import convert
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
 from swiftmoe_lightning.modules.hf_experts import register_hf_experts
 from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
-from swiftmoe_lightning.modules.load import ExpertLoad, TrainedLoad
+from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
@@ -12,10 +12,10 @@ from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 __all__ = [
     "NON_FINITE_SCORES",
     "ExpertHosting",
-    "ExpertLoad",
     "Experts",
     "ExpertsOutput",
     "LayerLoad",
+    "LoadCursor",
     "LoadReader",
     "LocalHosting",
     "MoE",

@@ -19,8 +19,8 @@ from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_layer, ex
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.initialise import fill_rows_uniform
-from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, ExpertLoad, OnceInBackward, TrainedLoad
-from swiftmoe_lightning.placement import Capacity, plan_dispatch
+from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, OnceInBackward, TrainedLoad
+from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +113,10 @@ class Experts(nn.Module):
         """Name -> parameter [E, rows, ...]; on masters the global tensors."""
         return dict(self.named_parameters(recurse=False))
 
+    def load_cursor(self) -> LoadCursor:
+        """A reader of what these experts train on from now on."""
+        return LoadCursor(lambda: self.trained_load)
+
     def reset_parameters(self) -> None:
         """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does.
 
@@ -167,10 +171,10 @@ class Experts(nn.Module):
                 arrived_MD, order.choice_N, rows_M1, order.ends_G, self._weights(x_TD.dtype), self.activation
             )
             out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
-        load = ExpertLoad.of(counts_WE, plan)
+        load = ExpertLoad.of(counts_WE, plan, placement)
 
         def on_backward() -> None:
-            self.trained_load.add(load, placement)
+            self.trained_load.add(load)
 
         if out_TD.requires_grad:
             # At every backward: one forward may have several (retain_graph=True), which train each time.

@@ -1,20 +1,14 @@
-"""Counters of what a layer's experts were given; they only grow, so any number of readers can take differences.
-
-W ranks, E experts.
-"""
+"""Counters of what a layer's experts were given. W ranks, E experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.placement import DispatchPlan, Placement
+from swiftmoe_lightning.placement import ExpertLoad, Placement
 
 NON_FINITE_SCORES = (
     "the router gave non-finite scores in {where}. Training has diverged, or its input holds inf or nan: lower the "
@@ -22,85 +16,11 @@ NON_FINITE_SCORES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertLoad:
-    """Token-choices of all ranks: the same numbers on every rank.
-
-    counts_WE: [W, E] int64, token-choices of each rank's tokens for each expert.
-    wanted_W: [W] int64, token-choices that went to each rank.
-    load_W: [W] int64, those of them that it computed; the others were over capacity.
-    budget: token-choices that a rank (or a slot) might have computed; 0 without a capacity.
-    """
-
-    counts_WE: np.ndarray
-    wanted_W: np.ndarray
-    load_W: np.ndarray
-    budget: int
-
-    @staticmethod
-    def zero(num_experts: int, world_size: int) -> ExpertLoad:
-        zero_W = np.zeros(world_size, np.int64)
-        return ExpertLoad(np.zeros((world_size, num_experts), np.int64), zero_W, zero_W, 0)
-
-    @staticmethod
-    def alone(counts_E: np.ndarray) -> ExpertLoad:
-        """A single device's, which drops nothing."""
-        load_W = counts_E.sum(keepdims=True)
-        return ExpertLoad(counts_E[None], load_W, load_W, 0)
-
-    @staticmethod
-    def of(counts_WE: np.ndarray, plan: DispatchPlan) -> ExpertLoad:
-        return ExpertLoad(counts_WE, plan.wanted_W, plan.load_W, plan.budget)
-
-    def __add__(self, other: ExpertLoad) -> ExpertLoad:
-        return ExpertLoad(
-            self.counts_WE + other.counts_WE,
-            self.wanted_W + other.wanted_W,
-            self.load_W + other.load_W,
-            self.budget + other.budget,
-        )
-
-    def __sub__(self, other: ExpertLoad) -> ExpertLoad:
-        return ExpertLoad(
-            self.counts_WE - other.counts_WE,
-            self.wanted_W - other.wanted_W,
-            self.load_W - other.load_W,
-            self.budget - other.budget,
-        )
-
-    @cached_property
-    def popularity_E(self) -> np.ndarray:
-        """[E] int64: token-choices routed to each expert."""
-        return self.counts_WE.sum(0)
-
-    @property
-    def num_choices(self) -> int:
-        """Token-choices routed."""
-        return int(self.popularity_E.sum())
-
-    @property
-    def num_dropped_tokens(self) -> int:
-        """Token-choices over capacity."""
-        return int(self.wanted_W.sum() - self.load_W.sum())
-
-    @property
-    def imbalance(self) -> float:
-        """Largest load of a rank over the mean load; 1.0 is perfect (and the value when nothing was computed)."""
-        total = int(self.load_W.sum())
-        return float(self.load_W.max() * len(self.load_W) / total) if total else 1.0
-
-    @property
-    def token_survival_rate(self) -> float:
-        """Share of token-choices that were computed, 0..1."""
-        return 1.0 - self.num_dropped_tokens / self.num_choices if self.num_choices else 1.0
-
-
 class TrainedLoad:
-    """A layer's load since it was built: `total`, and the placement that the last trained step ran with."""
+    """A layer's load since it was built, counted in backward. It only grows: `LoadCursor` takes differences."""
 
     def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        self._total = ExpertLoad.zero(placement.num_experts, placement.world_size)
+        self._total = ExpertLoad.zero(placement)
         # [E + 1] int64: what one device counted, and forwards with non-finite scores, not yet asked for.
         self._on_device: Tensor | None = None
 
@@ -115,20 +35,31 @@ class TrainedLoad:
             self._on_device = None
             if numbers[-1]:
                 raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
-            self._total = self._total + ExpertLoad.alone(numbers[:-1])
+            # A single device drops nothing.
+            load_W = numbers[:-1].sum(keepdims=True)
+            self._total = self._total + ExpertLoad(self._total.placement, numbers[None, :-1], load_W, load_W, 0)
         return self._total
 
-    def add(self, load: ExpertLoad, placement: Placement) -> None:
-        self._total, self.placement = self.total + load, placement
+    def add(self, load: ExpertLoad) -> None:
+        self._total = self.total + load
 
     def add_on_device(self, counts_E: Tensor, scores_finite: Tensor) -> None:
         """The load of a single device, without waiting for it."""
         numbers = torch.cat([counts_E.to(torch.int64), scores_finite.logical_not().view(1).to(torch.int64)])
         self._on_device = numbers if self._on_device is None else self._on_device + numbers
 
-    def since(self, earlier: ExpertLoad) -> ExpertLoad:
-        """What was trained after `earlier`, an earlier `total`; everything, if the ranks were others then."""
-        return self.total - earlier if earlier.load_W.shape == self.total.load_W.shape else self.total
+
+class LoadCursor:
+    """How far one reader has read a layer's load; readers do not disturb each other."""
+
+    def __init__(self, trained: Callable[[], TrainedLoad]) -> None:
+        self._trained, self._seen = trained, trained().total
+
+    def read(self) -> ExpertLoad:
+        """What was trained since the last read, or since the cursor was made; everything, if the ranks were others."""
+        total, seen = self._trained().total, self._seen
+        self._seen = total
+        return total - seen if total.load_W.shape == seen.load_W.shape else total
 
 
 class OnceInBackward:

@@ -8,20 +8,17 @@ import numpy as np
 from torch import nn
 
 from swiftmoe_lightning.modules.experts import Experts
-from swiftmoe_lightning.modules.load import ExpertLoad
-from swiftmoe_lightning.placement import Capacity, Certificate, Placement, certify_drops, certify_imbalance
+from swiftmoe_lightning.placement import Capacity, Certificate, ExpertLoad, certify
 
 
 @dataclass(frozen=True, eq=False)
 class LayerLoad(ExpertLoad):
     """What one MoE layer trained on between two reads; equal on all ranks.
 
-    placement: where the experts were in the last step.
     num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
     capacity: the layer's; None is dropless.
     """
 
-    placement: Placement
     num_moved: int
     capacity: Capacity | None
 
@@ -36,9 +33,7 @@ class LayerLoad(ExpertLoad):
 
         For reads of one step; over several it asks for one placement to fit them all.
         """
-        if self.capacity is None:
-            return certify_imbalance(self.popularity_E, self.placement, self.wanted_W)
-        return certify_drops(self.popularity_E, self.placement, self.num_dropped_tokens, self.budget, self.capacity.per)
+        return certify(self, self.capacity)
 
 
 class LoadReader:
@@ -49,8 +44,8 @@ class LoadReader:
 
     def __init__(self, module: nn.Module) -> None:
         self._layers = {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
-        self._seen = {name: experts.trained_load.total for name, experts in self._layers.items()}
-        self._placements = {name: experts.trained_load.placement for name, experts in self._layers.items()}
+        self._cursors = {name: experts.load_cursor() for name, experts in self._layers.items()}
+        self._placements = {name: experts.trained_load.total.placement for name, experts in self._layers.items()}
 
     @property
     def num_experts(self) -> dict[str, int]:
@@ -61,13 +56,10 @@ class LoadReader:
         """Layer name -> its load since the last read, or since the reader was made; layers without any are left out."""
         found = {}
         for name, experts in self._layers.items():
-            trained = experts.trained_load
-            load = trained.since(self._seen[name])
+            load, before = self._cursors[name].read(), self._placements[name]
+            now = self._placements[name] = load.placement
             if load.num_choices:
-                before, now = self._placements[name], trained.placement
                 moved = before.num_moved(now) if before.world_size == now.world_size else 0
-                found[name] = LayerLoad(
-                    load.counts_WE, load.wanted_W, load.load_W, load.budget, now, moved, experts.capacity
-                )
-            self._seen[name], self._placements[name] = trained.total, trained.placement
+                parts = (load.counts_WE, load.wanted_W, load.load_W, load.budget)
+                found[name] = LayerLoad(now, *parts, moved, experts.capacity)
         return found

@@ -1,9 +1,17 @@
 """Pure maths of where experts live and which tokens go where. No torch, no processes."""
 
 from swiftmoe_lightning.placement.balanced import BalancedPolicy
-from swiftmoe_lightning.placement.certificate import CAUSES, Certificate, certify_drops, certify_imbalance
+from swiftmoe_lightning.placement.certificate import (
+    CAUSES,
+    Certificate,
+    certify,
+    certify_drops,
+    certify_imbalance,
+)
+from swiftmoe_lightning.placement.forecast import Forecast
+from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.placement import Placement
-from swiftmoe_lightning.placement.placer import Observation, Placer
+from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
     PackedPolicy,
     StaticPolicy,
@@ -26,7 +34,9 @@ __all__ = [
     "Capacity",
     "Certificate",
     "DispatchPlan",
-    "Observation",
+    "ExpertLoad",
+    "Forecast",
+    "LayerMemory",
     "PackedPolicy",
     "Placement",
     "PlacementPolicy",
@@ -35,8 +45,10 @@ __all__ = [
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "certify",
     "certify_drops",
     "certify_imbalance",
+    "imbalance",
     "make_policy",
     "peer_runs",
     "plan_collection",

@@ -44,10 +44,6 @@ class BalancedPolicy(PlacementPolicy):
         self._rank_of_position = np.lexsort((ranks // ranks_per_node, ranks % ranks_per_node))
 
     @override
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        return self.place(Forecast.of(popularity_LE))
-
-    @override
     def place(self, forecast: Forecast) -> list[Placement]:
         num_experts = forecast.popularity_LE.shape[1]
         check_slots(num_experts, self.num_slots)

@@ -20,9 +20,11 @@ from typing import Final
 
 import numpy as np
 
+from swiftmoe_lightning.placement.load import ExpertLoad
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.replication import minmax_replica_counts
 from swiftmoe_lightning.placement.shares import scaling_weights
+from swiftmoe_lightning.placement.token_split import Capacity
 
 CAUSES: Final = ("split", "placement", "prediction", "floor", "rounding")
 
@@ -44,6 +46,13 @@ class Certificate:
         """Cause -> what was lost to it, 0 or more; with the last bound they add up to `achieved`."""
         values = [self.achieved, *self.bounds.values()]
         return {cause: max(a - b, 0.0) for cause, a, b in zip(self.bounds, values, values[1:], strict=False)}
+
+
+def certify(load: ExpertLoad, capacity: Capacity | None) -> Certificate:
+    """The certificate of one step's load: of its drops where there is a capacity, of its imbalance where not."""
+    if capacity is None:
+        return certify_imbalance(load.popularity_E, load.placement, load.wanted_W)
+    return certify_drops(load.popularity_E, load.placement, load.num_dropped_tokens, load.budget, capacity.per)
 
 
 def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: np.ndarray) -> Certificate:

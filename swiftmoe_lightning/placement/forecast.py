@@ -47,15 +47,12 @@ class Forecast:
 
 
 class Forecaster:
-    """Expects of each expert what it got last, or a moving average of it, and keeps count of how far that was off.
+    """Expects of each expert what it got last, and keeps count of how far that was off.
 
-    decay: 0 expects the last step again; d expects (1 - d) * last + d * what was expected of it.
-
-    On traces recorded step by step the last step alone was as good as any average or better, so it is the default.
+    On traces recorded step by step the last step alone was as good as any moving average, or better.
     """
 
-    def __init__(self, num_experts: int, decay: float = 0.0) -> None:
-        self._decay = decay
+    def __init__(self, num_experts: int) -> None:
         self.expected_E = np.zeros(num_experts)
         # Sum of squared errors over loads, its weight, and the weight of the guess: all fade alike.
         self._error, self._weight, self._guess = 0.0, 0.0, _GUESS_STEPS
@@ -75,7 +72,7 @@ class Forecaster:
         error = ((popularity_E - expected_E) ** 2).sum() / (2 * float(total) ** 2)
         self._error, self._weight = _FADE * self._error + error, _FADE * self._weight + 1
         self._guess *= _FADE
-        self.expected_E = (1 - self._decay) * popularity_E + self._decay * expected_E
+        self.expected_E = popularity_E.astype(np.float64)
 
     def spread(self, world_size: int) -> float:
         """var(load) / load in mean loads of one of `world_size` ranks, about the expected loads."""

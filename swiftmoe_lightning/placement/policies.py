@@ -27,17 +27,19 @@ _COLD: Final = 0.03
 class StaticPolicy(PlacementPolicy):
     """The same number of replicas for every expert, laid out expert by expert, for ever."""
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        num_layers, num_experts = popularity_LE.shape
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        num_layers, num_experts = forecast.popularity_LE.shape
         return [Placement.uniform(num_experts, self.world_size, self.slots_per_rank)] * num_layers
 
 
 class SymiPolicy(PlacementPolicy):
     """The paper's: replicas in proportion to popularity, laid out expert by expert (Algorithm 1)."""
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        num_experts = popularity_LE.shape[1]
-        counts_LE = symi_replica_counts(popularity_LE, self.num_slots)
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        num_experts = forecast.popularity_LE.shape[1]
+        counts_LE = symi_replica_counts(forecast.popularity_LE, self.num_slots)
         return self.placements_of([np.repeat(np.arange(num_experts), c_E) for c_E in counts_LE], num_experts)
 
 
@@ -50,10 +52,6 @@ class PackedPolicy(PlacementPolicy):
     """
 
     is_guarded = True
-
-    @override
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        return self.place(Forecast.of(popularity_LE, spread=0.0))
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:

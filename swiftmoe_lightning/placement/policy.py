@@ -30,15 +30,12 @@ class PlacementPolicy(ABC):
         return self.world_size * self.slots_per_rank
 
     @abstractmethod
-    def next_placements(self, popularity_LE: np.ndarray) -> Sequence[Placement]:
+    def place(self, forecast: Forecast) -> Sequence[Placement]:
         """One `Placement` a layer.
 
-        popularity_LE: [L, E] token-choices expected of the next step, all ranks; zeros are allowed.
+        forecast: of the next step: `popularity_LE` [L, E] token-choices, all ranks (zeros are allowed), and how far
+            loads may be from it.
         """
-
-    def place(self, forecast: Forecast) -> Sequence[Placement]:
-        """One `Placement` a layer, for a rule that also looks at how far loads may be from what is expected."""
-        return self.next_placements(forecast.popularity_LE)
 
     def placements_of(self, tables_LS: Sequence[np.ndarray] | np.ndarray, num_experts: int) -> list[Placement]:
         """The expert of every slot of every layer, as placements for these ranks."""
@@ -51,12 +48,12 @@ def check_placements(
     """Raise ValueError unless a policy's placements fit its ranks, its slots and the layers."""
     name = type(policy).__name__
     if len(placements) != num_layers:
-        raise ValueError(f"{name}.next_placements gave {len(placements)} placements for {num_layers} layers.")
+        raise ValueError(f"{name}.place gave {len(placements)} placements for {num_layers} layers.")
     wanted = (num_experts, policy.world_size, policy.slots_per_rank)
     for placement in placements:
         found = (placement.num_experts, placement.world_size, placement.slots_per_rank)
         if found != wanted:
             raise ValueError(
-                f"{name}.next_placements must place {wanted[0]} experts on {wanted[1]} ranks of {wanted[2]} slots, got "
+                f"{name}.place must place {wanted[0]} experts on {wanted[1]} ranks of {wanted[2]} slots, got "
                 f"a placement of {found[0]} experts on {found[1]} ranks of {found[2]} slots."
             )

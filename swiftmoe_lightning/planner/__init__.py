@@ -4,7 +4,7 @@ from swiftmoe_lightning.planner.contenders import CONTENDERS, Contender
 from swiftmoe_lightning.planner.cost import Machine
 from swiftmoe_lightning.planner.plan import Plan, PlanOptions, make_plan
 from swiftmoe_lightning.planner.read_trace import read_trace
-from swiftmoe_lightning.planner.replay import Replay, Rules, rank_imbalance, replay
+from swiftmoe_lightning.planner.replay import Replay, Rules, replay
 from swiftmoe_lightning.planner.sizes import Sizes
 from swiftmoe_lightning.planner.trace import Trace
 from swiftmoe_lightning.planner.write_trace import check_writable, writer_for
@@ -21,7 +21,6 @@ __all__ = [
     "Trace",
     "check_writable",
     "make_plan",
-    "rank_imbalance",
     "read_trace",
     "replay",
     "writer_for",

@@ -26,7 +26,7 @@ class PlanOptions:
     policies: names of `CONTENDERS`. capacity_factor: None is dropless.
     capacity: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Contender`).
     lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
-    replace_every, popularity_decay: as in `SwiftMoEConfig`.
+    replace_every: as in `SwiftMoEConfig`.
 
     Raises ValueError for a value out of range.
     """
@@ -36,15 +36,11 @@ class PlanOptions:
     capacity: str | None = None
     lag: int = 1
     replace_every: int | str = 1
-    popularity_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole(0, lag=self.lag)
-        # They are a run's settings, and checked as such.
-        SwiftMoEConfig(
-            replace_every=self.replace_every,  # type: ignore[arg-type]
-            popularity_decay=self.popularity_decay,
-        )
+        # It is a run's setting, and checked as such.
+        SwiftMoEConfig(replace_every=self.replace_every)  # type: ignore[arg-type]
         if not self.policies:
             raise ValueError(f"name at least one policy of {', '.join(CONTENDERS)}.")
         for name in self.policies:
@@ -64,7 +60,6 @@ class PlanOptions:
             capacity=capacity,
             lag=0 if contender.is_clairvoyant else self.lag,
             interval=self.replace_every,
-            decay=self.popularity_decay,
         )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Final
 
 import numpy as np
@@ -17,13 +18,12 @@ from swiftmoe_lightning.placement import (
     CAUSES,
     Capacity,
     Certificate,
-    DispatchPlan,
-    Observation,
-    Placement,
+    ExpertLoad,
+    Forecast,
     PlacementPolicy,
     Placer,
-    certify_drops,
-    certify_imbalance,
+    certify,
+    imbalance,
     plan_dispatch,
 )
 from swiftmoe_lightning.planner.cost import busiest_phase
@@ -61,13 +61,7 @@ class Replay:
     @property
     def imbalance_SL(self) -> np.ndarray:
         """[S, L] largest load of a rank over the mean load; 1 where nothing was computed."""
-        return rank_imbalance(self.load_SLW)
-
-
-def rank_imbalance(load_SLW: np.ndarray) -> np.ndarray:
-    """[S, L]: load of the busiest rank over the mean; 1 where nothing was computed."""
-    mean_SL = load_SLW.mean(2)
-    return np.where(mean_SL > 0, load_SLW.max(2) / np.where(mean_SL > 0, mean_SL, 1), 1.0)
+        return imbalance(self.load_SLW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +71,13 @@ class Rules:
     split: token split. capacity: None is dropless.
     lag: a step is planned from the one this many rows before it; 1 is what training does. 0 is a clairvoyant's: the
         policy alone, told of the very step that it serves.
-    interval: rows between two placements, or "auto"; decay: of the moving average. See `SwiftMoEConfig`.
+    interval: rows between two placements, or "auto". See `SwiftMoEConfig`.
     """
 
     split: str = "flow"
     capacity: Capacity | None = None
     lag: int = 1
     interval: int | str = 1
-    decay: float = 0.0
 
 
 def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
@@ -100,12 +93,11 @@ def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) ->
     seconds = 0.0
     for step, popularity_LE in enumerate(popularity_SLE):
         begin = time.perf_counter()
-        placements, plans = run.step(popularity_LE)
+        loads = run.step(popularity_LE)
         seconds += time.perf_counter() - begin
-        found.keep(step, placements, plans)
+        found.keep(step, loads)
         if step in certified:
-            layers = zip(popularity_LE, placements, plans, strict=True)
-            certificates += [_certify(*layer, rules.capacity) for layer in layers if layer[0].any()]
+            certificates += [certify(load, rules.capacity) for load in loads if load.num_choices]
     return Replay(
         found.replicas_SLE,
         found.wanted_SLW,
@@ -132,65 +124,48 @@ class _Run:
     def __init__(self, policy: PlacementPolicy, rules: Rules, num_layers: int, num_experts: int) -> None:
         self._policy, self._rules = policy, rules
         self._names = [str(layer) for layer in range(num_layers)]
-        self._placer = Placer(policy, num_experts, decay=rules.decay, keeps_even=rules.interval == "auto")
-        self._placements: Sequence[Placement] = self._placer.placements_of(self._names)
-        self._unseen: deque[list[Observation]] = deque()
+        self._placer = Placer(lambda _: policy, keeps_even=rules.interval == "auto")
+        self._placements = list(self._placer.planned(dict.fromkeys(self._names, num_experts)).values())
+        self._unseen: deque[list[ExpertLoad]] = deque()
         # By layer: what it saw since it was placed.
-        self._since: list[list[Observation]] = [[] for _ in self._names]
+        self._since: list[list[ExpertLoad]] = [[] for _ in self._names]
 
-    def step(self, popularity_LE: np.ndarray) -> tuple[Sequence[Placement], list[DispatchPlan]]:
-        """One row of the trace -> where its experts were, and what every layer's ranks got."""
+    def step(self, popularity_LE: np.ndarray) -> list[ExpertLoad]:
+        """One row of the trace -> each layer's load, and where its experts were."""
         if self._rules.lag == 0:
-            self._placements = self._policy.next_placements(popularity_LE)
+            self._placements = list(self._policy.place(Forecast.of(popularity_LE, spread=0.0)))
         elif len(self._unseen) == self._rules.lag:
             self._see(self._unseen.popleft())
-        # Who sends what does not matter to loads, so one source will do.
-        plans = [
-            plan_dispatch(popularity_E[None], placement, self._rules.split, self._rules.capacity)
-            for popularity_E, placement in zip(popularity_LE, self._placements, strict=True)
-        ]
+        loads = []
+        for popularity_E, placement in zip(popularity_LE, self._placements, strict=True):
+            # Who sends what does not matter to loads, so one source will do.
+            counts_1E = popularity_E[None]
+            plan = plan_dispatch(counts_1E, placement, self._rules.split, self._rules.capacity)
+            loads.append(ExpertLoad.of(counts_1E, plan, placement))
         if self._rules.lag:
-            layers = zip(self._placements, popularity_LE, plans, strict=True)
-            self._unseen.append([Observation(p, popularity_E, plan.wanted_W) for p, popularity_E, plan in layers])
-        return self._placements, plans
+            self._unseen.append(loads)
+        return loads
 
-    def _see(self, observed: list[Observation]) -> None:
+    def _see(self, loads: list[ExpertLoad]) -> None:
         interval = self._rules.interval if isinstance(self._rules.interval, int) else 1
         seen = {}
-        for layer, observation in enumerate(observed):
+        for layer, load in enumerate(loads):
             since = self._since[layer]
             # As in training, a layer that a step did not use has nothing to go by, and does not count the step.
-            if observation.popularity_E.any():
-                since.append(observation)
+            if load.num_choices:
+                since.append(load)
             is_due = len(since) == interval
-            seen[self._names[layer]] = _summed(since if is_due else [], self._placements[layer])
+            seen[self._names[layer]] = reduce(add, since) if is_due else ExpertLoad.zero(self._placements[layer])
             if is_due:
                 since.clear()
         # All layers or none: some policies remember them as one table.
-        if any(observation.popularity_E.any() for observation in seen.values()):
+        if any(load.num_choices for load in seen.values()):
             found = self._placer.next_placements(seen)
             self._placements = [
                 # With a lag, to stay is not to go back to where it was when that step ran.
                 now if self._rules.interval == "auto" and found[name] is seen[name].placement else found[name]
                 for name, now in zip(self._names, self._placements, strict=True)
             ]
-
-
-def _summed(steps: Sequence[Observation], placement: Placement) -> Observation:
-    """These steps as one; of no steps, one without tokens."""
-    popularity_E = np.zeros(placement.num_experts, dtype=np.int64)
-    wanted_W = np.zeros(placement.world_size, dtype=np.int64)
-    for step in steps:
-        popularity_E, wanted_W = popularity_E + step.popularity_E, wanted_W + step.wanted_W
-    return Observation(steps[-1].placement if steps else placement, popularity_E, wanted_W)
-
-
-def _certify(
-    popularity_E: np.ndarray, placement: Placement, plan: DispatchPlan, capacity: Capacity | None
-) -> Certificate:
-    if capacity is None:
-        return certify_imbalance(popularity_E, placement, plan.wanted_W)
-    return certify_drops(popularity_E, placement, plan.num_dropped_tokens, plan.budget, capacity.per)
 
 
 class _Arrays:
@@ -202,14 +177,15 @@ class _Arrays:
         self.load_SLW = np.zeros_like(self.wanted_SLW)
         self.hosted_SL, self.moved_SL = np.zeros((2, num_steps, num_layers), dtype=np.int64)
         self.busiest_SL = np.zeros((num_steps, num_layers))
-        self._before: Sequence[Placement] = ()
+        self._before: list[ExpertLoad] = []
 
-    def keep(self, step: int, placements: Sequence[Placement], plans: list[DispatchPlan]) -> None:
-        for layer, (placement, plan) in enumerate(zip(placements, plans, strict=True)):
+    def keep(self, step: int, loads: list[ExpertLoad]) -> None:
+        for layer, load in enumerate(loads):
+            placement = load.placement
             self.replicas_SLE[step, layer] = placement.replica_counts_E
-            self.wanted_SLW[step, layer], self.load_SLW[step, layer] = plan.wanted_W, plan.load_W
+            self.wanted_SLW[step, layer], self.load_SLW[step, layer] = load.wanted_W, load.load_W
             self.hosted_SL[step, layer] = len(placement.pair_host_D)
             self.busiest_SL[step, layer] = busiest_phase(placement)
             if self._before:
-                self.moved_SL[step, layer] = self._before[layer].num_moved(placement)
-        self._before = placements
+                self.moved_SL[step, layer] = self._before[layer].placement.num_moved(placement)
+        self._before = loads

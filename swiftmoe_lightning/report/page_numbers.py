@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from swiftmoe_lightning.planner import rank_imbalance
+from swiftmoe_lightning.placement import imbalance
 from swiftmoe_lightning.report.page_data import PageData, PolicySeries
 
 _MOST_COLUMNS: Final = 400
@@ -79,7 +79,7 @@ def lines(data: PageData) -> dict[str, Any]:
     return {
         **columns.edges(data.step_S),
         "survival": [_survival(columns, policy.dropped_SL, total_SL) for policy in data.policies],
-        "imbalance": [_imbalance(columns, rank_imbalance(policy.load_SLW)) for policy in data.policies],
+        "imbalance": [_imbalance(columns, imbalance(policy.load_SLW)) for policy in data.policies],
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Final
 
-from swiftmoe_lightning.planner import rank_imbalance
+from swiftmoe_lightning.placement import imbalance
 from swiftmoe_lightning.report.page_data import PageData, PolicySeries
 from swiftmoe_lightning.report.page_numbers import dropped_share
 
@@ -43,7 +43,7 @@ def dropped(policy: PolicySeries, data: PageData) -> float:
 
 
 def mean_imbalance(policy: PolicySeries) -> float:
-    return float(rank_imbalance(policy.load_SLW).mean())
+    return float(imbalance(policy.load_SLW).mean())
 
 
 def policy_table(data: PageData) -> str:
@@ -63,7 +63,7 @@ def policy_table(data: PageData) -> str:
 def _policy_row(index: int, policy: PolicySeries, data: PageData) -> str:
     share = dropped(policy, data)
     numbers = [f"{100 * share:.2f}", f"{100 * (1 - share):.2f}"]
-    numbers += [f"{mean_imbalance(policy):.3f}", f"{rank_imbalance(policy.load_SLW).max():.2f}"]
+    numbers += [f"{mean_imbalance(policy):.3f}", f"{imbalance(policy.load_SLW).max():.2f}"]
     sent = (policy.bytes_gradients, policy.bytes_weights, policy.bytes_paper, policy.bytes_state_moved)
     numbers += ["–" if value is None else bytes_text(value) for value in sent]
     numbers.append(f"{policy.moved_SL.sum(1).mean():.1f}")

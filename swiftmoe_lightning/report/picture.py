@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from swiftmoe_lightning.placement import imbalance
+
 _MOST_LAYERS: Final = 6
 _MOST_COLOURS: Final = 12
 
@@ -38,11 +40,6 @@ def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: s
     _draw_replicas(figure, axes[:-1, 1], recording, shown)
     _draw_lines(axes[-1], recording)
     figure.savefig(path, dpi=130)
-
-
-def imbalance(loads_SLW: np.ndarray) -> np.ndarray:
-    """[S, L, W] token-choices that ranks computed -> [S, L] the most over the mean; 1.0 is perfect."""
-    return loads_SLW.max(-1) / np.maximum(loads_SLW.mean(-1), 1e-9)
 
 
 def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:

@@ -35,8 +35,8 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     `setup_optimizers`, `backward`, `no_backward_sync`, `clip_gradients`, `save` and `load` (files hold whole experts,
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
-    slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
-        token_split, dense: see `SwiftMoEConfig`.
+    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
+        `SwiftMoEConfig`.
     ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
 
     Raises ValueError for a setting out of range.
@@ -47,7 +47,6 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
         slots_per_rank: int | None = None,
         placement: str | type[PlacementPolicy] = "balanced",
         replace_every: int | Literal["auto"] = 1,
-        popularity_decay: float = 0.0,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
@@ -59,7 +58,6 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
             slots_per_rank=slots_per_rank,
             placement=placement,
             replace_every=replace_every,
-            popularity_decay=popularity_decay,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,

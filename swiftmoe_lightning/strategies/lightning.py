@@ -38,8 +38,8 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
 
     Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
 
-    slots_per_rank, placement, replace_every, popularity_decay, param_dtype, reduce_dtype, offload_optimizer,
-        token_split, dense: see `SwiftMoEConfig`.
+    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
+        `SwiftMoEConfig`.
     save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
         of one plain file. Either kind loads, whatever this is.
     ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
@@ -54,7 +54,6 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         slots_per_rank: int | None = None,
         placement: str | type[PlacementPolicy] = "balanced",
         replace_every: int | Literal["auto"] = 1,
-        popularity_decay: float = 0.0,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
@@ -67,7 +66,6 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
             slots_per_rank=slots_per_rank,
             placement=placement,
             replace_every=replace_every,
-            popularity_decay=popularity_decay,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,

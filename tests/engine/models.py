@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.placement import Forecast
 from tests.engine import dense
 
 
 class RandomPolicy(sml.PlacementPolicy):
     """Another valid placement for every popularity: seeded by it, so that all ranks draw the same."""
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[sml.Placement]:
+    def place(self, forecast: Forecast) -> list[sml.Placement]:
+        popularity_LE = forecast.popularity_LE
         rng = np.random.default_rng(popularity_LE.astype(np.uint64).flatten())
         num_experts = popularity_LE.shape[1]
         spare = self.num_slots - num_experts

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from swiftmoe_lightning import Placement, PlacementPolicy, SwiftMoEConfig
-from swiftmoe_lightning.engine.placing import Placers
-from swiftmoe_lightning.placement import Observation, plan_dispatch
+from swiftmoe_lightning.engine.placing import make_placer
+from swiftmoe_lightning.placement import ExpertLoad, Forecast, plan_dispatch
 
 E, W = 4, 4
 
@@ -20,7 +20,8 @@ class Coldest(PlacementPolicy):
 
     is_guarded = True
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+    def place(self, forecast: Forecast) -> list[Placement]:
+        popularity_LE = forecast.popularity_LE
         tables = [
             np.r_[np.arange(E), np.full(self.num_slots - E, popularity_E.argmin())] for popularity_E in popularity_LE
         ]
@@ -28,17 +29,16 @@ class Coldest(PlacementPolicy):
 
 
 def train(policy: Any, rank: int, num_steps: int) -> None:
-    """Steps of two layers with one hot expert; the placers are dropped in the end, as with an engine."""
+    """Steps of two layers with one hot expert; the placer is dropped in the end, as with an engine."""
     group = SimpleNamespace(rank=rank, world_size=W, ranks_per_node=W)
-    placers = Placers(SwiftMoEConfig(placement=policy, slots_per_rank=2), group)  # type: ignore[arg-type]
-    placer = placers.of(E)
-    popularity_E = np.array([100, 90, 80, 1])
-    names = ["a.experts", "b.experts"]
-    placements = dict(zip(names, placer.placements_of(names), strict=True))
+    placer = make_placer(SwiftMoEConfig(placement=policy, slots_per_rank=2), group)  # type: ignore[arg-type]
+    counts_1E = np.array([[100, 90, 80, 1]])
+    placements = placer.planned({"a.experts": E, "b.experts": E})
     for _ in range(num_steps):
-        wanted = {name: plan_dispatch(popularity_E[None], p).wanted_W for name, p in placements.items()}
-        placements = placer.next_placements({n: Observation(placements[n], popularity_E, wanted[n]) for n in names})
-    del placers
+        plans = {name: plan_dispatch(counts_1E, placement) for name, placement in placements.items()}
+        loads = {name: ExpertLoad.of(counts_1E, plan, placements[name]) for name, plan in plans.items()}
+        placements = placer.next_placements(loads)
+    del placer
     gc.collect()
 
 

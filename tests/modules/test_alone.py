@@ -9,7 +9,7 @@ import torch
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.kernels import paths
-from swiftmoe_lightning.modules.load import TrainedLoad
+from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.placement import Placement
 
 
@@ -69,9 +69,9 @@ def test_scores_that_were_not_finite_are_reported_when_the_load_is_read() -> Non
 
 def test_counts_of_the_device_add_up() -> None:
     load = TrainedLoad(Placement([0, 1], 2, 1))
-    before = load.total
+    cursor = LoadCursor(lambda: load)
     load.add_on_device(torch.tensor([3, 1], dtype=torch.int32), torch.tensor(True))
     load.add_on_device(torch.tensor([0, 4], dtype=torch.int32), torch.tensor(True))
-    found = load.since(before)
+    found = cursor.read()
     assert found.counts_WE.tolist() == [[3, 5]]
     assert (found.load_W.tolist(), found.num_dropped_tokens, found.imbalance) == ([8], 0, 1.0)

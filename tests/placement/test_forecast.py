@@ -4,8 +4,8 @@ import pytest
 from swiftmoe_lightning.placement.forecast import DEFAULT_SPREAD, Forecaster
 
 
-def after(steps, decay=0.0, num_experts=2):
-    forecaster = Forecaster(num_experts, decay)
+def after(steps, num_experts=2):
+    forecaster = Forecaster(num_experts)
     for step in steps:
         forecaster.update(np.array(step))
     return forecaster
@@ -19,11 +19,6 @@ def test_without_a_step_nothing_is_expected_and_the_spread_is_a_guess():
 
 def test_the_last_step_is_expected_again():
     assert after([[30, 10], [10, 30]]).expected_E.tolist() == [10, 30]
-
-
-def test_a_moving_average_fades_by_its_decay_and_compares_shares_not_counts():
-    # The second step has twice the tokens: of the first one its shares are kept.
-    assert after([[30, 10], [20, 60]], decay=0.25).expected_E.tolist() == [0.75 * 20 + 0.25 * 60, 0.75 * 60 + 0.25 * 20]
 
 
 def test_a_step_without_tokens_changes_nothing():
@@ -47,7 +42,7 @@ def test_twice_the_batch_has_the_same_spread():
 
 
 def test_a_restored_forecaster_goes_on_as_the_first_would_have():
-    first, second = after([[30, 10], [20, 20]], decay=0.5), Forecaster(2, decay=0.5)
+    first, second = after([[30, 10], [20, 20]]), Forecaster(2)
     second.load_state_dict(first.state_dict())
     for forecaster in (first, second):
         forecaster.update(np.array([7, 9]))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from swiftmoe_lightning.placement import Observation, Placer, make_policy, plan_dispatch
+from swiftmoe_lightning.placement import ExpertLoad, Placer, make_policy, plan_dispatch
 from swiftmoe_lightning.placement.placer import excess
 
 E = 16
@@ -29,13 +29,13 @@ def run(
     policy = make_policy(name, *sizes)
     policy.is_guarded = is_guarded  # type: ignore[misc]
     said: list[str] = []
-    placer = Placer(policy, E, report=said.append)
-    (placement,) = placer.placements_of(["layer"])
+    placer = Placer(lambda num_experts: policy, report=said.append)
+    placement = placer.planned({"layer": E})["layer"]
     lost = []
     for popularity_E in popularity_SE:
-        wanted_W = plan_dispatch(popularity_E[None], placement).wanted_W
-        lost.append(excess(wanted_W))
-        placement = placer.next_placements({"layer": Observation(placement, popularity_E, wanted_W)})["layer"]
+        load = ExpertLoad.of(popularity_E[None], plan_dispatch(popularity_E[None], placement), placement)
+        lost.append(excess(load.wanted_W))
+        placement = placer.next_placements({"layer": load})["layer"]
     return float(np.mean(lost)), said, placer
 
 
@@ -54,9 +54,8 @@ def test_plans_that_are_always_wrong_are_overruled_for_good() -> None:
     unguarded, *_ = run(popularity_SE, "packed", is_guarded=False, sizes=(8, 3))
     assert lost < unguarded
     assert len(said) == 1
-    num_overruled, num_guarded = placer.guard_counts()["layer"]
-    assert num_guarded == 200
-    assert num_overruled > 180
+    assert placer.layers["layer"].num_guarded == 200
+    assert placer.layers["layer"].num_overruled > 180
 
 
 def test_one_lost_placement_alone_does_not_call_it() -> None:
@@ -65,4 +64,4 @@ def test_one_lost_placement_alone_does_not_call_it() -> None:
     jump = np.roll(steady, 7)
     _, said, placer = run(np.array([steady] * 5 + [jump] + [steady] * 5), "balanced")
     assert said == []
-    assert placer.guard_counts() == {}
+    assert placer.layers["layer"].num_overruled == 0

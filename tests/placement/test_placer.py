@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from swiftmoe_lightning import Placement, PlacementPolicy
-from swiftmoe_lightning.placement import Observation, Placer, make_policy, plan_dispatch
+from swiftmoe_lightning.placement import ExpertLoad, Forecast, Placer, make_policy, plan_dispatch
 from swiftmoe_lightning.placement.placer import excess
 from swiftmoe_lightning.placement.shares import rank_loads
 
@@ -13,29 +13,31 @@ def observe(popularity, placement):
     """What a layer would have done with these token-choices."""
     counts_WE = np.zeros((W, E), dtype=np.int64)
     counts_WE[0] = popularity
-    return Observation(placement, np.array(popularity), plan_dispatch(counts_WE, placement).wanted_W)
+    return ExpertLoad.of(counts_WE, plan_dispatch(counts_WE, placement), placement)
 
 
 def run(placer, steps, name="layer"):
     """Placement after each step."""
-    found = placer.placements_of([name])
+    found = list(placer.planned({name: E}).values())
     for popularity in steps:
         found.append(placer.next_placements({name: observe(popularity, found[-1])})[name])
     return found[1:]
 
 
 def placer(policy="balanced", **options):
-    return Placer(make_policy(policy, W, S) if isinstance(policy, str) else policy, E, **options)
+    rule = make_policy(policy, W, S) if isinstance(policy, str) else policy
+    return Placer(lambda num_experts: rule, **options)
 
 
 def test_before_any_step_experts_are_where_the_policy_puts_equal_loads():
-    assert placer("packed").placements_of(["layer"]) == make_policy("packed", W, S).next_placements(np.zeros((1, E)))
+    (expected,) = make_policy("packed", W, S).place(Forecast.of(np.zeros((1, E)), spread=0.0))
+    assert placer("packed").planned({"layer": E}) == {"layer": expected}
 
 
 @pytest.mark.parametrize("policy", ["symi", "static"])
 def test_the_next_placement_is_the_policys_for_the_last_popularity(policy):
     steps = [[9, 7, 5, 3, 2, 1], [1, 2, 3, 5, 7, 9]]
-    expected = [make_policy(policy, W, S).next_placements(np.array([step]))[0] for step in steps]
+    expected = [make_policy(policy, W, S).place(Forecast.of(np.array([step])))[0] for step in steps]
     assert run(placer(policy), steps) == expected
 
 
@@ -49,7 +51,7 @@ def test_layers_do_not_touch_each_other():
     steps_a, steps_b = [[9, 7, 5, 3, 2, 1]] * 3, [[1, 1, 1, 1, 1, 50]] * 3
     alone = [run(placer(), steps_a), run(placer(), steps_b)]
     both = placer()
-    a, b = both.placements_of(["a", "b"])
+    a, b = both.planned({"a": E, "b": E}).values()
     for i, (step_a, step_b) in enumerate(zip(steps_a, steps_b, strict=True)):
         found = both.next_placements({"a": observe(step_a, a), "b": observe(step_b, b)})
         a, b = found["a"], found["b"]
@@ -61,7 +63,8 @@ class WrongPolicy(PlacementPolicy):
 
     is_guarded = True
 
-    def next_placements(self, popularity_LE):
+    def place(self, forecast):
+        popularity_LE = forecast.popularity_LE
         coldest_L = np.argmin(popularity_LE, axis=1)
         return self.placements_of([np.r_[np.arange(E), [coldest] * 6] for coldest in coldest_L], E)
 
@@ -84,16 +87,16 @@ class LateWisePolicy(PlacementPolicy):
     is_guarded = True
     num_wrong = 3
 
-    def next_placements(self, popularity_LE):
+    def place(self, forecast):
         self.num_wrong -= 1
         rule = WrongPolicy(W, S) if self.num_wrong >= 0 else make_policy("packed", W, S)
-        return rule.next_placements(popularity_LE)
+        return rule.place(forecast)
 
 
 def test_the_policy_takes_over_again_once_its_plans_would_have_done_better():
     said = []
     found = run(placer(LateWisePolicy(W, S), report=said.append), [HOT[1]] * 8)
-    packed = make_policy("packed", W, S).next_placements(np.array([HOT[1]]))[0]
+    packed = make_policy("packed", W, S).place(Forecast.of(np.array([HOT[1]])))[0]
     assert found[0] == Placement.uniform(E, W, S)
     assert found[-1] == packed
     assert len(said) == 2
@@ -109,7 +112,7 @@ def test_one_bad_step_after_many_good_ones_does_not_call_the_guard():
 
 def test_a_policy_that_asks_for_no_guard_is_left_alone():
     unguarded = type("Unguarded", (WrongPolicy,), {"is_guarded": False})(W, S)
-    assert run(placer(unguarded), [HOT[0]] * 3) == list(unguarded.next_placements(np.array([HOT[0]] * 3)))
+    assert run(placer(unguarded), [HOT[0]] * 3) == list(unguarded.place(Forecast.of(np.array([HOT[0]] * 3))))
 
 
 def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
@@ -125,7 +128,8 @@ def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
 def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
     even = [10, 10, 10, 10, 10, 10]
     layer = placer(keeps_even=True)
-    (everywhere,) = make_policy("packed", W, S).next_placements(np.array([even]))
+    layer.planned({"layer": E})
+    (everywhere,) = make_policy("packed", W, S).place(Forecast.of(np.array([even])))
     found = layer.next_placements({"layer": observe(even, everywhere)})["layer"]
     for _ in range(40):
         found = layer.next_placements({"layer": observe(even, found)})["layer"]
@@ -137,8 +141,9 @@ def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
 def test_a_restored_placer_goes_on_as_the_first_would_have(policy):
     first, second = placer(policy), placer(policy)
     last = run(first, [HOT[0], HOT[1], HOT[1]])[-1]
+    second.planned({"layer": E})
     second.load_state_dict("layer", first.state_dict("layer"))
-    assert second.placements_of(["layer"]) == first.placements_of(["layer"])
+    assert second.planned({"layer": E}) == first.planned({"layer": E})
     for step in (HOT[2], HOT[2]):
         one, other = (p.next_placements({"layer": observe(step, last)})["layer"] for p in (first, second))
         assert one == other
@@ -146,9 +151,9 @@ def test_a_restored_placer_goes_on_as_the_first_would_have(policy):
 
 
 def test_a_policy_that_forgets_a_layer_is_told_so():
-    forgetful = type("Forgetful", (PlacementPolicy,), {"next_placements": lambda self, popularity_LE: []})(W, S)
-    with pytest.raises(ValueError, match=r"Forgetful.next_placements gave 0 placements for 1 layers"):
-        placer(forgetful).placements_of(["layer"])
+    forgetful = type("Forgetful", (PlacementPolicy,), {"place": lambda self, forecast: []})(W, S)
+    with pytest.raises(ValueError, match=r"Forgetful.place gave 0 placements for 1 layers"):
+        placer(forgetful).planned({"layer": E})
 
 
 def test_even_parts_a_slot_are_added_up_by_rank():

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement, PlacementPolicy
 from swiftmoe_lightning.config import PLACEMENTS
-from swiftmoe_lightning.placement import make_policy
+from swiftmoe_lightning.placement import Forecast, make_policy
 from swiftmoe_lightning.placement.policy import check_placements
 
 
 def table_of(name, popularity, world_size, slots_per_rank):
     policy = make_policy(name, world_size, slots_per_rank)
-    (placement,) = policy.next_placements(np.array([popularity]))
+    (placement,) = policy.place(Forecast.of(np.array([popularity]), spread=0.0))
     return placement.slot_to_expert_S.reshape(world_size, slots_per_rank).tolist()
 
 
@@ -53,15 +53,15 @@ def cases(draw):
 @settings(max_examples=80, deadline=None)
 def test_every_policy_keeps_every_expert_fills_all_slots_and_is_deterministic(name, case):
     popularity_LE, world_size, slots_per_rank = case
-    first = make_policy(name, world_size, slots_per_rank).next_placements(np.array(popularity_LE))
-    again = make_policy(name, world_size, slots_per_rank).next_placements(np.array(popularity_LE))
+    first = make_policy(name, world_size, slots_per_rank).place(Forecast.of(np.array(popularity_LE)))
+    again = make_policy(name, world_size, slots_per_rank).place(Forecast.of(np.array(popularity_LE)))
     assert first == again
     assert len(first) == len(popularity_LE)
     for placement in first:
         assert placement.replica_counts_E.min() >= 1
         assert placement.replica_counts_E.sum() == world_size * slots_per_rank
         assert placement.slots_per_rank == slots_per_rank
-    alone = make_policy(name, world_size, slots_per_rank).next_placements(np.array(popularity_LE[:1]))
+    alone = make_policy(name, world_size, slots_per_rank).place(Forecast.of(np.array(popularity_LE[:1])))
     assert alone == first[:1]
 
 
@@ -70,7 +70,7 @@ def test_every_policy_keeps_every_expert_fills_all_slots_and_is_deterministic(na
 def test_packed_puts_at_most_one_replica_of_an_expert_on_a_rank(case):
     popularity_LE, world_size, slots_per_rank = case
     if slots_per_rank < len(popularity_LE[0]):
-        for placement in make_policy("packed", world_size, slots_per_rank).next_placements(np.array(popularity_LE)):
+        for placement in make_policy("packed", world_size, slots_per_rank).place(Forecast.of(np.array(popularity_LE))):
             assert placement.pair_slots_D.max() == 1
 
 
@@ -93,47 +93,49 @@ def test_packed_follows_the_experts_when_they_are_renamed(popularity, world_size
 def test_edge_sizes_work_with_any_popularity(name, num_experts, world_size, slots_per_rank):
     one_hot = np.eye(num_experts, dtype=np.int64)[:1] * 999
     for popularity in (one_hot, np.zeros_like(one_hot), np.arange(num_experts)[None]):
-        (placement,) = make_policy(name, world_size, slots_per_rank).next_placements(popularity)
+        (placement,) = make_policy(name, world_size, slots_per_rank).place(Forecast.of(popularity))
         assert placement.replica_counts_E.sum() == world_size * slots_per_rank
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_a_thousand_ranks_are_placed(name):
     popularity_LE = np.random.default_rng(0).zipf(1.3, (12, 256)).clip(max=10**7)
-    found = make_policy(name, 1200, 2).next_placements(popularity_LE)
+    found = make_policy(name, 1200, 2).place(Forecast.of(popularity_LE))
     assert all(p.slot_to_expert_S.size == 2400 for p in found)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_more_experts_than_slots_is_an_error_with_the_fix(name):
     with pytest.raises(ValueError, match="4 slots cannot hold 5 experts.*Use at least 5 slots"):
-        make_policy(name, 2, 2).next_placements(np.ones((1, 5), dtype=np.int64))
+        make_policy(name, 2, 2).place(Forecast.of(np.ones((1, 5), dtype=np.int64)))
 
 
 class ReversedPolicy(PlacementPolicy):
-    def next_placements(self, popularity_LE):
+    def place(self, forecast):
+        popularity_LE = forecast.popularity_LE
         num_experts = popularity_LE.shape[1]
         return self.placements_of([np.arange(self.num_slots)[::-1] % num_experts], num_experts) * len(popularity_LE)
 
 
 class TooNarrowPolicy(PlacementPolicy):
-    def next_placements(self, popularity_LE):
+    def place(self, forecast):
+        popularity_LE = forecast.popularity_LE
         return [Placement(np.arange(self.world_size), 2, self.world_size) for _ in popularity_LE]
 
 
 def test_a_policy_of_ones_own_is_made_from_its_class():
     policy = make_policy(ReversedPolicy, 2, 2)
-    found = policy.next_placements(np.ones((2, 3), dtype=np.int64))
+    found = policy.place(Forecast.of(np.ones((2, 3), dtype=np.int64)))
     assert found == [Placement([0, 2, 1, 0], 3, 2)] * 2
     check_placements(policy, found, 2, 3)
 
 
 def test_a_policy_that_forgets_slots_or_layers_is_told_so():
     policy = make_policy(TooNarrowPolicy, 2, 2)
-    found = policy.next_placements(np.ones((1, 2), dtype=np.int64))
+    found = policy.place(Forecast.of(np.ones((1, 2), dtype=np.int64)))
     with pytest.raises(ValueError, match=r"must place 2 experts on 2 ranks of 2 slots, got .* 2 ranks of 1 slots"):
         check_placements(policy, found, 1, 2)
-    with pytest.raises(ValueError, match=r"TooNarrowPolicy.next_placements gave 1 placements for 3 layers"):
+    with pytest.raises(ValueError, match=r"TooNarrowPolicy.place gave 1 placements for 3 layers"):
         check_placements(policy, found, 3, 2)
 
 

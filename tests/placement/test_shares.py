@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement
-from swiftmoe_lightning.placement import make_policy
+from swiftmoe_lightning.placement import Forecast, make_policy
 from swiftmoe_lightning.placement.shares import even_shares, flow_shares
 from swiftmoe_lightning.placement.token_split import sum_by_host
 from tests.placement.cases import most_served, placements
@@ -78,7 +78,7 @@ def test_flow_serves_within_a_percent_of_the_optimum_on_skewed_moving_loads(poli
         popularity = popularity * rng.lognormal(0, 0.5, 16)
         popularity /= popularity.sum()
         load_E = rng.multinomial(8192, popularity)
-        (placement,) = policy.next_placements(before[None])
+        (placement,) = policy.place(Forecast.of(before[None]))
         even = -(-8192 // 16)
         served += np.minimum(loads(placement, flow_shares(load_E, placement)), even).sum()
         best += most_served(load_E, placement, even)

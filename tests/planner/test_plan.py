@@ -188,8 +188,6 @@ def test_too_few_slots_are_told_before_any_policy_is_run() -> None:
         ({"lag": -1}, "lag must be a whole number of 0 or more, got -1"),
         ({"replace_every": 0}, "replace_every must be a whole number of 1 or more, got 0"),
         ({"replace_every": "often"}, "replace_every must be a whole number of 1 or more, got 'often'"),
-        ({"popularity_decay": 1.0}, "popularity_decay must be 0 or more and below 1, got 1.0"),
-        ({"popularity_decay": float("nan")}, "popularity_decay must be 0 or more and below 1, got nan"),
         ({"capacity": "node"}, "capacity must be one of 'rank', 'slot', got 'node'"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a number above 0, got 0.0"),
         ({"capacity_factor": float("inf")}, "capacity_factor must be a number above 0, got inf"),

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.placement import CAUSES, Capacity, Placement, PlacementPolicy, make_policy, plan_dispatch
+from swiftmoe_lightning.placement import (
+    CAUSES,
+    Capacity,
+    Forecast,
+    Placement,
+    PlacementPolicy,
+    make_policy,
+    plan_dispatch,
+)
 from swiftmoe_lightning.planner import CONTENDERS, Replay, Rules, replay
 from tests.planner.baselines.cases import histories
 
@@ -17,7 +25,8 @@ class Table(PlacementPolicy):
 
     TABLES = ([0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 1, 1])
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+    def place(self, forecast: Forecast) -> list[Placement]:
+        popularity_LE = forecast.popularity_LE
         signs = np.sign(popularity_LE[:, 1] - popularity_LE[:, 0]).astype(int)
         return self.placements_of([self.TABLES[{0: 0, -1: 1, 1: 2}[sign]] for sign in signs.tolist()], 2)
 
@@ -95,7 +104,8 @@ class Remembers(PlacementPolicy):
         super().__init__(world_size, slots_per_rank)
         self.asked: list[list[list[float]]] = []
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+    def place(self, forecast: Forecast) -> list[Placement]:
+        popularity_LE = forecast.popularity_LE
         self.asked.append(popularity_LE.tolist())
         return [Placement.uniform(popularity_LE.shape[1], self.world_size, self.slots_per_rank)] * len(popularity_LE)
 
@@ -117,15 +127,6 @@ def test_an_interval_of_n_places_by_the_sums_of_n_steps(interval: int, asked: li
     replay(STEPS, policy, Rules(interval=interval))
     # At first nothing is known; the last step serves none.
     assert policy.asked == [[[0, 0], [0, 0]], *asked]
-
-
-def test_a_moving_average_fades_by_its_decay() -> None:
-    policy = Remembers(2, 2)
-    replay(np.array([[[8, 0]], [[0, 8]], [[4, 4]], [[1, 1]]]), policy, Rules(decay=0.5))
-    assert policy.asked == [[[0, 0]], [[8, 0]], [[4, 4]], [[4, 4]]]
-    policy = Remembers(2, 2)
-    replay(np.array([[[8, 0]], [[0, 8]], [[1, 1]]]), policy, Rules(decay=0.75))
-    assert policy.asked == [[[0, 0]], [[8, 0]], [[6, 2]]]
 
 
 def test_auto_moves_for_fewer_hosts_or_for_uneven_loads_and_else_stays() -> None:
@@ -176,7 +177,7 @@ def test_a_policy_without_guard_is_replayed_as_the_plain_loop_would(
     nothing_LE = np.zeros_like(popularity_SLE[0])
     before = None
     for step, popularity_LE in enumerate(popularity_SLE):
-        placements = policy.next_placements(popularity_SLE[step - lag] if step >= lag else nothing_LE)
+        placements = policy.place(Forecast.of(popularity_SLE[step - lag] if step >= lag else nothing_LE))
         for layer, placement in enumerate(placements):
             # All from the last rank: where tokens come from makes no difference to loads.
             counts_WE = np.zeros((world_size, popularity_LE.shape[1]), dtype=np.int64)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swiftmoe_lightning.report.picture import draw_picture, imbalance
+from swiftmoe_lightning.placement import imbalance
+from swiftmoe_lightning.report.picture import draw_picture
 
 
 def recording(steps: int, ranks: int, layers: int, experts: int, most_replicas: int = 4) -> dict[str, np.ndarray]:
@@ -38,7 +39,7 @@ def test_steps_without_tokens_are_drawn(tmp_path: Path) -> None:
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean() -> None:
-    assert imbalance(np.array([[[3, 1], [2, 2], [0, 0]]])).tolist() == [[1.5, 1.0, 0.0]]
+    assert imbalance(np.array([[[3, 1], [2, 2], [0, 0]]])).tolist() == [[1.5, 1.0, 1.0]]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: Any, tmp_path: Path) -> None:

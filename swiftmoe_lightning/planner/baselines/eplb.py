@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+from typing_extensions import override
 
-from swiftmoe_lightning.placement import Placement, PlacementPolicy
+from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
 
@@ -33,7 +34,9 @@ class EPLBPolicy(PlacementPolicy):
         is_hierarchical = num_groups % num_nodes == 0
         self._num_groups, self._num_nodes = (num_groups, num_nodes) if is_hierarchical else (1, 1)
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        popularity_LE = forecast.popularity_LE
         num_experts = popularity_LE.shape[1]
         check_slots(num_experts, self.num_slots)
         if num_experts % self._num_groups:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import numpy as np
+from typing_extensions import override
 
 from swiftmoe_lightning.config import check_whole
-from swiftmoe_lightning.placement import Placement, PlacementPolicy
+from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
 
@@ -28,8 +29,10 @@ class RevisingPolicy(PlacementPolicy):
         self._shape: tuple[int, ...] = ()
         self._tables: list[np.ndarray] = []
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        """One `Placement` a layer. popularity_LE: [L, E] token-choices; only every `interval`-th call looks at it."""
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        """One `Placement` a layer; only every `interval`-th call looks at the popularity."""
+        popularity_LE = forecast.popularity_LE
         num_layers, num_experts = popularity_LE.shape
         if not self._shape:
             check_slots(num_experts, self.num_slots)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from typing_extensions import override
 
-from swiftmoe_lightning.placement import Placement, PlacementPolicy
+from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 from swiftmoe_lightning.planner.baselines.tables import fill_slots, home_ranks
 
@@ -51,8 +52,10 @@ class ShadowingPolicy(PlacementPolicy):
         # Token-choices that take as long as a copy.
         self._copy_tokens = copy / (3 * compute + 4 * transfer)
 
-    def next_placements(self, popularity_LE: np.ndarray) -> list[Placement]:
-        """One `Placement` a layer. popularity_LE: [L, E] token-choices of the step that is to be served."""
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        """One `Placement` a layer, for the very step that is to be served."""
+        popularity_LE = forecast.popularity_LE
         num_experts = popularity_LE.shape[1]
         check_slots(num_experts, self.num_slots)
         return self.placements_of([self._table(popularity_E) for popularity_E in popularity_LE], num_experts)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.placement.policy import check_placements
 from swiftmoe_lightning.planner import CONTENDERS
 from tests.planner.baselines.cases import histories
@@ -26,7 +27,7 @@ def test_other_systems_are_named_and_judged_as_their_authors_do():
 def replay(name, steps_NLE, world_size, slots_per_rank):
     policy = BASELINES[name](world_size, slots_per_rank)
     # Every step ten times: "flexmoe-10" then gets its turn.
-    found = [policy.next_placements(popularity_LE) for popularity_LE in steps_NLE for _ in range(10)]
+    found = [policy.place(Forecast.of(popularity_LE)) for popularity_LE in steps_NLE for _ in range(10)]
     for placements in found:
         check_placements(policy, placements, *steps_NLE.shape[1:])
     return found
@@ -84,4 +85,4 @@ def test_popularity_is_left_as_it_was(name):
 @pytest.mark.parametrize("name", BASELINES)
 def test_more_experts_than_slots_is_an_error_with_the_fix(name):
     with pytest.raises(ValueError, match="4 slots cannot hold 5 experts.*Use at least 5 slots"):
-        BASELINES[name](2, 2).next_placements(np.ones((1, 5), dtype=np.int64))
+        BASELINES[name](2, 2).place(Forecast.of(np.ones((1, 5), dtype=np.int64)))

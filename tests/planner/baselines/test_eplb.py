@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.planner.baselines import EPLBPolicy
 from swiftmoe_lightning.planner.baselines.eplb import balanced_packing, replicate_experts
 
@@ -11,7 +12,7 @@ README_LOADS = np.array(
 
 
 def tables_of(policy, popularity_LE):
-    return [placement.slot_to_expert_S.tolist() for placement in policy.next_placements(np.array(popularity_LE))]
+    return [placement.slot_to_expert_S.tolist() for placement in policy.place(Forecast.of(np.array(popularity_LE)))]
 
 
 def test_the_example_of_its_readme_comes_out_slot_by_slot():
@@ -51,4 +52,4 @@ def test_sizes_that_do_not_divide_are_refused_with_the_fix():
     with pytest.raises(ValueError, match="num_nodes must divide the 8 ranks, got 3"):
         EPLBPolicy(8, 2, 3, 3)
     with pytest.raises(ValueError, match="num_groups must divide the 12 experts, got 8"):
-        EPLBPolicy(8, 2, 8, 2).next_placements(README_LOADS)
+        EPLBPolicy(8, 2, 8, 2).place(Forecast.of(README_LOADS))

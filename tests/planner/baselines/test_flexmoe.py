@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from swiftmoe_lightning.placement import StaticPolicy
+from swiftmoe_lightning.placement import Forecast, StaticPolicy
 from swiftmoe_lightning.placement.shares import rank_loads
 from swiftmoe_lightning.planner.baselines import FlexMoEPolicy
 from tests.planner.baselines.cases import histories
@@ -10,7 +10,7 @@ from tests.planner.baselines.cases import histories
 
 def table_after(popularity, world_size, slots_per_rank, **options):
     policy = FlexMoEPolicy(world_size, slots_per_rank, interval=1, **options)
-    (placement,) = policy.next_placements(np.array([popularity]))
+    (placement,) = policy.place(Forecast.of(np.array([popularity])))
     return placement.slot_to_expert_S.reshape(world_size, slots_per_rank).tolist()
 
 
@@ -42,8 +42,8 @@ def test_one_of_several_ranks_with_the_largest_load_is_relieved():
 def test_placements_are_uniform_at_first_and_stay_between_revisions():
     policy = FlexMoEPolicy(2, 2, interval=3)
     hot, cold = np.array([[9, 3]]), np.array([[3, 9]])
-    found = [policy.next_placements(p)[0] for p in (hot, hot, cold, hot, hot, hot)]
-    static = StaticPolicy(2, 2).next_placements(hot)[0]
+    found = [policy.place(Forecast.of(p))[0] for p in (hot, hot, cold, hot, hot, hot)]
+    static = StaticPolicy(2, 2).place(Forecast.of(hot))[0]
     assert found[:2] == [static, static]
     assert found[2].slot_to_expert_S.tolist() == [1, 0, 1, 1]
     assert found[2] == found[3] == found[4]
@@ -55,9 +55,9 @@ def test_placements_are_uniform_at_first_and_stay_between_revisions():
 def test_a_revision_never_makes_the_largest_load_larger(history):
     steps_NLE, world_size, slots_per_rank = history
     policy = FlexMoEPolicy(world_size, slots_per_rank, interval=1, threshold=1.0)
-    before = StaticPolicy(world_size, slots_per_rank).next_placements(steps_NLE[0])
+    before = StaticPolicy(world_size, slots_per_rank).place(Forecast.of(steps_NLE[0]))
     for popularity_LE in steps_NLE:
-        after = policy.next_placements(popularity_LE)
+        after = policy.place(Forecast.of(popularity_LE))
         for popularity_E, old, new in zip(popularity_LE, before, after, strict=True):
             old_load, new_load = (
                 rank_loads(popularity_E, p.slot_to_expert_S.reshape(world_size, -1)).max() for p in (old, new)

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.planner.baselines import LPTPolicy
 from tests.planner.baselines.cases import histories
 
 
 def tables_of(policy, *steps):
-    found = [policy.next_placements(np.array([popularity]))[0] for popularity in steps]
+    found = [policy.place(Forecast.of(np.array([popularity])))[0] for popularity in steps]
     return [p.slot_to_expert_S.reshape(policy.world_size, -1).tolist() for p in found]
 
 
@@ -50,7 +51,7 @@ def test_an_expert_has_one_host_where_there_are_enough_experts(history):
     policy = LPTPolicy(world_size, slots_per_rank)
     num_experts = steps_NLE.shape[2]
     for popularity_LE in steps_NLE:
-        for placement in policy.next_placements(popularity_LE):
+        for placement in policy.place(Forecast.of(popularity_LE)):
             assert len(placement.pair_host_D) == max(num_experts, world_size)
 
 
@@ -62,6 +63,6 @@ def test_an_interval_keeps_placements_between_revisions():
 
 def test_a_policy_serves_one_set_of_layers():
     policy = LPTPolicy(2, 2)
-    policy.next_placements(np.ones((2, 3)))
+    policy.place(Forecast.of(np.ones((2, 3))))
     with pytest.raises(ValueError, match="remembers 2 layers of 3 experts, got popularity of 1 layers of 4"):
-        policy.next_placements(np.ones((1, 4)))
+        policy.place(Forecast.of(np.ones((1, 4))))

@@ -1,5 +1,6 @@
 import numpy as np
 
+from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.planner.baselines import ShadowingPolicy
 
 # With F = 4096, 1e12 FLOP/s and 8e9 bytes/s a copy takes 80 token-choices' time:
@@ -8,8 +9,8 @@ RATES = {"hidden_dim": 4096, "flops_per_second": 1e12, "bytes_per_second": 8e9}
 
 
 def table_of(popularity, world_size, slots_per_rank, **rates):
-    (placement,) = ShadowingPolicy(world_size, slots_per_rank, **(rates or RATES)).next_placements(
-        np.array([popularity])
+    (placement,) = ShadowingPolicy(world_size, slots_per_rank, **(rates or RATES)).place(
+        Forecast.of(np.array([popularity]))
     )
     return placement.slot_to_expert_S.reshape(world_size, slots_per_rank).tolist()
 
