@@ -61,11 +61,7 @@ ROWS: Final = (
         "Signals",
         "SIGTERM, and SLURM's signal to requeue, stop all ranks after the same batch",
         "saving then is a few lines: [stopping and resuming](docs/stopping-and-resuming.md)",
-        (
-            "strategies/test_stopping: sigterm",
-            "strategies/test_stopping: slurm",
-            "strategies/test_stopping_loops: save",
-        ),
+        ("strategies/test_stopping: sigterm slurm", "strategies/test_stopping_loops: save"),
     ),
     Row(
         "Evaluation",
