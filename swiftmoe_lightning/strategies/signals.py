@@ -85,7 +85,7 @@ class _StopTogether(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save and requeue as Lightning does for SLURM, if any rank was asked to."""
-        if not trainer.received_sigterm:
+        if not (trainer.received_sigterm and isinstance(exception, SIGTERMException)):
             return
         if trainer.strategy.reduce_boolean_decision(self._requeue_signum is not None, all=False):
             connector: Any = trainer._signal_connector
