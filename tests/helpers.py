@@ -148,10 +148,10 @@ _THIRD_PARTY_WARNINGS = (
 
 
 def _ports() -> Iterator[int]:
-    """Ports of this test process alone, below those that the system hands out to whoever asks for any."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    lane = range(10_000 + 1000 * (worker % 20), 10_000 + 1000 * (worker % 20) + 1000)
-    return cycle([*lane[os.getpid() % 1000 :], *lane[: os.getpid() % 1000]])
+    """Ports below those that the system hands out to whoever asks for any; each test process begins elsewhere."""
+    ports = range(10_000, 32_000)
+    first = os.getpid() * 997 % len(ports)
+    return cycle([*ports[first:], *ports[:first]])
 
 
 _PORTS = _ports()

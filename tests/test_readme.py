@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/training-step.md",
     "docs/placement.md",
     "docs/checkpoints.md",
+    "docs/stopping-and-resuming.md",
     "benchmarks/README.md",
 ]
 

@@ -57,7 +57,12 @@ ROWS: Final = (
             "strategies/test_save_pretrained: all_ranks",
         ),
     ),
-    Row("Signals", "SIGTERM stops all ranks after the same batch", "", ("strategies/test_launch: sigterm",)),
+    Row(
+        "Signals",
+        "SIGTERM, and SLURM's signal to requeue, stop all ranks after the same batch",
+        "saving then is a few lines: [stopping and resuming](docs/stopping-and-resuming.md)",
+        ("strategies/test_stopping: sigterm slurm", "strategies/test_stopping_loops: save"),
+    ),
     Row(
         "Evaluation",
         "validate, test, predict, also with uneven numbers of batches",

@@ -20,6 +20,9 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     each rank; between the exchanges of expert layers those are collectives which the other ranks do not expect. Here
     the signal is only noted, and the engine's next exchange of counts tells all ranks.
     """
+    # What stopped an earlier run of this module does not stop this one.
+    for layer in engine.layers:
+        layer.agreement.wants_stop = layer.agreement.stops = False
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _StopTogether)]
     callbacks.append(stopper := _StopTogether(engine))
@@ -85,7 +88,7 @@ class _StopTogether(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save and requeue as Lightning does for SLURM, if any rank was asked to."""
-        if not trainer.received_sigterm:
+        if not (trainer.received_sigterm and isinstance(exception, SIGTERMException)):
             return
         if trainer.strategy.reduce_boolean_decision(self._requeue_signum is not None, all=False):
             connector: Any = trainer._signal_connector

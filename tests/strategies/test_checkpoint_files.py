@@ -270,6 +270,11 @@ def resume(path: str) -> None:
     assert runner.current_epoch == 2
 
 
+def test_a_file_that_is_not_there_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    for error in rank_errors(resume, 2, str(tmp_path / "none.ckpt"), init=False):
+        assert f"FileNotFoundError: Checkpoint file not found: {tmp_path}/none.ckpt" in error
+
+
 def test_a_folder_that_cannot_be_made_is_named_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for error in rank_errors(save_below, 2, str(tmp_path / "file" / "run.ckpt"), init=False):

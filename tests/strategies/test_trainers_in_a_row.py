@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from tests.helpers import run_ranks
@@ -29,3 +33,25 @@ def refuse_ddp_afterwards() -> None:
 
 def test_a_trainer_that_would_leave_the_slots_behind_is_refused() -> None:
     run_ranks(refuse_ddp_afterwards, 2, init=False)
+
+
+class StopAt(L.Callback):
+    """As a signal would, on one rank alone."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 0:
+            trainer.strategy.engine.request_stop()  # type: ignore[attr-defined]
+
+
+def fit_after_a_stop() -> tuple[int, int]:
+    model = Model()
+    stopped = trainer(2, callbacks=[StopAt()])
+    with pytest.raises(SIGTERMException):
+        stopped.fit(model, loader(2), loader(2))
+    second = trainer(2)
+    second.fit(model, loader(2), loader(2))
+    return stopped.global_step, second.global_step
+
+
+def test_a_stop_is_of_one_run() -> None:
+    assert run_ranks(fit_after_a_stop, 2, init=False) == [(2, 8)] * 2
