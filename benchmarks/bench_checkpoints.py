@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
-from benchmarks.certificate import birth_certificate, write_result
+from benchmarks.provenance import birth_certificate, write_result
 from benchmarks.spread import paired_ratio, spread
 from swiftmoe_lightning import MoE
 from swiftmoe_lightning.engine import safe_reading

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.certificate import birth_certificate, write_result
+from benchmarks.provenance import birth_certificate, write_result
 from benchmarks.spread import paired_ratio, spread
 from swiftmoe_lightning import register_hf_experts
 

@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.certificate import RESULTS, birth_certificate, write_result
 from benchmarks.placement_measures import switch_domains, time_planning
 from benchmarks.placement_tables import draw_frontier, write_tables
-from swiftmoe_lightning.planner import CONTENDERS, Machine, PlanOptions, make_plan, read_trace
+from benchmarks.provenance import RESULTS, birth_certificate, write_result
+from swiftmoe_lightning.analysis import CONTENDERS, Machine, PlanOptions, make_plan, read_trace
 
 _SLOTS: Final = (2, 4, 8)
 _FACTORS: Final = (1.0, 1.25, None)

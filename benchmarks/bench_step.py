@@ -9,7 +9,7 @@ import argparse
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from benchmarks.certificate import birth_certificate, write_result
+from benchmarks.provenance import birth_certificate, write_result
 from benchmarks.ranks import run_ranks
 from benchmarks.step_measures import check_bytes, compare_placements, time_phases, time_update
 from benchmarks.workload import Sizes, Trainee

@@ -20,12 +20,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from benchmarks.certificate import birth_certificate, write_result
 from benchmarks.gpu_check import Check, checks, run_checks, warm_up
 from benchmarks.gpu_measure import Budget
 from benchmarks.gpu_processes import LATE, listen, results_of
 from benchmarks.gpu_shapes import ROUTINGS, SHAPES, Shape
 from benchmarks.gpu_worker import Part, work
+from benchmarks.provenance import birth_certificate, write_result
 
 _BASELINE: Final = "ours, fused"
 _GROUPED: Final = "ours, grouped_mm"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_shapes import Shape
-from swiftmoe_lightning.kernels import combine, expert_layer, expert_mlp, paths, permute, sort_choices
+from swiftmoe_lightning.ops import combine, expert_layer, expert_mlp, paths, permute, sort_choices
 
 Weights = dict[str, Tensor]
 

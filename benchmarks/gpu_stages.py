@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.gpu_contenders import up_of
 from benchmarks.gpu_measure import Clock
 from benchmarks.gpu_shapes import Shape, make_case
-from swiftmoe_lightning.kernels import activate, combine, paths, permute, sort_choices
+from swiftmoe_lightning.ops import activate, combine, paths, permute, sort_choices
 
 _COPIED_ELEMENTS: Final = 2**29
 _SQUARE: Final = 8192
@@ -57,7 +57,7 @@ def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float | None) -> d
 
 def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (call, bytes)."""
-    from swiftmoe_lightning.kernels.triton import activation
+    from swiftmoe_lightning.ops.triton import activation
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
     key_N = case.ids.flatten()
@@ -81,7 +81,7 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
 
 def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (call, floating-point operations): our kernels, and torch's grouped product on rows that lie sorted."""
-    from swiftmoe_lightning.kernels.triton import gemm_forward, grad_hidden, grad_weight, tiles
+    from swiftmoe_lightning.ops.triton import gemm_forward, grad_hidden, grad_weight, tiles
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
     first, second = up_of(case.weights), case.weights["down_proj"]

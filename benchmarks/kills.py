@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.certificate import birth_certificate, write_result
+from benchmarks.provenance import birth_certificate, write_result
 from tests.helpers import run_ranks
 from tests.strategies.kills import WHERE, draw, num_lost_steps, run_and_kill, train
 from tests.strategies.stopping import losses

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.spread import spread
+from swiftmoe_lightning.analysis import read_trace
 from swiftmoe_lightning.placement import Capacity, Forecast, make_policy, plan_dispatch
-from swiftmoe_lightning.planner import read_trace
 
 
 def time_planning() -> dict[str, Any]:

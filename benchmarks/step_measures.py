@@ -22,7 +22,7 @@ from benchmarks.ranks import slowest, total
 from benchmarks.spread import paired_ratio, spread
 from benchmarks.workload import Sizes, Trainee
 from swiftmoe_lightning import LoadReader
-from swiftmoe_lightning.comms import local_shard
+from swiftmoe_lightning.distributed import local_shard
 from swiftmoe_lightning.placement import plan_collection, plan_distribution
 
 _WARM_UP_STEPS: Final = 3

@@ -9,9 +9,11 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from swiftmoe_lightning import accelerate
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
+from swiftmoe_lightning.huggingface import convert, register_hf_experts
 from swiftmoe_lightning.modules import (
     Experts,
     LayerLoad,
@@ -20,14 +22,12 @@ from swiftmoe_lightning.modules import (
     RouterOutput,
     TopKRouter,
     auxiliary_loss,
-    convert,
-    register_hf_experts,
 )
 from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
-from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, accelerate, register
+from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, register
 
 if TYPE_CHECKING:
-    from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+    from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer
 
 __all__ = [
     "ExpertPopularityMonitor",
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
     if name != "SwiftMoETrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer
+        from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer
     except ModuleNotFoundError as error:
         raise ImportError(
             f"SwiftMoETrainer needs transformers ({error}). Install it: pip install 'transformers>=5,<6'"

@@ -119,8 +119,8 @@ def plan(  # noqa: PLR0913 - options
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what placement policies would have made of a recorded trace, before any GPU is rented."""
-    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, make_plan, read_trace
-    from swiftmoe_lightning.report.plan_table import print_plan
+    from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, make_plan, read_trace
+    from swiftmoe_lightning.analysis.report.plan_table import print_plan
 
     with _clear_errors("plan"):
         found = read_trace(trace)
@@ -161,9 +161,9 @@ def report(  # noqa: PLR0913 - options
     experts_bytes: _Bytes = 1_000_000,
 ) -> None:
     """Draw a run or a trace as one page that opens offline: popularity, replicas, drops, imbalance, bytes."""
-    from swiftmoe_lightning.planner import Machine, PlanOptions, Sizes, check_writable, make_plan, read_trace
-    from swiftmoe_lightning.report.page import write_page
-    from swiftmoe_lightning.report.plan_page import plan_page
+    from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, check_writable, make_plan, read_trace
+    from swiftmoe_lightning.analysis.report.page import write_page
+    from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
     with _clear_errors("report"):
         # Before the replays, not after them.
@@ -204,7 +204,7 @@ def doctor(
 
 
 def _names(policies: str) -> tuple[str, ...]:
-    from swiftmoe_lightning.planner import CONTENDERS
+    from swiftmoe_lightning.analysis import CONTENDERS
 
     return tuple(CONTENDERS) if policies == "all" else tuple(name.strip() for name in policies.split(",") if name)
 

@@ -15,9 +15,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from swiftmoe_lightning.comms.backends import available_backends
+from swiftmoe_lightning.distributed.backends import available_backends
 from swiftmoe_lightning.engine.verifying import verify_checkpoint
-from swiftmoe_lightning.kernels import paths
+from swiftmoe_lightning.ops import paths
 
 _LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from swiftmoe_lightning.analysis import CONTENDERS
 from swiftmoe_lightning.cli import app
-from swiftmoe_lightning.planner import CONTENDERS
 
 
 def run(*words: str) -> tuple[int, str]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from swiftmoe_lightning.analysis.write_trace import write_npz
 from swiftmoe_lightning.cli import app
-from swiftmoe_lightning.planner.write_trace import write_npz
-from tests.planner.cases import METADATA, recording
+from tests.analysis.cases import METADATA, recording
 
 
 def run(*words: str | Path) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from swiftmoe_lightning import doctor
 from swiftmoe_lightning.cli import app
-from swiftmoe_lightning.kernels import paths
+from swiftmoe_lightning.ops import paths
 
 
 def run(*words: str, width: str = "400") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,44 +12,43 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
-KERNELS = PACKAGE / "kernels" / "triton"
-TRAINER = PACKAGE / "strategies" / "hf_trainer.py"
+KERNELS = PACKAGE / "ops" / "triton"
+TRAINER = PACKAGE / "huggingface" / "trainer.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
     "config",
     "placement",
-    "planner",
-    "kernels",
-    "comms",
+    "ops analysis",
+    "distributed",
     "modules",
     "engine",
-    "strategies",
-    "callbacks report",
-    "demo",
-    "doctor",
+    "strategies accelerate",
+    "huggingface callbacks",
+    "demo doctor",
     "cli",
+    "__main__",
 ]
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names.split()}
 
 HOMES = {
-    "triton": {"kernels"},
-    "torch.distributed": {"comms", "engine", "strategies"},
+    "triton": {"ops"},
+    "torch.distributed": {"distributed", "engine", "strategies", "accelerate"},
     "lightning": {"strategies", "callbacks", "demo"},
-    "accelerate": {"strategies"},
-    "transformers": {"modules", "strategies"},
-    "matplotlib": {"report"},
-    "pyarrow": {"planner"},
+    "accelerate": {"accelerate"},
+    "transformers": {"huggingface"},
+    "matplotlib": {"analysis"},
+    "pyarrow": {"analysis"},
     "typer": {"cli"},
-    "rich": {"cli", "demo", "doctor", "report"},
+    "rich": {"cli", "demo", "doctor", "analysis"},
 }
 OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
 # What alone imports an optional library at module level, and is itself imported only where it is used.
 LATE = {
-    "swiftmoe_lightning.kernels.triton": (KERNELS, {"triton"}),
-    "swiftmoe_lightning.strategies.hf_trainer": (TRAINER, {"transformers"}),
+    "swiftmoe_lightning.ops.triton": (KERNELS, {"triton"}),
+    "swiftmoe_lightning.huggingface.trainer": (TRAINER, {"transformers"}),
 }
-WITHOUT_TORCH = {"config", "placement", "planner"}
+WITHOUT_TORCH = {"config", "placement", "analysis"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -89,16 +89,23 @@ def test_imports_go_down_and_libraries_stay_at_home(path: Path) -> None:
     assert not faults(room_of(path), path.read_text())
 
 
+def test_the_map_in_contributing_is_that_of_the_floors() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, flags=re.MULTILINE)
+    assert {name: int(height) for height, name in rows} == FLOOR_OF
+    assert [int(height) for height, _ in rows] == sorted((int(height) for height, _ in rows), reverse=True)
+
+
 @pytest.mark.parametrize(
     ("room", "line"),
     [
         ("placement", "import torch"),
-        ("placement", "from swiftmoe_lightning.kernels import permute"),
+        ("placement", "from swiftmoe_lightning.ops import permute"),
         ("modules", "import torch.distributed as dist"),
         ("modules", "from swiftmoe_lightning.engine import SwiftMoEEngine"),
         ("engine", "from lightning.pytorch import Trainer"),
-        ("callbacks", "from swiftmoe_lightning.report import draw"),
-        ("kernels", "def late():\n    from swiftmoe_lightning.comms import ExpertGroup"),
+        ("callbacks", "from swiftmoe_lightning.demo import run"),
+        ("ops", "def late():\n    from swiftmoe_lightning.distributed import ExpertGroup"),
     ],
 )
 def test_a_wrong_import_is_found(room: str, line: str) -> None:
@@ -128,14 +135,14 @@ def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("kernels/ops.py", "import triton"),
-        ("kernels/ops.py", "import swiftmoe_lightning.kernels.triton"),
-        ("kernels/ops.py", "from swiftmoe_lightning.kernels.triton.rows import permute"),
-        ("modules/moe.py", "from swiftmoe_lightning.kernels import triton"),
-        ("kernels/triton/rows.py", "import pyarrow"),
-        ("strategies/accelerate.py", "import transformers"),
-        ("strategies/__init__.py", "from swiftmoe_lightning.strategies.hf_trainer import SwiftMoETrainer"),
-        ("strategies/hf_trainer.py", "import triton"),
+        ("ops/operators.py", "import triton"),
+        ("ops/operators.py", "import swiftmoe_lightning.ops.triton"),
+        ("ops/operators.py", "from swiftmoe_lightning.ops.triton.rows import permute"),
+        ("modules/moe.py", "from swiftmoe_lightning.ops import triton"),
+        ("ops/triton/rows.py", "import pyarrow"),
+        ("accelerate.py", "import transformers"),
+        ("huggingface/__init__.py", "from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer"),
+        ("huggingface/trainer.py", "import triton"),
     ],
 )
 def test_an_eager_import_is_found(file: str, line: str) -> None:
@@ -145,7 +152,7 @@ def test_an_eager_import_is_found(file: str, line: str) -> None:
 
 def test_the_package_works_without_triton() -> None:
     code = (
-        "import sys, torch; sys.modules['triton'] = None; import swiftmoe_lightning.kernels as k;"
+        "import sys, torch; sys.modules['triton'] = None; import swiftmoe_lightning.ops as k;"
         "print(k.permute(torch.ones(1, 2), torch.tensor([0]), torch.tensor([[0]])).tolist())"
     )
     assert (

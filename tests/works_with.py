@@ -54,7 +54,7 @@ ROWS: Final = (
         (
             "engine/test_stock_code: draw write penalty average_that_is_spread momentum copy_says step_each",
             "engine/test_gradients: hook",
-            "strategies/test_save_pretrained: all_ranks",
+            "huggingface/test_save_pretrained: all_ranks",
         ),
     ),
     Row(
@@ -103,19 +103,19 @@ ROWS: Final = (
         "Adapters (LoRA)",
         "on dense layers, over frozen experts",
         "on experts they are refused: merge or unload them",
-        ("engine/test_set_up: adapter", "modules/test_convert: adapters"),
+        ("engine/test_set_up: adapter", "huggingface/test_convert: adapters"),
     ),
     Row(
         "Quantised experts",
         "refused",
         "keep them in float32, bfloat16 or float16",
-        ("engine/test_set_up: quantised", "modules/test_convert: named"),
+        ("engine/test_set_up: quantised", "huggingface/test_convert: named"),
     ),
     Row(
         "Compilation",
         '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
         "a graph break at each MoE layer of ours, no recompilation from step to step",
-        ("strategies/test_precision_and_compile: compiled", "modules/test_hf_experts: compile"),
+        ("strategies/test_precision_and_compile: compiled", "huggingface/test_experts: compile"),
     ),
     Row(
         "Checkpoints",
@@ -136,9 +136,9 @@ ROWS: Final = (
         "`load_state`, `get_state_dict`, `unwrap_model`",
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
-            "strategies/test_accelerate: plain_accelerate four_ranks fp16 trackers folder",
-            "strategies/test_accelerate_misuse: misuse another_parallelism",
-            "strategies/test_accelerate_scripts: scripts_of_accelerate_pass",
+            "accelerate/test_prepare: plain_accelerate four_ranks fp16 trackers folder",
+            "accelerate/test_misuse: misuse another_parallelism",
+            "accelerate/test_scripts: scripts_of_accelerate_pass",
         ),
     ),
     Row(
@@ -147,16 +147,16 @@ ROWS: Final = (
         "`load_best_model_at_end`; resume at any number of processes",
         "checkpoints load with `from_pretrained`; DeepSpeed, FSDP and `even_batches=False` are refused; "
         "`save_model` on all processes",
-        ("strategies/test_hf_trainer: plain_trainer resumes", "strategies/test_hf_trainer_misuse: misuse deepspeed"),
+        ("huggingface/test_trainer: plain_trainer resumes", "huggingface/test_trainer_misuse: misuse deepspeed"),
     ),
     Row(
         "Hugging Face models",
         "tiny random ones of 13 families on one device, 6 of them over ranks; in a LightningModule",
         "the auxiliary loss is of each rank's own tokens, as under DDP",
         (
-            "modules/test_convert: equal_the_original saves_loads",
-            "engine/test_hf_training: ten_steps",
-            "strategies/test_converted: ten_steps",
+            "huggingface/test_convert: equal_the_original saves_loads",
+            "huggingface/test_training: ten_steps",
+            "huggingface/test_converted: ten_steps",
         ),
     ),
     Row("Modules without experts", "train as under DDP, to the bit", "", ("strategies/test_fit: without_experts",)),

@@ -9,8 +9,8 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from swiftmoe_lightning.analysis.write_trace import FORMAT_VERSION, check_writable, writer_for
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
-from swiftmoe_lightning.planner.write_trace import FORMAT_VERSION, check_writable, writer_for
 
 
 class PlacementRecorder(Callback):
@@ -29,7 +29,7 @@ class PlacementRecorder(Callback):
                 `world_size`, `slots_per_rank`, `capacity_factor` (of the first layer; null if it drops nothing)
 
     A path that ends in .parquet gets `counts` alone, as a table with the columns `step`, `layer`, `rank`, `expert` and
-    `count` (see `write_parquet`). `swiftmoe_lightning.planner.read_trace` reads both.
+    `count` (see `write_parquet`). `swiftmoe_lightning.analysis.read_trace` reads both.
 
     Works with any strategy; under `strategy="swiftmoe"` the numbers are those of all ranks. A fit without a single
     step writes nothing.

@@ -22,13 +22,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from swiftmoe_lightning.analysis.report.picture import draw_picture
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.summary import summary_table
 from swiftmoe_lightning.demo.text import Sequences, read_texts, split_texts
-from swiftmoe_lightning.report.picture import draw_picture
 from swiftmoe_lightning.strategies import SwiftMoEStrategy
 
 _CPU_RANKS: Final = 4

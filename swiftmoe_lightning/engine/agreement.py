@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.comms import ExpertGroup
+from swiftmoe_lightning.distributed import ExpertGroup
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
 _HEADER: Final = 7

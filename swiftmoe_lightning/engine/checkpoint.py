@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import full_tensor, is_master
+from swiftmoe_lightning.distributed import full_tensor, is_master
 from swiftmoe_lightning.engine.files import check_file, discard, partial_path, save_whole, sync_folder
 from swiftmoe_lightning.engine.safe_reading import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message

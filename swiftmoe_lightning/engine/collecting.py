@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import is_master
-from swiftmoe_lightning.engine.layer import ShardedLayer, collect_gradients
+from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, collect_gradients
 
 
 class GradientCollector:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swiftmoe_lightning.comms import is_master
+from swiftmoe_lightning.distributed import is_master
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.engine import SwiftMoEEngine

@@ -12,18 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, serve_stock_code
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
+from swiftmoe_lightning.distributed import ExpertGroup, serve_stock_code
 from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.collecting import GradientCollector
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
-from swiftmoe_lightning.engine.layer import ShardedLayer
 from swiftmoe_lightning.engine.placing import make_placer
 from swiftmoe_lightning.engine.pretrained import gather_to_save
 from swiftmoe_lightning.engine.replaced import refuse_foreign
+from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.steps import layers_ended_by
 from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
 from swiftmoe_lightning.engine.update import ShardedUpdate

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master, shard_whole_values
+from swiftmoe_lightning.distributed import ExpertGroup, is_master, shard_whole_values
 from swiftmoe_lightning.engine.replaced import Replaced
 
 

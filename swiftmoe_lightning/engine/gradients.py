@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master, local_shard
 from swiftmoe_lightning.config import is_number
+from swiftmoe_lightning.distributed import ExpertGroup, is_master, local_shard
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.engine.waiting import has_gradient
 

@@ -6,8 +6,8 @@ import logging
 import weakref
 from collections.abc import Mapping
 
-from swiftmoe_lightning.comms import ExpertGroup
 from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.distributed import ExpertGroup
 from swiftmoe_lightning.placement import LayerMemory, PlacementPolicy, Placer, make_policy
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from swiftmoe_lightning.comms import is_master, meet
+from swiftmoe_lightning.distributed import is_master, meet
 from swiftmoe_lightning.engine.checkpoint import full_state
 
 _NAME: Final = "save_pretrained"

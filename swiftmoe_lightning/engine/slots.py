@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.comms import ExpertGroup, PendingExchange, local_shard
+from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange, local_shard
 from swiftmoe_lightning.placement import Placement, peer_runs, plan_collection, plan_distribution, shard_rows
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from swiftmoe_lightning.comms import ExpertGroup, is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.engine.layer import ShardedLayer, shard_parameters
+from swiftmoe_lightning.distributed import ExpertGroup, is_master
 from swiftmoe_lightning.engine.materialise import materialise_dense
 from swiftmoe_lightning.engine.replaced import Replaced
+from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.comms import is_master, local_part, local_shard, master_like
+from swiftmoe_lightning.distributed import is_master, local_part, local_shard, master_like
 from swiftmoe_lightning.engine.waiting import has_gradient
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.comms import local_shard, master_like
+from swiftmoe_lightning.distributed import local_shard, master_like
 
 _MARK: Final = "_swiftmoe_stand_in"
 

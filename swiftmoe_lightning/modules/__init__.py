@@ -1,8 +1,6 @@
 """nn.Modules: router, experts, MoE block. They run on one device as they are, and over ranks under an engine."""
 
-from swiftmoe_lightning.modules.convert import convert
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
-from swiftmoe_lightning.modules.hf_experts import register_hf_experts
 from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
@@ -23,7 +21,5 @@ __all__ = [
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
-    "convert",
-    "register_hf_experts",
     "shape_message",
 ]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.kernels import SortedChoices, combine, permute, sort_choices
 from swiftmoe_lightning.modules.hosting import ExpertHosting
+from swiftmoe_lightning.ops import SortedChoices, combine, permute, sort_choices
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
 

@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.comms import first_row, local_shard
 from swiftmoe_lightning.config import check_choice, check_whole
-from swiftmoe_lightning.kernels import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
+from swiftmoe_lightning.distributed import first_row, local_shard
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.initialise import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, OnceInBackward, TrainedLoad
+from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
 

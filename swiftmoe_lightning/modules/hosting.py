@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.comms import is_master
+from swiftmoe_lightning.distributed import is_master
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 

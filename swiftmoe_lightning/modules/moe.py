@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_coefficient, check_whole
-from swiftmoe_lightning.kernels import activate
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 from swiftmoe_lightning.modules.router_losses import RouterLosses
+from swiftmoe_lightning.ops import activate
 from swiftmoe_lightning.placement import Capacity
 
 

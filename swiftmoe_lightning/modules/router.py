@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
-from swiftmoe_lightning.kernels import route
+from swiftmoe_lightning.ops import route
 
 SCORES: Final = ("softmax", "sigmoid")
 # Forwards in training without an update of the bias, after which that is said. More than any accumulation has.

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from swiftmoe_lightning.comms import is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.distributed import is_master
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
+from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
-from swiftmoe_lightning.strategies.rebinding import names_of, rebind, refuse_stepped
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
 # Beside what the user saves: where each model's experts were, by the model's own key.

@@ -18,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from swiftmoe_lightning.comms import is_master
 from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.distributed import is_master
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
-from swiftmoe_lightning.strategies.fully_sharded import shard_dense
 from swiftmoe_lightning.strategies.joining import JoinRanks
+from swiftmoe_lightning.strategies.shard_dense import shard_dense
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.planner import read_trace
+from swiftmoe_lightning.analysis import read_trace
 from tests.callbacks.test_popularity_monitor import Memory
 from tests.helpers import run_ranks
 from tests.strategies.cases import DIM, GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer

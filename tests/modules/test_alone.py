@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.kernels import paths
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
+from swiftmoe_lightning.ops import paths
 from swiftmoe_lightning.placement import Placement
 
 

@@ -12,10 +12,10 @@ from lightning.fabric import Fabric
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.engine.verifying import verify_checkpoint
+from tests.accelerate.test_prepare import Loop
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
 from tests.strategies.cases import Model, loader, trainer
-from tests.strategies.test_accelerate import Loop
 
 
 def fit(path: str, strategy: str, directory: bool = False) -> None:
@@ -39,7 +39,7 @@ def run_fabric(path: str, strategy: str) -> None:
 
 
 def train_hf(folder: str) -> None:
-    from tests.strategies.test_hf_trainer import trainer as make
+    from tests.huggingface.test_trainer import trainer as make
 
     made = make(folder, max_steps=2, save_steps=2, save_strategy="steps")
     made.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if Path(folder, "checkpoint-2").exists() else None)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import swiftmoe_lightning as sml
+from tests.accelerate import test_prepare as test_accelerate
 from tests.engine.models import RandomPolicy
 from tests.helpers import rank_errors, run_ranks
-from tests.strategies import cases, test_accelerate, test_fabric, test_hf_trainer
+from tests.huggingface import test_trainer as test_hf_trainer
+from tests.strategies import cases, test_fabric
 
 
 class Layer(nn.Module):

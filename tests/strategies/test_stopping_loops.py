@@ -163,7 +163,7 @@ def test_all_ranks_save_after_the_same_step_and_losses_go_on(
 def hugging_face(folder: str, stops: bool) -> list[tuple[int, float]]:
     from transformers import TrainerCallback
 
-    from tests.strategies.test_hf_trainer import trainer
+    from tests.huggingface.test_trainer import trainer
 
     class Terminate(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

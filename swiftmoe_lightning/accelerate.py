@@ -1,0 +1,244 @@
+"""Hugging Face Accelerate: the engine in a plain Accelerate loop."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
+from swiftmoe_lightning.engine.checkpoint import full_state, read_file
+from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# In a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
+STATE_FILE: Final = "swiftmoe.pt"
+_KNOWN_TYPES: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *rest: Any,
+    config: SwiftMoEConfig | None = None,
+    **ddp_options: Any,
+) -> tuple[Any, ...]:
+    """Like `accelerator.prepare(model, optimizer, *rest)`, with the model's experts spread over the processes.
+
+    The loop stays as it is: `accumulate`, `backward`, `clip_grad_norm_`, `clip_grad_value_`, schedulers, mixed
+    precision, `save_state` and `load_state` (whose folders a plain Accelerate run reads and writes alike),
+    `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
+    returned as Accelerate prepares it.
+
+    optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' masters.
+    rest: data loaders, schedulers and more optimizers, in any order.
+    config: None takes the defaults.
+    ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
+
+    Returns (model, optimizer, *rest), prepared. A collective.
+    Raises ValueError for a model or optimizer that was prepared before, an optimizer of other parameters or one that
+    has stepped, another parallelism of Accelerate's, or processes that Accelerate does not see.
+    """
+    check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
+    _warn_of_one_process(accelerator)
+    optimizers = [optimizer, *(thing for thing in rest if isinstance(thing, Optimizer))]
+    for each in optimizers:
+        _check_inputs(accelerator, model, each)
+    if isinstance(accelerator.scaler, ShardedGradScaler):
+        raise ValueError("with mixed_precision='fp16' one model with experts can be prepared. Use 'bf16' for more.")
+    if accelerator.num_processes == 1:
+        engine = SwiftMoEEngine(model, config)
+        for each in optimizers:
+            engine.prepare_optimizer(each)
+        return tuple(accelerator.prepare(model, optimizer, *rest))
+    names = names_of(model)
+    callable_model = accelerator.prepare_model(model, evaluation_mode=True)
+    engine = SwiftMoEEngine(model, config, device=accelerator.device)
+    wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
+    for each in optimizers:
+        rebind(each, model, names)
+        engine.prepare_optimizer(each)
+        # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
+        each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
+    share_scaler(accelerator, engine)
+    gather_state_dicts(accelerator)
+    add_to_folders(accelerator, callable_model, engine)
+    prepared = accelerator.prepare(optimizer, *rest)
+    return (wrapped, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+
+
+def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.Module, **ddp_options: Any) -> nn.Module:
+    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have; with
+    dense="fsdp2" the module, cut."""
+    handler = accelerator.ddp_handler
+    defaults = {} if handler is None else handler.to_kwargs()
+    if accelerator.device.type != "cpu":
+        defaults["device_ids"] = [accelerator.device.index]
+    wrapped = engine.data_parallel(module, **{**defaults, **ddp_options})
+    if handler is not None and engine.dense is None:
+        # Of dense gradients; those of experts go as `reduce_dtype` says.
+        handler.register_comm_hook(wrapped)
+    return wrapped
+
+
+def share_scaler(accelerator: Accelerator, engine: SwiftMoEEngine) -> None:
+    """Let the processes skip a step together, where a scaler scales. To be called before an optimizer takes it up."""
+    if accelerator.scaler is not None and engine.group is not None:
+        accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
+
+
+def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
+    """Accelerate's own idea of the processes must be that of torch and of the launcher, and plain data parallelism.
+
+    kind, on_cpu: what to call it in messages, and how to make it without GPUs.
+    """
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but this {kind} sees {accelerator.num_processes}: each would "
+            f"train alone. Without GPUs make it as {on_cpu}."
+        )
+    parallelism_kind = accelerator.distributed_type.name
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
+    if parallelism_kind not in _KNOWN_TYPES or axes:
+        found = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
+        raise ValueError(
+            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
+            "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
+        )
+
+
+def _warn_of_one_process(accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        warnings.warn(
+            "`accelerate launch` started one process, so there are no ranks to spread experts over. On GPUs add "
+            "--multi_gpu --num_processes N; on the CPU start N processes with torchrun --nproc-per-node N, and make "
+            "Accelerator(cpu=True).",
+            stacklevel=3,
+        )
+
+
+def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    if isinstance(model, Optimizer) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"prepare takes the accelerator, the model, then the optimizer, got a {type(model).__name__} and a "
+            f"{type(optimizer).__name__}. Data loaders and schedulers come after them."
+        )
+    done = [
+        type(thing).__name__
+        for thing in (model, optimizer)
+        if getattr(thing, "_is_accelerate_prepared", False) or isinstance(thing, nn.parallel.DistributedDataParallel)
+    ]
+    if done or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
+        raise ValueError(
+            "this model or optimizer has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead of "
+            "accelerator.prepare, once, with the model and the optimizer as they were built."
+        )
+    check_fresh(optimizer, model)
+
+
+def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise ValueError unless the optimizer is of this model's parameters and has not stepped."""
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
+            "that is prepared."
+        )
+    refuse_stepped(optimizer, "Prepare first, then step, or load with accelerator.load_state.")
+
+
+def gather_state_dicts(accelerator: Accelerator) -> None:
+    """Let `accelerator.get_state_dict`, and all that saves by it, give whole experts, on every process."""
+    get_state_dict: Callable[..., Any] = accelerator.get_state_dict
+
+    @functools.wraps(get_state_dict)
+    def get_whole(*args: Any, **kwargs: Any) -> Any:
+        return full_state(get_state_dict(*args, **kwargs), keep=True)
+
+    accelerator.get_state_dict = get_whole
+
+
+def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftMoEEngine) -> None:
+    """Let `save_state` keep where the experts of `prepared` were, and `load_state` read weights into masters.
+
+    The user's own hooks may take weights out of the folder, and give them back: those of all models, or of none.
+    """
+
+    def state_file(folder: str) -> Path:
+        index = next(i for i, model in enumerate(accelerator._models) if model is prepared)
+        return Path(folder, _numbered(STATE_FILE, index))
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            torch.save(engine.state_dict(), state_file(folder))
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        _load_models(models, Path(folder))
+        # A folder of a plain run has no such file: placements then start from nothing.
+        if state_file(folder).exists():
+            engine.load_state_dict(read_file(state_file(folder)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _load_models(models: list[nn.Module], folder: Path) -> None:
+    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, which masters do
+    not show. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
+    found = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
+    if not found:
+        return
+    if len(found) < len(models):
+        raise ValueError(
+            f"{folder} holds the weights of {len(found)} models ({', '.join(path.name for path in found)}), and "
+            f"{len(models)} were prepared. Let your hooks take the weights of all models at save_state, or of none."
+        )
+    for model, path in zip(models, found, strict=True):
+        load_whole(model, path)
+    models.clear()
+
+
+def _weights_file(folder: Path, index: int) -> Path | None:
+    paths = (folder / _numbered(name, index) for name in ("model.safetensors", "pytorch_model.bin"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _numbered(name: str, index: int) -> str:
+    """As Accelerate numbers the files of several models."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}_{index}.{suffix}" if index else name
+
+
+def load_whole(model: nn.Module, path: Path) -> None:
+    """Read what Accelerate wrote of a model. No communication.
+
+    Raises ValueError, naming the keys, where the file and the model differ.
+    """
+    from safetensors.torch import load_file
+
+    state = load_file(path) if path.suffix == ".safetensors" else read_file(path)
+    found = model.load_state_dict(state, strict=False)
+    live = model.state_dict(keep_vars=True)
+    # Of tied weights a file holds one.
+    held = {id(live[name]) for name in state if name in live}
+    missing = [name for name in found.missing_keys if id(live[name]) not in held]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"{path} belongs to another model: it lacks {missing}, and holds {found.unexpected_keys} that this one "
+            "does not have. Build the model that was saved, or load another folder."
+        )

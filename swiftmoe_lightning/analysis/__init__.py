@@ -1,0 +1,27 @@
+"""What placement policies would have done with a recorded trace. Numpy only, no processes."""
+
+from swiftmoe_lightning.analysis.contenders import CONTENDERS, Contender
+from swiftmoe_lightning.analysis.cost import Machine
+from swiftmoe_lightning.analysis.plan import Plan, PlanOptions, make_plan
+from swiftmoe_lightning.analysis.read_trace import read_trace
+from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
+from swiftmoe_lightning.analysis.sizes import Sizes
+from swiftmoe_lightning.analysis.trace import Trace
+from swiftmoe_lightning.analysis.write_trace import check_writable, writer_for
+
+__all__ = [
+    "CONTENDERS",
+    "Contender",
+    "Machine",
+    "Plan",
+    "PlanOptions",
+    "Replay",
+    "Rules",
+    "Sizes",
+    "Trace",
+    "check_writable",
+    "make_plan",
+    "read_trace",
+    "replay",
+    "writer_for",
+]

@@ -1,0 +1,89 @@
+"""FasterMoE's placements. E experts, W ranks, s slots of a rank."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from typing_extensions import override
+
+from swiftmoe_lightning.analysis.baselines.tables import fill_slots, home_ranks
+from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
+from swiftmoe_lightning.placement.replication import check_slots
+
+# FasterMoE's formula is for two matrices in float32.
+_MATRICES: Final = 2
+_BYTES: Final = 4
+
+
+class ShadowingPolicy(PlacementPolicy):
+    """Re-implementation of FasterMoE's shadow experts (He et al., PPoPP 2022; `shadow_policy.py` of laekov/fastmoe).
+
+    Every expert has a home for ever. Each step the k hottest ones are copied to all ranks, for that step: one more
+    shadow as long as the predicted time falls, which is, for the hottest expert left,
+
+        its token-choices * (3 * compute + 4 * transfer) + k * copy
+
+    with the seconds to compute a token-choice (forward; backward is two more), to send it once (there and back, twice)
+    and to copy an expert's weights. All three are proportional to the model dim, so it is no parameter.
+
+    FasterMoE copies into memory of its own, so these are our own: k shadows and the experts at home must fit into
+    every rank's s slots. Spare slots repeat the experts at home there, if any, or else the shadows; ranks with
+    neither (fewer experts than ranks, no shadow) hold replicas of the hottest expert. As in FasterMoE's code, the
+    formula looks at the load of an expert, not of a rank, and at the weights' way out, not at the gradients' way back.
+
+    hidden_dim: F of an expert of two matrices. flops_per_second: of a rank. bytes_per_second: of a rank's network.
+    Defaults are those of FasterMoE's code: model dim 2048 times 2, 11.5 TFLOP/s, 50 Gbit/s.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        slots_per_rank: int,
+        hidden_dim: int = 4096,
+        flops_per_second: float = 11.5e12,
+        bytes_per_second: float = 6.25e9,
+    ) -> None:
+        super().__init__(world_size, slots_per_rank)
+        # Seconds for each unit of the model dim.
+        compute = 2 * _MATRICES * hidden_dim / flops_per_second
+        transfer = _BYTES / bytes_per_second
+        copy = _MATRICES * _BYTES * hidden_dim / bytes_per_second
+        # Token-choices that take as long as a copy.
+        self._copy_tokens = copy / (3 * compute + 4 * transfer)
+
+    @override
+    def place(self, forecast: Forecast) -> list[Placement]:
+        """One `Placement` a layer, for the very step that is to be served."""
+        popularity_LE = forecast.popularity_LE
+        num_experts = popularity_LE.shape[1]
+        check_slots(num_experts, self.num_slots)
+        return self.placements_of([self._table(popularity_E) for popularity_E in popularity_LE], num_experts)
+
+    def _table(self, popularity_E: np.ndarray) -> np.ndarray:
+        """[S] int64: the expert of every slot."""
+        order = np.argsort(-popularity_E, kind="stable")
+        home_E = home_ranks(len(order), self.world_size)
+        shadows = order[: self._num_shadows(popularity_E[order], home_E[order])].tolist()
+        at_home_W: list[list[int]] = [[] for _ in range(self.world_size)]
+        for expert in np.setdiff1d(np.arange(len(order)), shadows).tolist():
+            at_home_W[home_E[expert]].append(expert)
+        # Shadows are repeated only where there is nothing else, for an equal part of them on all other ranks.
+        slots_W = [
+            fill_slots(at_home + shadows, at_home or shadows, self.slots_per_rank)
+            or [int(order[0])] * self.slots_per_rank
+            for at_home in at_home_W
+        ]
+        return np.concatenate(slots_W)
+
+    def _num_shadows(self, falling_E: np.ndarray, home_E: np.ndarray) -> int:
+        """How many of the hottest experts are worth a copy and fit. Both by falling popularity."""
+        best = float(falling_E[0])
+        num_at_home_W = np.bincount(home_E, minlength=self.world_size)
+        for k in range(1, len(falling_E)):
+            num_at_home_W[home_E[k - 1]] -= 1
+            time = float(falling_E[k]) + k * self._copy_tokens
+            if time >= best or num_at_home_W.max() + k > self.slots_per_rank:
+                return k - 1
+            best = time
+        return len(falling_E) - 1

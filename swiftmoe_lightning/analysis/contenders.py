@@ -1,0 +1,57 @@
+"""The policies that a trace can be planned with, each judged as its authors do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from swiftmoe_lightning.analysis.baselines import EPLBPolicy, FlexMoEPolicy, LPTPolicy, ShadowingPolicy
+from swiftmoe_lightning.config import PLACEMENTS
+from swiftmoe_lightning.placement import PlacementPolicy, make_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A policy and how it is run.
+
+    make: (world_size, slots_per_rank) -> the policy. split: its token split.
+    per: what has a budget where there is a capacity: a "rank" or a "slot".
+    is_clairvoyant: plans a step from the step itself, whatever the lag.
+    moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
+    label: one or two words to set it apart.
+    """
+
+    make: Callable[[int, int], PlacementPolicy]
+    split: str = "even"
+    per: str = "rank"
+    is_clairvoyant: bool = False
+    moves_state: bool = False
+    label: str
+
+
+_OURS: Final = "pooled rank budget"
+_PAPERS: Final = "slot budget"
+_BASELINE: Final = "re-implementation"
+
+CONTENDERS: Final[Mapping[str, Contender]] = {
+    **{
+        name: Contender(make=partial(make_policy, name), split="flow", label=_OURS)
+        for name in PLACEMENTS
+        if name not in ("symi", "static")
+    },
+    **{name: Contender(make=partial(make_policy, name), per="slot", label=_PAPERS) for name in ("symi", "static")},
+    **{
+        f"flexmoe-{interval}": Contender(
+            make=partial(FlexMoEPolicy, interval=interval), per="slot", moves_state=True, label=_BASELINE
+        )
+        for interval in (10, 50, 100)
+    },
+    "eplb": Contender(make=EPLBPolicy, label=_BASELINE),
+    "lpt": Contender(make=LPTPolicy, moves_state=True, label=_BASELINE),
+    "shadowing": Contender(make=ShadowingPolicy, is_clairvoyant=True, label=_BASELINE),
+    "exact": Contender(
+        make=partial(make_policy, "packed"), split="flow", is_clairvoyant=True, label="packed, knowing the step"
+    ),
+}

@@ -1,0 +1,222 @@
+"""What policies would have made of a trace: numbers to choose by. S steps, L layers, E experts, W ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from swiftmoe_lightning.analysis.contenders import CONTENDERS, Contender
+from swiftmoe_lightning.analysis.cost import Machine, paper_bytes, paper_step_seconds, phase_bytes, step_seconds
+from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
+from swiftmoe_lightning.analysis.trace import Trace, check_bytes
+from swiftmoe_lightning.config import SwiftMoEConfig, check_choice, check_whole
+from swiftmoe_lightning.placement import Capacity, Placement, certify_drops, certify_imbalance
+
+DEFAULT_POLICIES: Final = ("balanced", "packed", "symi", "static")
+_MOST_SLOTS: Final = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is asked of the policies.
+
+    policies: names of `CONTENDERS`. capacity_factor: None is dropless.
+    capacity: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Contender`).
+    lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
+    replace_every: as in `SwiftMoEConfig`.
+
+    Raises ValueError for a value out of range.
+    """
+
+    policies: Sequence[str] = DEFAULT_POLICIES
+    capacity_factor: float | None = None
+    capacity: str | None = None
+    lag: int = 1
+    replace_every: int | str = 1
+
+    def __post_init__(self) -> None:
+        check_whole(0, lag=self.lag)
+        # It is a run's setting, and checked as such.
+        SwiftMoEConfig(replace_every=self.replace_every)  # type: ignore[arg-type]
+        if not self.policies:
+            raise ValueError(f"name at least one policy of {', '.join(CONTENDERS)}.")
+        for name in self.policies:
+            check_choice("policy", name, tuple(CONTENDERS))
+        if self.capacity is not None:
+            check_choice("capacity", self.capacity, ("rank", "slot"))
+        if self.capacity_factor is not None:
+            Capacity(self.capacity_factor)
+
+    def rules(self, contender: Contender) -> Rules:
+        """How this contender is run."""
+        capacity = None
+        if self.capacity_factor is not None:
+            capacity = Capacity(self.capacity_factor, self.capacity or contender.per)
+        return Rules(
+            split=contender.split,
+            capacity=capacity,
+            lag=0 if contender.is_clairvoyant else self.lag,
+            interval=self.replace_every,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A contender's replay, and what it costs on the machine.
+
+    Bytes are means of a step, all layers and ranks together. bytes_paper: both phases, the paper's way, with the same
+    placements. seconds: modelled, of a step; None without speeds. seconds_paper: the same, phases at the paper's bound.
+    """
+
+    contender: Contender
+    rules: Rules
+    replay: Replay
+    bytes_gradients: int
+    bytes_weights: int
+    bytes_paper: int
+    bytes_state_moved: int
+    seconds: float | None
+    seconds_paper: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Policies compared on a trace.
+
+    outcomes: by policy. bounds: the least share dropped, and max / mean load, of any placement that knows the step.
+    """
+
+    trace: Trace
+    machine: Machine
+    options: PlanOptions
+    outcomes: dict[str, Outcome]
+    bounds: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers only, by policy; means over all steps and layers."""
+        num_choices = int(self.trace.popularity_SLE.sum())
+        return {
+            "policies": {name: _numbers(outcome, num_choices) for name, outcome in self.outcomes.items()},
+            "bounds": self.bounds,
+            "trace": {
+                "steps": self.trace.num_steps,
+                "layers": self.trace.num_layers,
+                "experts": self.trace.num_experts,
+                "token_choices": num_choices,
+            },
+            "ranks": self.machine.num_ranks,
+            "slots_per_rank": self.machine.slots_per_rank,
+            "capacity_factor": self.options.capacity_factor,
+            "lag": self.options.lag,
+            "expert_bytes": self.machine.expert_bytes,
+        }
+
+
+def make_plan(
+    trace: Trace, machine: Machine, options: PlanOptions, report: Callable[[str], None] | None = None
+) -> Plan:
+    """Run every policy on the trace.
+
+    report: called with a policy's name before it is run.
+
+    Raises ValueError when the slots cannot hold the experts, or the replays would not fit the memory.
+    """
+    _check_size(trace, machine)
+    popularity_SLE = trace.popularity_SLE
+    # The bounds come first: they say at once when the slots are too few.
+    bounds = _bounds(popularity_SLE, machine, options.capacity_factor)
+    outcomes = {}
+    for name in options.policies:
+        if report is not None:
+            report(name)
+        contender = CONTENDERS[name]
+        rules = options.rules(contender)
+        found = replay(popularity_SLE, contender.make(machine.num_ranks, machine.slots_per_rank), rules)
+        outcomes[name] = _outcome(contender, rules, found, machine, trace.num_experts)
+    return Plan(trace, machine, options, outcomes, bounds)
+
+
+def _check_size(trace: Trace, machine: Machine) -> None:
+    """Refuse what would fill the memory: one layer's slots, and a replay's arrays [S, L, W] and [S, L, E]."""
+    if (num_slots := machine.num_ranks * machine.slots_per_rank) > _MOST_SLOTS:
+        raise ValueError(f"{num_slots} slots on all ranks are more than {_MOST_SLOTS}. Plan for fewer ranks or slots.")
+    check_bytes("a replay", 8 * trace.num_steps * trace.num_layers * (2 * machine.num_ranks + trace.num_experts))
+
+
+def _outcome(contender: Contender, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
+    num_steps, num_layers = found.hosted_SL.shape
+    hosted = found.hosted_SL.sum() / num_steps
+    # Both phases of a step have the same placement but for the step between; means over a run hardly differ.
+    phase = round(phase_bytes(hosted, machine))
+    moved_SL = found.moved_SL if contender.moves_state else np.zeros_like(found.moved_SL)
+    state = moved_SL.sum() / num_steps * (machine.moved_state_bytes + machine.expert_bytes)
+    max_SL = found.load_SLW.max(2)
+    seconds = [
+        step_seconds(*layer, machine) for layer in zip(max_SL.flat, found.busiest_SL.flat, moved_SL.flat, strict=True)
+    ]
+    paper = [paper_step_seconds(max_load, machine) for max_load in max_SL.flat]
+    return Outcome(
+        contender,
+        rules,
+        found,
+        bytes_gradients=phase,
+        bytes_weights=phase,
+        bytes_paper=round(num_layers * paper_bytes(hosted / num_layers, num_experts, machine)),
+        bytes_state_moved=round(state),
+        seconds=_sum_of_step(seconds, num_steps),
+        seconds_paper=_sum_of_step(paper, num_steps),
+    )
+
+
+def _sum_of_step(seconds: list[float | None], num_steps: int) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return float(sum(known)) / num_steps if known else None
+
+
+def _bounds(popularity_SLE: np.ndarray, machine: Machine, capacity_factor: float | None) -> dict[str, float]:
+    """Means over all steps and layers of a clairvoyant's best: whole replicas, at least one of every expert.
+
+    As in a replay, a layer's step without tokens counts as even.
+    """
+    uniform = Placement.uniform(popularity_SLE.shape[2], machine.num_ranks, machine.slots_per_rank)
+    no_load_W = np.zeros(machine.num_ranks, dtype=np.int64)
+    dropped, imbalance = 0.0, []
+    for popularity_E in popularity_SLE.reshape(-1, popularity_SLE.shape[2]):
+        imbalance.append(certify_imbalance(popularity_E, uniform, no_load_W).bounds["prediction"])
+        if capacity_factor is not None:
+            total = int(popularity_E.sum())
+            # Budgets of slots are rounded up one by one, so that a rank's may add up to a little more.
+            budgets = [Capacity(capacity_factor, per).budget(total, uniform) for per in ("rank", "slot")]
+            budget = max(budgets[0], budgets[1] * machine.slots_per_rank)
+            dropped += total * certify_drops(popularity_E, uniform, 0, budget, "rank").bounds["prediction"]
+    # Where tokens are dropped, loads can be as even as one likes.
+    least = 1.0 if capacity_factor is not None else float(np.mean(imbalance))
+    return {"dropped": dropped / float(popularity_SLE.sum()), "imbalance": least}
+
+
+def _numbers(outcome: Outcome, num_choices: int) -> dict[str, Any]:
+    found = outcome.replay
+    capacity = outcome.rules.capacity
+    return {
+        "dropped": float(found.dropped_SL.sum() / num_choices),
+        "imbalance": float(found.imbalance_SL.mean()),
+        "imbalance_max": float(found.imbalance_SL.max()),
+        "bytes_gradients": outcome.bytes_gradients,
+        "bytes_weights": outcome.bytes_weights,
+        "bytes_paper": outcome.bytes_paper,
+        "bytes_state_moved": outcome.bytes_state_moved,
+        "step_seconds": outcome.seconds,
+        "step_seconds_paper": outcome.seconds_paper,
+        "hosts": float(found.hosted_SL.mean()),
+        "replicas_moved": float(found.moved_SL.sum(1).mean()),
+        "planning_seconds": found.planning_seconds,
+        "judged_by": None if capacity is None else capacity.per,
+        "token_split": outcome.rules.split,
+        "label": outcome.contender.label,
+        "achieved": found.achieved,
+        "losses": found.losses,
+        "bounds": found.bounds,
+    }

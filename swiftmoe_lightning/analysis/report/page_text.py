@@ -1,0 +1,131 @@
+"""The page's words and tables, as HTML. Whatever comes from the data is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Final
+
+from swiftmoe_lightning.analysis.report.page_data import PageData, PolicySeries
+from swiftmoe_lightning.analysis.report.page_numbers import dropped_share
+from swiftmoe_lightning.placement import imbalance
+
+LOSS_TERMS: Final = {
+    "split": "The tokens could have been shared better over the same replicas.",
+    "placement": "The same replicas on other ranks would have done better.",
+    "prediction": "Replicas follow the popularity that was expected, not the one that came.",
+    "floor": "Every expert keeps a replica, however cold it is.",
+    "rounding": "Numbers of replicas are whole.",
+}
+
+
+def summary(data: PageData) -> str:
+    """The result in one plain sentence, best policy first; not escaped."""
+    num_steps, num_layers, num_experts = data.counts_SLE.shape
+    size = f"{many(num_steps, 'step')}, {many(num_layers, 'layer')}, {many(num_experts, 'expert')}"
+    if not data.policies:
+        return f"Popularity over {size}."
+    if data.capacity_factor is None:
+        ranked = sorted((mean_imbalance(policy), policy.name) for policy in data.policies)
+        # The first also says what the number is.
+        first = f"The busiest rank's load is {ranked[0][0]:.2f} x the mean with {ranked[0][1]}"
+        rest = [f"{value:.2f} x with {name}" for value, name in ranked[1:]]
+    else:
+        ranked = sorted((dropped(policy, data), policy.name) for policy in data.policies)
+        first = f"{ranked[0][1]} drops {_percent(ranked[0][0])} of token-choices"
+        rest = [f"{name} {_percent(value)}" for value, name in ranked[1:]]
+    return f"{'; '.join([first, ', '.join(rest)] if rest else [first])} ({size})."
+
+
+def dropped(policy: PolicySeries, data: PageData) -> float:
+    """Token-choices over capacity over all, all steps and layers."""
+    return float(dropped_share(policy.dropped_SL.sum(), data.counts_SLE.sum()))
+
+
+def mean_imbalance(policy: PolicySeries) -> float:
+    return float(imbalance(policy.load_SLW).mean())
+
+
+def policy_table(data: PageData) -> str:
+    if not data.policies:
+        return "<p>No policy was compared.</p>"
+    head = (
+        '<thead><tr><th rowspan="2" scope="col">policy</th><th colspan="2" scope="colgroup">token-choices, %</th>'
+        '<th colspan="2" scope="colgroup">imbalance</th><th colspan="4" scope="colgroup">bytes a step</th>'
+        '<th rowspan="2" scope="col">replicas moved a step</th></tr>'
+        + _row("th", "dropped", "survived", "mean", "max", "gradients", "weights", "paper's way", "state moved")
+        + "</thead>"
+    )
+    rows = "".join(_policy_row(index, policy, data) for index, policy in enumerate(data.policies))
+    return f"<table>{head}<tbody>{rows}</tbody></table>"
+
+
+def _policy_row(index: int, policy: PolicySeries, data: PageData) -> str:
+    share = dropped(policy, data)
+    numbers = [f"{100 * share:.2f}", f"{100 * (1 - share):.2f}"]
+    numbers += [f"{mean_imbalance(policy):.3f}", f"{imbalance(policy.load_SLW).max():.2f}"]
+    sent = (policy.bytes_gradients, policy.bytes_weights, policy.bytes_paper, policy.bytes_state_moved)
+    numbers += ["–" if value is None else bytes_text(value) for value in sent]
+    numbers.append(f"{policy.moved_SL.sum(1).mean():.1f}")
+    name = f'<th scope="row" data-policy="{index}">{escape(policy.name)}<small>{escape(policy.label)}</small></th>'
+    return f"<tr>{name}{_cells('td', numbers)}</tr>"
+
+
+def loss_terms(data: PageData) -> list[str]:
+    """The terms of all certificates: those that are known in their order, then others by name."""
+    found = {term for policy in data.policies for term in policy.losses}
+    return [term for term in LOSS_TERMS if term in found] + sorted(found - LOSS_TERMS.keys())
+
+
+def loss_table(data: PageData) -> str:
+    terms = loss_terms(data)
+    judged = [policy for policy in data.policies if policy.losses]
+    if not terms:
+        return "<p>Not computed for these policies.</p>"
+    head = _row("th", "lost to", *[policy.name for policy in judged], "because")
+    rows = ""
+    for index, term in enumerate(terms):
+        values = [f"{100 * policy.losses.get(term, 0.0):.2f} %" for policy in judged]
+        name = f'<th scope="row" data-loss="{index}">{escape(term)}</th>'
+        rows += f'<tr>{name}{_cells("td", values)}<td class="words">{escape(LOSS_TERMS.get(term, ""))}</td></tr>'
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def notes(data: PageData) -> str:
+    """What the table's words mean, with this run's capacity."""
+    if not data.policies:
+        return ""
+    capacity = "Nothing is dropped: no capacity is set. "
+    if data.capacity_factor is not None:
+        capacity = f"Dropped: token-choices over capacity, factor {data.capacity_factor:g}. "
+    return escape(
+        capacity + "Imbalance: load of the busiest rank over the mean rank's, after drops; 1 is perfect. Gradients, "
+        "weights: what the two weight phases send, all ranks together. Paper's way: both, sent as the paper sends "
+        "them. State moved: optimizer state that follows moved replicas. Moved: experts new on a rank, all layers."
+    )
+
+
+def bytes_text(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.0005:
+        return "less than 0.1 %"
+    return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
+
+
+def many(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def _row(tag: str, *cells: str) -> str:
+    return f"<tr>{_cells(f'{tag} scope=col' if tag == 'th' else tag, cells)}</tr>"
+
+
+def _cells(tag: str, cells: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{escape(cell)}</{tag.split()[0]}>" for cell in cells)

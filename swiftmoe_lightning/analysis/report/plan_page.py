@@ -1,0 +1,61 @@
+"""A plan, and the run that its trace was recorded from, as a report page. S steps, L layers, E experts, W ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from swiftmoe_lightning.analysis.plan import Outcome, Plan
+from swiftmoe_lightning.analysis.report.page_data import PageData, PolicySeries
+from swiftmoe_lightning.analysis.report.plan_table import age_text
+from swiftmoe_lightning.analysis.trace import Trace
+
+
+def plan_page(plan: Plan, title: str) -> PageData:
+    """The data of the page for `plan`; a trace that holds what its own run did shows that first."""
+    machine, options, trace = plan.machine, plan.options, plan.trace
+    series = [_series(name, outcome) for name, outcome in plan.outcomes.items()]
+    if {"loads", "dropped", "moved"} <= trace.recorded.keys():
+        series.insert(0, _recorded(trace))
+    return PageData(
+        title=title,
+        subtitle=f"{machine.num_ranks} ranks of {machine.slots_per_rank} slots, plans {age_text(options.lag)}",
+        counts_SLE=trace.popularity_SLE,
+        step_S=trace.step_S,
+        layers=tuple(trace.layers),
+        policies=tuple(series),
+        capacity_factor=options.capacity_factor,
+    )
+
+
+def _series(name: str, outcome: Outcome) -> PolicySeries:
+    found = outcome.replay
+    return PolicySeries(
+        name=name,
+        label=outcome.contender.label,
+        replicas_SLE=found.replicas_SLE,
+        dropped_SL=found.dropped_SL,
+        load_SLW=found.load_SLW,
+        moved_SL=found.moved_SL,
+        bytes_gradients=outcome.bytes_gradients,
+        bytes_weights=outcome.bytes_weights,
+        bytes_paper=outcome.bytes_paper,
+        bytes_state_moved=outcome.bytes_state_moved,
+        losses=found.losses,
+    )
+
+
+def _recorded(trace: Trace) -> PolicySeries:
+    recorded = trace.recorded
+    return PolicySeries(
+        name="recorded",
+        label="the run itself",
+        replicas_SLE=recorded.get("replicas"),
+        dropped_SL=np.asarray(recorded["dropped"]),
+        load_SLW=np.asarray(recorded["loads"]),
+        moved_SL=np.asarray(recorded["moved"]),
+        bytes_gradients=None,
+        bytes_weights=None,
+        bytes_paper=None,
+        bytes_state_moved=None,
+        losses={},
+    )

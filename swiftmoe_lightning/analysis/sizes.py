@@ -1,0 +1,48 @@
+"""What a trace was recorded with, where the user does not say otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from swiftmoe_lightning.analysis.trace import Trace
+from swiftmoe_lightning.config import check_whole
+
+# Ranks, and slots of a rank.
+_MOST: Final = 2**16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Ranks, slots and capacity to plan for. capacity_factor: None is dropless."""
+
+    num_ranks: int
+    slots_per_rank: int
+    capacity_factor: float | None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, num_ranks: int | None, slots_per_rank: int | None, capacity_factor: float | None
+    ) -> Sizes:
+        """What is given, else what the trace's own run had. A given capacity factor of 0 is dropless, too.
+
+        Raises ValueError for numbers too large for any machine, when neither says how many ranks or slots there are,
+        or the trace's metadata is damaged.
+        """
+
+        def known(name: str, given: int | None, key: str) -> int:
+            value = trace.metadata.get(key) if given is None else given
+            if value is None:
+                raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
+            said = name if given is not None else f"{key} of the trace's metadata"
+            check_whole(**{said: value})
+            if value > _MOST:
+                raise ValueError(f"{said} must be at most {_MOST}, got {value}. Give the run's own with --{name}.")
+            return int(value)
+
+        factor = trace.metadata.get("capacity_factor") if capacity_factor is None else capacity_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float | None):
+            raise ValueError(f"capacity_factor of the trace's metadata must be a number, got {factor!r}. Record again.")
+        return cls(
+            known("ranks", num_ranks, "world_size"), known("slots", slots_per_rank, "slots_per_rank"), factor or None
+        )

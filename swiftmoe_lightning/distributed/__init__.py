@@ -1,0 +1,34 @@
+"""torch.distributed in one place: the group of ranks, its exchanges, and row-sharded masters."""
+
+from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
+from swiftmoe_lightning.distributed.masters import (
+    first_row,
+    full_tensor,
+    is_master,
+    local_part,
+    local_rows,
+    local_shard,
+    master_from_local,
+    master_like,
+    shard_from_rank_zero,
+    shard_whole_values,
+)
+from swiftmoe_lightning.distributed.meeting import meet
+from swiftmoe_lightning.distributed.stock_code import serve_stock_code
+
+__all__ = [
+    "ExpertGroup",
+    "PendingExchange",
+    "first_row",
+    "full_tensor",
+    "is_master",
+    "local_part",
+    "local_rows",
+    "local_shard",
+    "master_from_local",
+    "master_like",
+    "meet",
+    "serve_stock_code",
+    "shard_from_rank_zero",
+    "shard_whole_values",
+]

@@ -1,0 +1,223 @@
+"""One MoE layer whose experts are spread over the ranks: its masters, its slots, and its side of a forward.
+
+W ranks, E experts, s slots of a rank, D model dim (in x_TD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.distributed import (
+    ExpertGroup,
+    is_master,
+    local_rows,
+    local_shard,
+    master_from_local,
+    master_like,
+    shard_from_rank_zero,
+    shard_whole_values,
+)
+from swiftmoe_lightning.engine.agreement import Agreement, CallRows
+from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
+from swiftmoe_lightning.engine.waiting import StandIn, has_gradient
+from swiftmoe_lightning.modules import ExpertHosting, Experts
+from swiftmoe_lightning.placement import Placement
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.collecting import GradientCollector
+
+
+class ShardedLayer(ExpertHosting):
+    """An `Experts` module under an engine: registered parameters become masters, forward uses slots.
+
+    `stale` is True while the slots may differ from the masters (at first, after a load, after a write behind our
+    back); the next forward then fetches them, on all ranks if on any.
+    """
+
+    def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
+        self.index, self.experts, self.slots, self._group = index, experts, slots, group
+        self.rank, self.split, self.ranks_per_node = group.rank, split, group.ranks_per_node
+        self.stale = True
+        self._agreement: Agreement | None = None
+        self._collector: GradientCollector | None = None
+        self._stand_ins: dict[str, StandIn] = {}
+        self._rows: CallRows | None = None
+
+    def connect(self, agreement: Agreement, collector: GradientCollector) -> None:
+        """Join the engine's forward protocol."""
+        self._agreement, self._collector = agreement, collector
+
+    @property
+    def collector(self) -> GradientCollector:
+        assert self._collector is not None
+        return self._collector
+
+    @property
+    def agreement(self) -> Agreement:
+        assert self._agreement is not None
+        return self._agreement
+
+    def accept_full_state_dicts(self) -> None:
+        """Let `load_state_dict` take whole experts, on the spread module, without communication."""
+        self.experts.register_load_state_dict_pre_hook(self._shard_loaded)
+
+    def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        shard_whole_values(experts.expert_parameters(), state, prefix)
+        self.stale = True
+
+    def __deepcopy__(self, _: Any) -> ShardedLayer:
+        # Copies of a module (EMA's) carry the load hook, and load like the original.
+        return self
+
+    @property
+    def placement(self) -> Placement:  # type: ignore[override]
+        return self.slots.placement
+
+    def _refuse_outdated(self) -> None:
+        if not self.stale and self.slots.is_outdated:
+            raise RuntimeError(
+                "the experts' weights were written since they were last sent to their slots, and not by an optimizer "
+                "that this engine prepared. Pass every optimizer through engine.prepare_optimizer (a strategy or "
+                "prepare() does it, until its run ends: train on under 'swiftmoe'); after a write by hand call "
+                "engine.mark_stale()."
+            )
+
+    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        self._refuse_outdated()
+        self.collector.on_forward()
+        rows, self._rows = self._rows, None
+        if rows is None:
+            rows = self.agreement.call(self.index, counts_E, scores_finite, dtype, self.stale)
+        if rows.any_stale:
+            self.slots.start_distribution(self.placement)
+            self.stale = False
+        self.slots.finish_distribution()
+        return rows.counts_WE(len(counts_E))
+
+    def weights(self) -> Mapping[str, Tensor]:
+        # Freezing, toggling and fine-tuning schedules flip requires_grad on the masters alone.
+        for name, master in self.experts.expert_parameters().items():
+            self.slots.weights[name].requires_grad_(master.requires_grad)
+        return self.slots.weights
+
+    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
+
+    def on_rewrite(self) -> None:
+        self.stale = True
+
+    def distribute(self, placement: Placement) -> None:
+        """Begin to send the masters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
+        stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
+        # Who was frozen between backward and step still has a gradient, and was updated.
+        if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
+            return
+        self.slots.start_distribution(placement)
+        self.stale = False
+
+    def on_backward(self, placement: Placement) -> None:
+        if any(p.requires_grad for p in self.experts.parameters()) and not self.slots.holds(placement):
+            raise RuntimeError(
+                "backward through a forward from before the last optimizer step (or load): its experts' weights have "
+                "been replaced since, as an in-place update would. Run forward again after each step."
+            )
+        self.collector.on_backward(self)
+
+    def announce_gradients(self) -> None:
+        """Put stand-ins in `.grad` of the masters before backward adds to the slots."""
+        self.drop_discarded()
+        for name, master in self.experts.expert_parameters().items():
+            if master.requires_grad and name not in self._stand_ins:
+                self._stand_ins[name] = StandIn(master)
+
+    def drop_discarded(self) -> None:
+        """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
+        masters = self.experts.expert_parameters()
+        for name, stand_in in list(self._stand_ins.items()):
+            if stand_in.was_discarded(masters[name]):
+                self._stand_ins.pop(name).release()
+                self.slots.weights[name].grad = None
+
+    def holds_gradients(self) -> bool:
+        """Whether a backward has left gradients in the slots that no collection has taken, nor the user discarded."""
+        self.drop_discarded()
+        return self.slots.has_gradients
+
+    @torch.no_grad()
+    def serve(self, rows: CallRows) -> None:
+        """Take part in the other ranks' evaluation forward without tokens of our own."""
+        self._rows = rows
+        device = next(iter(self.experts.parameters())).device
+        x_TD = torch.empty(0, self.experts.hidden_dim, dtype=rows.dtype, device=device)
+        no_choice = torch.empty(0, 1, device=device)
+        self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
+
+    @torch.no_grad()
+    def add_to_master_gradients(self, collection: PendingCollection) -> None:
+        """Wait for the collected rows and add them to `.grad` of the masters, past the hooks of their owners."""
+        masters = self.experts.expert_parameters()
+        shards = {name: local_shard(masters[name]) for name in collection.names}
+        for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
+            self._stand_ins.pop(name, None)
+            # Contiguous, too: fused kernels do not look at strides.
+            accumulate_gradient(masters[name], total.to(shards[name]))
+
+
+def collect_gradients(layers: list[ShardedLayer]) -> None:
+    """The gradients in these layers' slots -> `.grad` of their masters. A collective."""
+    under_way = None
+    # One layer ahead: the next exchange is on the wire while this one's rows are summed.
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        following = layer.slots.start_collection()
+        if under_way is not None:
+            under_way[0].add_to_master_gradients(under_way[1])
+        under_way = None if following is None else (layer, following)
+    if under_way is not None:
+        under_way[0].add_to_master_gradients(under_way[1])
+
+
+def accumulate_gradient(master: nn.Parameter, shard: Tensor) -> None:
+    """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf: tensor hooks first, which may replace
+    the gradient, then the sum, then hooks that want the sum."""
+    gradient: Tensor = master_like(shard, master)
+    for hook in (master._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    if has_gradient(master):
+        assert master.grad is not None
+        local_shard(master.grad).add_(local_shard(gradient))
+    else:
+        master.grad = gradient
+    for hook in (getattr(master, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(master)
+
+
+@torch.no_grad()
+def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
+    """Replace the module's parameters by masters, in place; masters stay as they are. A collective.
+
+    Rank 0's values win, as in DDP. Meta parameters are never made whole: each rank draws its own rows, with the
+    values that `reset_parameters` would have given them.
+    Returns name -> the parameter that was replaced.
+    """
+    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_master(p)}
+    seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
+    for name, parameter in replaced.items():
+        if parameter.is_meta:
+            first, last = local_rows(parameter.shape, group)
+            shape = (parameter.shape[0], last - first, *parameter.shape[2:])
+            local = torch.empty(shape, dtype=parameter.dtype, device=device)
+            experts.initialise_rows(name, local, first, seed)
+            master = master_from_local(local, parameter.shape, group)
+        else:
+            master = shard_from_rank_zero(parameter.to(device), group)
+        spread = nn.Parameter(master, requires_grad=parameter.requires_grad)
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            setattr(spread, kind, getattr(parameter, kind, None))
+        experts.register_parameter(name, spread)
+    return replaced

@@ -1,0 +1,87 @@
+"""`experts_implementation="swiftmoe"`: Hugging Face models keep their experts, and run them on our layer.
+
+This is for one device. Under an engine experts must be `Experts`, which `convert` makes of them.
+T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from swiftmoe_lightning.modules.experts import as_computed, compute_dtype
+from swiftmoe_lightning.ops import Activation, combine, expert_layer, expert_rows, sort_choices
+
+NAME: Final = "swiftmoe"
+
+
+def register_hf_experts() -> None:
+    """Make `experts_implementation="swiftmoe"` known to transformers, as for `model.set_experts_implementation`.
+
+    Repeatable. `import swiftmoe_lightning` does it when transformers was imported before.
+    Raises ImportError without transformers 5 or later.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            'experts_implementation="swiftmoe" needs transformers 5 or later: pip install "swiftmoe-lightning[hf]".'
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, run_hf_experts)
+
+
+def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """[T, D] -> [T, D]: the experts' sum, weighted by `top_k_weights` [T, K].
+
+    module: with the flags and tensors that transformers' `use_experts_implementation` describes. Choices
+    `top_k_index` [T, K] int outside 0..E-1, as of experts on another rank, add nothing.
+    """
+    x_TD = hidden_states.to(compute_dtype(hidden_states))
+    activation, weights = _activation_of(module), _weights_of(module, x_TD.dtype)
+    order = sort_choices(top_k_index.flatten(), len(weights["down_proj"]))
+    routing = (order.choice_N, order.row_N.view(top_k_index.shape))
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if not getattr(module, "has_post_expert_norm", False):
+            out_TD = expert_layer(x_TD, top_k_weights, *routing, order.ends_G, weights, activation)
+        else:
+            y_ND = _whole_rows(expert_rows(x_TD, *routing, order.ends_G, weights, activation), order.choice_N)
+            out_TD = combine(module.post_expert_norm(y_ND), top_k_weights, *routing)
+    return out_TD.to(hidden_states.dtype)
+
+
+def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By the names, and in the layout, of `expert_mlp`."""
+    names = ["gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"]
+    if module.has_bias:
+        names += [f"{name}_bias" for name in names]
+    return as_computed({name: getattr(module, name) for name in names}, dtype, module.is_transposed)
+
+
+def _activation_of(module: Any) -> Activation:
+    """Our kernels' name where there is one, for they run in one with the products; else the module's own function.
+
+    By classes alone, which the compiler sees through: layers of one kind share a graph.
+    """
+    from transformers.activations import ACT2CLS
+    from transformers.integrations.moe import _default_apply_gate
+
+    kind = type(getattr(module, "act_fn", None))
+    if not _has_gate(module):
+        return next((name for name in ("gelu", "relu2") if kind is ACT2CLS[name]), module.act_fn)
+    is_swiglu = type(module)._apply_gate is _default_apply_gate and kind in (nn.SiLU, ACT2CLS["silu"])
+    return "swiglu" if is_swiglu else module._apply_gate
+
+
+def _has_gate(module: Any) -> bool:
+    # transformers before 5.3 knows experts with gates alone.
+    return getattr(module, "has_gate", True)
+
+
+def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:
+    """Zero in nobody's rows at the end, in what may hold anything there; `y_ND` may come without them."""
+    nobodys_N = choice_N < 0
+    if len(y_ND) < len(choice_N):
+        y_ND = torch.cat([y_ND, y_ND.new_zeros(len(choice_N) - len(y_ND), y_ND.shape[1])])
+    return y_ND.masked_fill(nobodys_N.unsqueeze(-1), 0.0)

@@ -1,0 +1,205 @@
+"""Hugging Face's Trainer: the engine under `transformers.Trainer`. Imports transformers, so it is imported late."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from typing_extensions import override
+
+from swiftmoe_lightning.accelerate import (
+    STATE_FILE,
+    check_fresh,
+    check_processes,
+    data_parallel,
+    gather_state_dicts,
+    share_scaler,
+)
+from swiftmoe_lightning.config import SwiftMoEConfig, check_config
+from swiftmoe_lightning.engine import SwiftMoEEngine
+from swiftmoe_lightning.engine.checkpoint import full_state, read_file
+from swiftmoe_lightning.engine.rebinding import names_of, rebind
+from swiftmoe_lightning.huggingface.convert import convert
+
+# What is overridden below and is not public: all there is in transformers 5.
+_PRIVATE: Final = (
+    "_wrap_model",
+    "_save",
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+    "_load_from_checkpoint",
+    "_load_best_model",
+)
+_missing = [name for name in _PRIVATE if not hasattr(Trainer, name)]
+if _missing:
+    raise ImportError(
+        f"SwiftMoETrainer knows the Trainer of transformers 5; that of {transformers.__version__} lacks {_missing}. "
+        "Install one that it knows: pip install 'transformers>=5,<6'"
+    )
+
+# Training argument -> what to do instead, over several processes.
+_REFUSED: Final = {
+    "fp16_full_eval": "Evaluate in the precision of training, fp16=True or bf16=True.",
+    "bf16_full_eval": "Evaluate in the precision of training, fp16=True or bf16=True.",
+    "fsdp": "Leave it out: experts are cut over the processes already; swiftmoe_config=SwiftMoEConfig(dense='fsdp2') "
+    "cuts the rest, too.",
+    "deepspeed": "Leave it out: experts are cut over the processes already, and the rest is data parallel.",
+}
+
+
+class SwiftMoETrainer(Trainer):
+    """`transformers.Trainer`, with the model's experts spread over the processes that torchrun started.
+
+    Arguments, callbacks, evaluation and checkpoints stay the Trainer's own. A checkpoint holds whole experts, and the
+    optimizer's state of them: it loads with `from_pretrained` and goes on at any number of processes. On one process
+    this is a plain Trainer.
+
+    Experts are spread when training begins, and `engine` is None before. Call `save_model` on all processes.
+
+    model: a Hugging Face MoE model, whose experts `convert` takes over, or any module with `Experts`.
+    args and all others: as of `transformers.Trainer`. swiftmoe_config: None takes the defaults.
+
+    Raises ValueError for a model without such experts, and over several processes for arguments that cannot be
+    combined with spread experts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        swiftmoe_config: SwiftMoEConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if args is not None:
+            check_arguments(args)
+        self.engine: SwiftMoEEngine | None = None
+        self._swiftmoe_config = check_config(swiftmoe_config)
+        self._drops_state = False
+        self._whole: dict[str, Any] | None = None
+        super().__init__(model if model is None else convert(model), args, *rest, **options)
+        check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
+
+    @override
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return convert(super().call_model_init(trial))
+
+    @override
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        # Of whole parameters first: its groups are then the plain Trainer's, and checkpoints fit both.
+        created: Optimizer = super().create_optimizer(model)
+        # In a second `train()` it is wrapped already.
+        optimizer: Optimizer = getattr(created, "optimizer", created)
+        if self.engine is None or self.engine.module is not self.model:
+            check_fresh(optimizer, self.model)
+            names = names_of(self.model)
+            self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
+            self.engine.shard_dense()
+            share_scaler(self.accelerator, self.engine)
+            gather_state_dicts(self.accelerator)
+            rebind(optimizer, self.model, names)
+        if not getattr(optimizer, "_swiftmoe_prepared", False):
+            self.engine.prepare_optimizer(optimizer)
+            optimizer._swiftmoe_prepared = True  # type: ignore[attr-defined]
+            # After the engine's own hook, which makes DTensors of local state.
+            optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=not self._drops_state))
+        return created
+
+    @override
+    def _wrap_model(self, model: nn.Module, training: bool = True, *rest: Any, **options: Any) -> nn.Module:
+        wrapped: nn.Module = super()._wrap_model(model, training, *rest, **options)
+        if not training or wrapped is not self.model or self.engine is None or self.engine.group is None:
+            return wrapped
+        # Autocast and compilation; the Trainer leaves what comes wrapped from here as it is.
+        wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
+        return data_parallel(self.accelerator, self.engine, wrapped)
+
+    def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
+        # Accelerate's own clipping then takes masters and plain tensors together. The Trainer's, for those that cannot
+        # be mixed, does not undo a loss scale.
+        return False
+
+    @override
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Gathered here, where all processes come by: transformers 5.17 calls `_save` on the writer alone.
+        if self.engine is not None and self.engine.group is not None:
+            self._whole = full_state(dict(self.model.state_dict()), keep=self.args.should_save)
+        super().save_model(output_dir, _internal_call)
+        self._whole = None
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, self._whole if state_dict is None else state_dict)
+
+    @override
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            # The writer gathers whole state from all.
+            self._drops_state = True
+            self.optimizer.state_dict()
+            self._drops_state = False
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.engine is not None:
+            torch.save(self.engine.state_dict(), Path(output_dir, STATE_FILE))
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # A plain Trainer's folder has no such file: placements then start from nothing.
+        if checkpoint is not None and self.engine is not None and Path(checkpoint, STATE_FILE).exists():
+            self.engine.load_state_dict(read_file(Path(checkpoint, STATE_FILE)))
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_pretrained(model, resume_from_checkpoint)
+
+    @override
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise ValueError, on every process, for what cannot be combined with spread experts."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process was started for {args.n_gpu} GPUs, and experts are spread over processes. Start one for each "
+            f"GPU: torchrun --nproc-per-node {args.n_gpu} script.py"
+        )
+    if args.world_size == 1:
+        return
+    for name, fix in _REFUSED.items():
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name}={value!r} cannot be combined with experts spread over processes. {fix}")
+    if getattr(args.accelerator_config, "even_batches", True) is False:
+        raise ValueError(
+            "even_batches=False gives processes different numbers of batches, and the Trainer would wait for ever "
+            "where it gathers losses. Leave it True: what evaluation repeats is dropped from its metrics."
+        )
+
+
+def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Read what `save_pretrained` wrote into a model whose experts may be spread. No communication.
+
+    The Trainer's own loader takes names as they are in the file, and many MoE families are written with a tensor for
+    each expert: it would leave the experts as they are, with a warning. `from_pretrained` knows the names.
+
+    Raises ValueError, naming the keys, where the files and the model differ.
+    """
+    saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise ValueError(
+            f"{str(folder)!r} belongs to another model: {wrong}. Build the model that was saved, or resume from "
+            "another checkpoint."
+        )
+    model.load_state_dict(saved.state_dict())

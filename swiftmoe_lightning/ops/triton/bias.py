@@ -1,0 +1,146 @@
+"""The experts' biases: added to rows, their part of the scores' gradients, and their own gradients.
+
+T tokens, R rows, D model dim, K top-k, s slots, B row tiles. O: out features of one matrix. BM, BN: a program's tile of
+rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swiftmoe_lightning.ops.triton.launch import block_of_program, device_of, launch_by_block
+from swiftmoe_lightning.ops.triton.tiles import Rows
+
+
+def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
+    """[R, O]: each row with its own slot's bias, which slot s does not have."""
+    out_RO = torch.empty(y_RO.shape, dtype=y_RO.dtype, device=y_RO.device)
+    if out_RO.numel():
+        arguments = (y_RO.contiguous(), bias_sO.contiguous(), slot_R, out_RO, len(bias_sO))
+        launch_by_block(add_bias_kernel, out_RO, arguments)
+    return out_RO
+
+
+def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> None:
+    """Write each row's <dO, second bias>, the bias's part of its score's gradient."""
+    bias_part_kernel[(len(rows.slot_B),)](
+        grad_TD,
+        rows.choice_R,
+        bias_sD,
+        rows.slot_B,
+        rows.first_row_B,
+        rows.ends_s,
+        part_R,
+        len(rows.ends_s),
+        TOP_K=rows.top_k,
+        D=grad_TD.shape[1],
+        BM=rows.tiles.up.rows,
+        BK=64,
+    )
+
+
+def bias_gradient(
+    grad: Tensor, ends_s: Tensor, scores_TK: Tensor | None = None, choice_R: Tensor | None = None, top_k: int = 1
+) -> Tensor:
+    """[s, O]: the sum of each slot's rows of `grad` [R, O], or with `scores_TK` of [T, O], gathered and weighted."""
+    grad_sO = torch.empty(len(ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
+    with device_of(grad):
+        bias_gradient_kernel[(len(ends_s), triton.cdiv(grad.shape[1], 64))](
+            grad.contiguous(),
+            None if scores_TK is None else choice_R,
+            scores_TK,
+            ends_s,
+            grad_sO,
+            TOP_K=top_k,
+            OUT=grad.shape[1],
+            BM=128,
+            BN=64,
+        )
+    return grad_sO
+
+
+@triton.jit
+def add_bias_kernel(
+    p_y,  # *dtype [R, F]
+    p_bias,  # *dtype [s, F]
+    p_slot,  # *i32 [R]
+    p_out,  # *dtype [R, F], written
+    num_slots,
+    num_rows,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
+    b_slot = tl.load(p_slot + b_r, mask=b_r < num_rows, other=num_slots).to(tl.int64)
+    b_bias = tl.load(p_bias + b_slot * F + b_f, mask=m & (b_slot < num_slots), other=0.0).to(tl.float32)
+    b_y = tl.load(p_y + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + b_r * F + b_f, b_y + b_bias, mask=m)
+
+
+@triton.jit
+def bias_part_kernel(
+    p_grad,  # *dtype [T, D]
+    p_choice,  # *i64 [R]
+    p_bias,  # *dtype [s, D]
+    p_slot,  # *i32 [B]
+    p_first_row,  # *i32 [B]
+    p_ends,  # *i32 [s]
+    p_part,  # *f32 [R], written
+    num_slots,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    slot = tl.load(p_slot + tl.program_id(0))
+    if slot >= num_slots:
+        return
+    rows = (tl.load(p_first_row + tl.program_id(0)) + tl.arange(0, BM)).to(tl.int64)
+    m_row = rows < tl.load(p_ends + slot)
+    tokens = (tl.load(p_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
+    part = tl.zeros([BM], dtype=tl.float32)
+    for k in range(0, D, BK):
+        depth = k + tl.arange(0, BK)
+        # [BM, BK]
+        mask = m_row[:, None] & (depth < D)[None, :]
+        b_grad = tl.load(p_grad + tokens[:, None] * D + depth[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_bias = tl.load(p_bias + slot * D + depth, mask=depth < D, other=0.0).to(tl.float32)
+        part += tl.sum(b_grad * b_bias[None, :], 1)
+    tl.store(p_part + rows, part, mask=m_row)
+
+
+@triton.jit
+def bias_gradient_kernel(
+    p_grad,  # *dtype [R, OUT], or [T, OUT] with choices
+    p_choice,  # *i64 [R], or None
+    p_score,  # *f [T, K], or None; with choices only
+    p_ends,  # *i32 [s]
+    p_out,  # *dtype [s, OUT], written
+    TOP_K: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    start = tl.load(p_ends + slot - 1, mask=slot > 0, other=0)
+    end = tl.load(p_ends + slot)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN], dtype=tl.float32)
+    for first_row in range(start, end, BM):
+        rows = (first_row + tl.arange(0, BM)).to(tl.int64)
+        m_row = rows < end
+        sources = rows
+        score = tl.full([BM], 1.0, dtype=tl.float32)
+        if p_choice is not None:
+            choices = tl.load(p_choice + rows, mask=m_row, other=0)
+            sources = (choices.to(tl.int32) // TOP_K).to(tl.int64)
+            score = tl.load(p_score + choices, mask=m_row, other=0.0).to(tl.float32)
+        # [BM, BN]
+        mask = m_row[:, None] & (cols < OUT)[None, :]
+        b_grad = tl.load(p_grad + sources[:, None] * OUT + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(b_grad * score[:, None], 0)
+    tl.store(p_out + slot * OUT + cols, total.to(p_out.dtype.element_ty), mask=cols < OUT)

@@ -1,0 +1,152 @@
+"""Slow, plain versions of the expert layer's operations: loops over tokens and rows, in float64, by autograd alone."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+from swiftmoe_lightning.ops import paths
+
+# bfloat16 rounds by up to 4e-3, and a chain of matmuls and activations rounds five times.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Where Triton's kernels are tested: under its interpreter on the CPU, or compiled on a GPU.
+DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
+
+
+def assert_close(found, expected):
+    """Norm of the error over the norm of the result, one tolerance for a dtype, everywhere."""
+    found, tolerance, expected = found.detach().double(), TOLERANCE[found.dtype], expected.detach().double()
+    assert found.shape == expected.shape
+    error = float((found - expected).norm())
+    assert error <= tolerance * float(expected.norm()), (error, float(expected.norm()))
+
+
+def rows_of(kept_TK):
+    """Boolean [T, K] -> (choice_R, rows_TK), rows in a scrambled order."""
+    choice_R = kept_TK.flatten().nonzero().flatten()
+    order_R = torch.randperm(len(choice_R), generator=torch.Generator().manual_seed(len(choice_R)), device="cpu")
+    choice_R = choice_R[order_R.to(choice_R.device)]
+    rows_TK = torch.full(kept_TK.shape, -1, device=kept_TK.device)
+    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=kept_TK.device)
+    return choice_R, rows_TK
+
+
+def loop_mlp(x_RD, weights, slot_R, activation):
+    """down(act(up(x))) row by row."""
+    first = "gate_up_proj" if activation == "swiglu" else "up_proj"
+    rows = []
+    for x_D, slot in zip(x_RD, slot_R, strict=True):
+        z = weights[first][slot] @ x_D
+        if f"{first}_bias" in weights:
+            z = z + weights[f"{first}_bias"][slot]
+        if activation == "swiglu":
+            half = len(z) // 2
+            hidden = z[:half] * torch.sigmoid(z[:half]) * z[half:]
+        elif activation == "gelu":
+            hidden = z * 0.5 * (1 + torch.erf(z / 2**0.5))
+        else:
+            hidden = torch.clamp(z, min=0) ** 2
+        out = weights["down_proj"][slot] @ hidden
+        if "down_proj_bias" in weights:
+            out = out + weights["down_proj_bias"][slot]
+        rows.append(out)
+    return torch.stack(rows) if rows else x_RD.new_zeros(0, weights["down_proj"].shape[1]) + 0 * x_RD.sum()
+
+
+def make_weights(num_slots, dim, hidden_dim, activation, bias, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first, rows = ("gate_up_proj", 2 * hidden_dim) if activation == "swiglu" else ("up_proj", hidden_dim)
+    shapes = {first: (rows, dim), "down_proj": (dim, hidden_dim)}
+    if bias:
+        shapes |= {f"{first}_bias": (rows,), "down_proj_bias": (dim,)}
+    return {
+        name: (torch.randn(num_slots, *shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def gradients(out, inputs):
+    """Gradients of a fixed random projection of `out`, by name; what did not take part counts as zero."""
+    generator = torch.Generator().manual_seed(17)
+    seed = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
+    found = torch.autograd.grad(out, list(inputs.values()), seed, allow_unused=True)
+    return {
+        name: torch.zeros_like(value) if grad is None else grad
+        for (name, value), grad in zip(inputs.items(), found, strict=True)
+    }
+
+
+def leaves(tensors, dtype=None):
+    return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
+
+
+_FENCE = 256
+
+
+def fenced(x):
+    """A copy of `x` with nan on both sides of it in memory: what reads past its ends gets nan."""
+    flat = torch.full((x.numel() + 2 * _FENCE,), float("nan"), dtype=x.dtype, device=x.device)
+    inside = flat[_FENCE : _FENCE + x.numel()].view(x.shape)
+    return inside.copy_(x.detach())
+
+
+@contextmanager
+def fenced_memory():
+    """Inside, `torch.empty` gives memory full of nan (or a large number), with as much on both sides of it.
+
+    What writes past the ends of it fails the test on leaving, and what leaves a place unwritten, by its nan.
+    """
+    real, blocks = torch.empty, []
+
+    def empty(*size, dtype=torch.float32, device=None):
+        shape = torch.Size(size if not size or isinstance(size[0], int) else size[0])
+        flat = real(shape.numel() + 2 * _FENCE, dtype=dtype, device=device)
+        blocks.append(flat.fill_(float("nan") if dtype.is_floating_point else 10**9))
+        return flat[_FENCE : _FENCE + shape.numel()].view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    for flat in blocks:
+        for fence in (flat[:_FENCE], flat[-_FENCE:]):
+            assert (fence.isnan() if flat.dtype.is_floating_point else fence == 10**9).all()
+
+
+def assert_triton_equals_reference(operation, values, *rest):
+    """Outputs and gradients of `operation(*values, *rest)`, on Triton and on the reference.
+
+    values: name -> floating tensor; the reference gets them in float64. Triton runs twice, to the same bits, in memory
+    fenced by nan. Outputs that are whole numbers must be equal, the others, and the gradients, close.
+    """
+    values = {name: value.to(DEVICE) for name, value in values.items()}
+    rest = [r.to(DEVICE) if isinstance(r, torch.Tensor) else r for r in rest]
+    seed_dtype = next(iter(values.values())).dtype
+    found = []
+    for _ in range(2):
+        inputs = {name: fenced(value).requires_grad_() for name, value in values.items()}
+        with paths.forced("triton"), fenced_memory():
+            found.append(_outputs_and_gradients(operation, inputs, rest, seed_dtype))
+    with paths.forced("torch"):
+        expected = _outputs_and_gradients(operation, leaves(values, torch.float64), rest, seed_dtype)
+    for first, second, wanted in zip(*found, expected, strict=True):
+        assert torch.equal(first, second)
+        if first.is_floating_point():
+            assert_close(first, wanted)
+        else:
+            assert torch.equal(first, wanted)
+
+
+def _outputs_and_gradients(operation, inputs, rest, seed_dtype):
+    outputs = operation(*inputs.values(), *rest)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator().manual_seed(17)
+    trained = [out for out in outputs if out.requires_grad]
+    seeds = [torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu") for out in trained]
+    # Rounded once, so that both runs get the same numbers.
+    seeds = [seed.to(seed_dtype).to(out) for seed, out in zip(seeds, trained, strict=True)]
+    gradients = torch.autograd.grad(trained, list(inputs.values()), seeds)
+    for gradient, value in zip(gradients, inputs.values(), strict=True):
+        assert (gradient.dtype, gradient.shape) == (value.dtype, value.shape)
+    return outputs + list(gradients)

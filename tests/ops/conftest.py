@@ -1,0 +1,23 @@
+import numpy as np
+import pytest
+import torch
+
+from swiftmoe_lightning.ops import paths
+from tests.ops.cases import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _numpy_overflows_as_a_gpu_does():
+    # exp(200) is inf, without a word; the interpreter's numpy would warn.
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request):
+    """The test runs on torch's reference, and on Triton's kernels."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    # Tensors that a test makes are then where the kernels are; a random one says device="cpu", as its generator is.
+    with paths.forced(request.param), torch.device(DEVICE):
+        yield request.param
