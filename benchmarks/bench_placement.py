@@ -12,7 +12,7 @@ from typing import Any, Final
 from benchmarks.placement_measures import switch_domains, time_planning
 from benchmarks.placement_tables import draw_frontier, write_tables
 from benchmarks.provenance import RESULTS, birth_certificate, write_result
-from swiftmoe_lightning.analysis import CONTENDERS, Machine, PlanOptions, make_plan, read_trace
+from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, make_plan, read_trace
 
 _SLOTS: Final = (2, 4, 8)
 _FACTORS: Final = (1.0, 1.25, None)
@@ -38,7 +38,7 @@ def compare(path: Path, num_ranks: int) -> list[dict[str, Any]]:
     for slots in _SLOTS:
         machine = Machine(num_ranks=num_ranks, slots_per_rank=slots)
         for factor in _FACTORS:
-            options = PlanOptions(policies=tuple(CONTENDERS), capacity_factor=factor)
+            options = PlanOptions(policies=tuple(CANDIDATES), capacity_factor=factor)
             found = make_plan(trace, machine, options).as_json()
             print(f"{path.stem}: {slots} slots, capacity {factor or 'none'}")
             policies = {

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_shapes import Shape
-from swiftmoe_lightning.ops import combine, expert_layer, expert_mlp, paths, permute, sort_choices
+from swiftmoe_lightning.ops import backend, combine, expert_layer, expert_mlp, permute, sort_choices
 
 Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """run: see the file's words. prepare: weights as it wants to have them, before the clock starts. restore: gradients
     of those as gradients of the ones that were given. refuses: a reason not to run a shape, or None. is_ours: held to
     our own tolerance."""
@@ -56,7 +56,7 @@ def on_triton(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same with every operation on Triton. Only around forward: the fused layer's backward is Triton's anyway."""
 
     def forced(*inputs: Any) -> Tensor:
-        with paths.forced("triton"):
+        with backend.force_backend("triton"):
             return run(*inputs)
 
     return forced
@@ -264,20 +264,20 @@ def few_tokens_only(shape: Shape) -> str | None:
     return None if shape.tokens <= 8192 else "a loop over experts that waits for the GPU: for 8,192 tokens at most"
 
 
-def contenders() -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders() -> tuple[dict[str, Candidate], dict[str, str]]:
     """(name -> contender, name -> why it is not there)."""
     found = {
-        "ours, fused": Contender(on_triton(ours_fused), is_ours=True),
-        "ours, grouped_mm": Contender(ours_grouped, is_ours=True),
-        "HF grouped_mm": Contender(hf_grouped_mm),
-        "torchtitan": Contender(torchtitan, split_matrices, joined_matrices, sorting_in_reason),
-        "torchtitan, atomic": Contender(torchtitan_atomic, split_matrices, joined_matrices, gated_only),
-        "HF eager": Contender(eager_loop, refuses=few_tokens_only),
+        "ours, fused": Candidate(on_triton(ours_fused), is_ours=True),
+        "ours, grouped_mm": Candidate(ours_grouped, is_ours=True),
+        "HF grouped_mm": Candidate(hf_grouped_mm),
+        "torchtitan": Candidate(torchtitan, split_matrices, joined_matrices, sorting_in_reason),
+        "torchtitan, atomic": Candidate(torchtitan_atomic, split_matrices, joined_matrices, gated_only),
+        "HF eager": Candidate(eager_loop, refuses=few_tokens_only),
     }
     missing = {}
     for name, load in {"Liger": liger, "ScatterMoE": scattermoe, "SonicMoE": sonicmoe}.items():
         try:
-            found[name] = Contender(load(), refuses=gated_only)
+            found[name] = Candidate(load(), refuses=gated_only)
         except Exception as error:  # whatever a package of others raises where it does not fit this machine
             missing[name] = f"{type(error).__name__}: {error}"
     return found, missing

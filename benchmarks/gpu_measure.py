@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check import TOLERANCE, errors_of, lost_gpu, outputs_and_gradients, reference
-from benchmarks.gpu_contenders import Contender
+from benchmarks.gpu_contenders import Candidate
 from benchmarks.gpu_shapes import Case, Shape, make_case
 from benchmarks.spread import spread
 
@@ -81,12 +81,12 @@ class Clock:
 def measure_layer(
     shape: Shape,
     routing: str,
-    contenders: dict[str, Contender],
+    contenders: dict[str, Candidate],
     clock: Clock,
     budget: Budget,
     begin: Callable[[str], None] = lambda contender: None,
 ) -> dict[str, Any]:
-    """Contender -> what was measured, or {"skipped": why}. First all are checked against float64, on the very inputs
+    """Candidate -> what was measured, or {"skipped": why}. First all are checked against float64, on the very inputs
     that they are timed with; then they run in turns, so that a GPU that grows warm or slow does so for all.
 
     begin: told who runs from now on.
@@ -117,7 +117,7 @@ def measure_layer(
 
 
 def _check(
-    case: Case, contenders: dict[str, Contender], clock: Clock, budget: Budget, begin: Callable[[str], None]
+    case: Case, contenders: dict[str, Candidate], clock: Clock, budget: Budget, begin: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], object]]]]:
     """(contender -> errors and bytes, or why it is skipped; contender -> its passes, if it is right)."""
     counts_E = torch.bincount(case.ids.flatten(), minlength=case.shape.experts)
@@ -156,7 +156,7 @@ def _failure(error: Exception, clock: Clock) -> dict[str, Any]:
     return {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _passes(case: Case, contender: Contender, weights: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+def _passes(case: Case, contender: Candidate, weights: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
     """The forward of training, which keeps what backward needs, and forward with backward. Gradients come out as new
     tensors: nothing is added up, and nothing has to be zeroed."""
     x, scores = case.x.detach().requires_grad_(), case.scores.detach().requires_grad_()

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.gpu_contenders import up_of
 from benchmarks.gpu_measure import Clock
 from benchmarks.gpu_shapes import Shape, make_case
-from swiftmoe_lightning.ops import activate, combine, paths, permute, sort_choices
+from swiftmoe_lightning.ops import activate, backend, combine, permute, sort_choices
 
 _COPIED_ELEMENTS: Final = 2**29
 _SQUARE: Final = 8192
@@ -44,7 +44,7 @@ def _rate(ms: dict[str, float], num_bytes: int = 0, flops: int = 0, copy: float 
 
 def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float | None) -> dict[str, Any]:
     """Stage -> its rate, each alone, on balanced random routing. Bytes are those that a stage cannot do without."""
-    with paths.forced("triton"), torch.no_grad():
+    with backend.force_backend("triton"), torch.no_grad():
         memory = {
             name: _rate(clock.spread_of(call), num_bytes, copy=copy_gb_per_s)
             for name, (call, num_bytes) in _memory_stages(shape, clock).items()

@@ -22,7 +22,7 @@ def time_planning() -> dict[str, Any]:
     (placement,) = make_policy("balanced", 64, 4).place(Forecast.of(counts_WE.sum(0)[None]))
 
     def split(ranks_per_node: int) -> Callable[[], object]:
-        return lambda: plan_dispatch(counts_WE, placement, "flow", Capacity(1.0), ranks_per_node).side_of(3)
+        return lambda: plan_dispatch(counts_WE, placement, "flow", Capacity(1.0), ranks_per_node).for_rank(3)
 
     popularity_LE = rng.dirichlet(np.full(256, 0.5), size=60) * 1e6
     found = {"split": split(1), "split_nodes_of_8": split(8)}

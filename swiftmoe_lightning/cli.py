@@ -204,9 +204,9 @@ def doctor(
 
 
 def _names(policies: str) -> tuple[str, ...]:
-    from swiftmoe_lightning.analysis import CONTENDERS
+    from swiftmoe_lightning.analysis import CANDIDATES
 
-    return tuple(CONTENDERS) if policies == "all" else tuple(name.strip() for name in policies.split(",") if name)
+    return tuple(CANDIDATES) if policies == "all" else tuple(name.strip() for name in policies.split(",") if name)
 
 
 def _say(policy: str) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from swiftmoe_lightning.distributed.backends import available_backends
 from swiftmoe_lightning.engine.verifying import verify_checkpoint
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 
 _LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,9 +107,9 @@ def _devices() -> list[dict[str, Any]]:
 def _paths(device: torch.device) -> list[dict[str, str]]:
     found = []
     for dtype in _DTYPES:
-        chosen = {"sort, permute, combine, activate, route": paths.choose(device, dtype)}
+        chosen = {"sort, permute, combine, activate, route": backend.choose(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
-            chosen[name] = paths.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
+            chosen[name] = backend.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
         for operation, path in chosen.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
             found.append(entry | {"path": path.name, "reason": path.reason})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from swiftmoe_lightning.analysis import CONTENDERS
+from swiftmoe_lightning.analysis import CANDIDATES
 from swiftmoe_lightning.cli import app
 
 
@@ -128,8 +128,8 @@ def test_a_plan_of_all_policies_has_them_all_in_full_at_any_width(
     assert result.exit_code == 0
     assert "…" not in result.stdout
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
-    assert list(json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)["policies"]) == list(CONTENDERS)
-    for name in CONTENDERS:
+    assert list(json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)["policies"]) == list(CANDIDATES)
+    for name in CANDIDATES:
         assert rows[name][-1] == "ms"
     assert "paper's step" in result.stdout
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from swiftmoe_lightning import doctor
 from swiftmoe_lightning.cli import app
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 
 
 def run(*words: str, width: str = "400") -> str:
@@ -34,9 +34,9 @@ def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.cuda, "get_device_capability", lambda device: (gpus[device.index].major, gpus[device.index].minor)
     )
     # The two are remembered by device.
-    paths._path_on.cache_clear()
+    backend._backend_on.cache_clear()
     yield
-    paths._path_on.cache_clear()
+    backend._backend_on.cache_clear()
 
 
 def test_json_says_everything() -> None:

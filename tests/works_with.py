@@ -109,7 +109,7 @@ ROWS: Final = (
         "Quantised experts",
         "refused",
         "keep them in float32, bfloat16 or float16",
-        ("engine/test_set_up: quantised", "huggingface/test_convert: named"),
+        ("engine/test_set_up: quantized", "huggingface/test_convert: named"),
     ),
     Row(
         "Compilation",

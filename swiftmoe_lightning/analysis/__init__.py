@@ -1,6 +1,6 @@
 """What placement policies would have done with a recorded trace. Numpy only, no processes."""
 
-from swiftmoe_lightning.analysis.contenders import CONTENDERS, Contender
+from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
 from swiftmoe_lightning.analysis.cost import Machine
 from swiftmoe_lightning.analysis.plan import Plan, PlanOptions, make_plan
 from swiftmoe_lightning.analysis.read_trace import read_trace
@@ -10,8 +10,8 @@ from swiftmoe_lightning.analysis.trace import Trace
 from swiftmoe_lightning.analysis.write_trace import check_writable, writer_for
 
 __all__ = [
-    "CONTENDERS",
-    "Contender",
+    "CANDIDATES",
+    "Candidate",
     "Machine",
     "Plan",
     "PlanOptions",

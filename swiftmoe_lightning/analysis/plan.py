@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from swiftmoe_lightning.analysis.contenders import CONTENDERS, Contender
+from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
 from swiftmoe_lightning.analysis.cost import Machine, paper_bytes, paper_step_seconds, phase_bytes, step_seconds
 from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
 from swiftmoe_lightning.analysis.trace import Trace, check_bytes
@@ -23,8 +23,8 @@ _MOST_SLOTS: Final = 2**20
 class PlanOptions:
     """What is asked of the policies.
 
-    policies: names of `CONTENDERS`. capacity_factor: None is dropless.
-    capacity: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Contender`).
+    policies: names of `CANDIDATES`. capacity_factor: None is dropless.
+    capacity: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
     lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
     replace_every: as in `SwiftMoEConfig`.
 
@@ -42,15 +42,15 @@ class PlanOptions:
         # It is a run's setting, and checked as such.
         SwiftMoEConfig(replace_every=self.replace_every)  # type: ignore[arg-type]
         if not self.policies:
-            raise ValueError(f"name at least one policy of {', '.join(CONTENDERS)}.")
+            raise ValueError(f"name at least one policy of {', '.join(CANDIDATES)}.")
         for name in self.policies:
-            check_choice("policy", name, tuple(CONTENDERS))
+            check_choice("policy", name, tuple(CANDIDATES))
         if self.capacity is not None:
             check_choice("capacity", self.capacity, ("rank", "slot"))
         if self.capacity_factor is not None:
             Capacity(self.capacity_factor)
 
-    def rules(self, contender: Contender) -> Rules:
+    def rules(self, contender: Candidate) -> Rules:
         """How this contender is run."""
         capacity = None
         if self.capacity_factor is not None:
@@ -58,7 +58,7 @@ class PlanOptions:
         return Rules(
             split=contender.split,
             capacity=capacity,
-            lag=0 if contender.is_clairvoyant else self.lag,
+            lag=0 if contender.knows_the_step else self.lag,
             interval=self.replace_every,
         )
 
@@ -71,7 +71,7 @@ class Outcome:
     placements. seconds: modelled, of a step; None without speeds. seconds_paper: the same, phases at the paper's bound.
     """
 
-    contender: Contender
+    contender: Candidate
     rules: Rules
     replay: Replay
     bytes_gradients: int
@@ -132,7 +132,7 @@ def make_plan(
     for name in options.policies:
         if report is not None:
             report(name)
-        contender = CONTENDERS[name]
+        contender = CANDIDATES[name]
         rules = options.rules(contender)
         found = replay(popularity_SLE, contender.make(machine.num_ranks, machine.slots_per_rank), rules)
         outcomes[name] = _outcome(contender, rules, found, machine, trace.num_experts)
@@ -146,7 +146,7 @@ def _check_size(trace: Trace, machine: Machine) -> None:
     check_bytes("a replay", 8 * trace.num_steps * trace.num_layers * (2 * machine.num_ranks + trace.num_experts))
 
 
-def _outcome(contender: Contender, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
+def _outcome(contender: Candidate, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
     num_steps, num_layers = found.hosted_SL.shape
     hosted = found.hosted_SL.sum() / num_steps
     # Both phases of a step have the same placement but for the step between; means over a run hardly differ.

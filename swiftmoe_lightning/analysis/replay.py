@@ -124,7 +124,7 @@ class _Run:
     def __init__(self, policy: PlacementPolicy, rules: Rules, num_layers: int, num_experts: int) -> None:
         self._policy, self._rules = policy, rules
         self._names = [str(layer) for layer in range(num_layers)]
-        self._placer = Placer(lambda _: policy, keeps_even=rules.interval == "auto")
+        self._placer = Placer(lambda _: policy, skip_when_balanced=rules.interval == "auto")
         self._placements = list(self._placer.planned(dict.fromkeys(self._names, num_experts)).values())
         self._unseen: deque[list[ExpertLoad]] = deque()
         # By layer: what it saw since it was placed.

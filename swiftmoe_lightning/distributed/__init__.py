@@ -1,19 +1,19 @@
 """torch.distributed in one place: the group of ranks, its exchanges, and row-sharded masters."""
 
 from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
-from swiftmoe_lightning.distributed.masters import (
+from swiftmoe_lightning.distributed.meeting import meet
+from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
-    is_master,
+    is_sharded,
     local_part,
     local_rows,
     local_shard,
-    master_from_local,
-    master_like,
     shard_from_rank_zero,
     shard_whole_values,
+    sharded_from_local,
+    sharded_like,
 )
-from swiftmoe_lightning.distributed.meeting import meet
 from swiftmoe_lightning.distributed.stock_code import serve_stock_code
 
 __all__ = [
@@ -21,14 +21,14 @@ __all__ = [
     "PendingExchange",
     "first_row",
     "full_tensor",
-    "is_master",
+    "is_sharded",
     "local_part",
     "local_rows",
     "local_shard",
-    "master_from_local",
-    "master_like",
     "meet",
     "serve_stock_code",
     "shard_from_rank_zero",
     "shard_whole_values",
+    "sharded_from_local",
+    "sharded_like",
 ]

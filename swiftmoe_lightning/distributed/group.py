@@ -26,7 +26,7 @@ class ExpertGroup:
 
     ranks_per_node: neighbouring ranks that share a node; None asks torchrun's LOCAL_WORLD_SIZE, else takes one node.
 
-    Raises RuntimeError when no process group is initialised.
+    Raises RuntimeError when no process group is initialized.
     """
 
     def __init__(self, device_type: str, ranks_per_node: int | None = None) -> None:

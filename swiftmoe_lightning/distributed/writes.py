@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from swiftmoe_lightning.distributed.masters import local_part, master_like
 from swiftmoe_lightning.distributed.operators import by_default, handle
+from swiftmoe_lightning.distributed.sharding import local_part, sharded_like
 
 
 def count_all_writes() -> None:
@@ -31,7 +31,7 @@ def _read_data(tensor: DTensor) -> Tensor:
 
 def _write_data(tensor: DTensor, value: Any) -> None:
     if type(value) is Tensor and value.shape == tensor.shape and _is_cut_by_one(tensor):
-        value = master_like(local_part(value, tensor).to(tensor.device), tensor)
+        value = sharded_like(local_part(value, tensor).to(tensor.device), tensor)
     if not isinstance(value, DTensor):
         raise TypeError(
             f"`.data` of a tensor of shape {list(tensor.shape)} that is cut over the ranks was given a "

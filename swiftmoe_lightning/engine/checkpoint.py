@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import full_tensor, is_master
+from swiftmoe_lightning.distributed import full_tensor, is_sharded
 from swiftmoe_lightning.engine.files import check_file, discard, partial_path, save_whole, sync_folder
 from swiftmoe_lightning.engine.safe_reading import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message
@@ -44,7 +44,7 @@ def full_state(value: Any, keep: bool) -> Any:
         return type(value)((k, full_state(v, keep)) for k, v in value.items())
     if type(value) in (list, tuple):
         return type(value)(full_state(v, keep) for v in value)
-    if isinstance(value, Tensor) and is_master(value):
+    if isinstance(value, Tensor) and is_sharded(value):
         whole = full_tensor(value)
         return whole.cpu() if keep else None
     return value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, collect_gradients
 
 
@@ -38,7 +38,7 @@ class GradientCollector:
 
     def refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Raise RuntimeError for a step inside `no_sync()` of an optimizer whose experts wait for their gradients."""
-        if self._syncs or not any(is_master(p) for group in optimizer.param_groups for p in group["params"]):
+        if self._syncs or not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
             return
         if any(layer.holds_gradients() for layer in self._waiting):
             raise RuntimeError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.distributed import is_sharded
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.engine import SwiftMoEEngine
@@ -57,6 +57,6 @@ class ExpertDataParallel(DistributedDataParallel):
 def ignore_expert_parameters(module: nn.Module) -> None:
     """Tell DDP, and Lightning's own broadcast, to leave masters alone, and the router biases: ranks compute those
     alike, and a broadcast in every forward would ask for as many evaluation batches on each rank."""
-    names = [name for name, p in module.named_parameters() if is_master(p)]
+    names = [name for name, p in module.named_parameters() if is_sharded(p)]
     names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

@@ -14,18 +14,18 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.distributed import ExpertGroup, serve_stock_code
-from swiftmoe_lightning.engine.agreement import Agreement
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.collecting import GradientCollector
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
+from swiftmoe_lightning.engine.handshake import ForwardHandshake
+from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states
 from swiftmoe_lightning.engine.placing import make_placer
 from swiftmoe_lightning.engine.pretrained import gather_to_save
-from swiftmoe_lightning.engine.replaced import refuse_foreign
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
-from swiftmoe_lightning.engine.steps import layers_ended_by
-from swiftmoe_lightning.engine.tracking import TrackedLayer, track_layers
+from swiftmoe_lightning.engine.stale_parameters import refuse_foreign
+from swiftmoe_lightning.engine.steps import layers_stepped_by
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, Placer
 
@@ -66,7 +66,7 @@ class SwiftMoEEngine:
         self._placer: Placer | None = None
         self._device = torch.device(device) if device is not None else _device_of(module)
         self._ranks_per_node, self._wants_stop = ranks_per_node, False
-        self._tracked: list[TrackedLayer] = []
+        self._states: list[LayerState] = []
         self._updates: dict[int, ShardedUpdate] = {}
         self._collector = GradientCollector()
         self.attach(module)
@@ -74,12 +74,12 @@ class SwiftMoEEngine:
     @property
     def layers(self) -> list[ShardedLayer]:
         """The layers that are spread over ranks; none on a single rank."""
-        return [t.sharded for t in self._tracked if t.sharded is not None]
+        return [t.sharded for t in self._states if t.sharded is not None]
 
     @property
     def placements(self) -> dict[str, Placement]:
         """Each MoE layer's current placement, by the name of its `Experts` module."""
-        return {t.name: t.experts.hosting.placement for t in self._tracked}
+        return {t.name: t.experts.context.placement for t in self._states}
 
     @property
     def traffic(self) -> dict[str, int]:
@@ -99,12 +99,12 @@ class SwiftMoEEngine:
             self.group = ExpertGroup(device_type, self._ranks_per_node)
             serve_stock_code()
             self._placer = make_placer(self.config, self.group)
-        self._tracked = track_layers(module, self.group, self.config, self._device, self._tracked, self._placer)
+        self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
         if self.group is not None and self.layers:
             widest = max(layer.experts.num_experts for layer in self.layers)
-            agreement = Agreement(self.group, [t.name for t in self._tracked], widest, self._device)
+            handshake = ForwardHandshake(self.group, [t.name for t in self._states], widest, self._device)
             for layer in self.layers:
-                layer.connect(agreement, self._collector)
+                layer.connect(handshake, self._collector)
             gather_to_save(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
@@ -130,7 +130,7 @@ class SwiftMoEEngine:
 
     def _agree_on_dense(self, trains: bool) -> None:
         if self.layers:
-            self.layers[0].agreement.call_dense(trains)
+            self.layers[0].handshake.call_dense(trains)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
@@ -139,7 +139,7 @@ class SwiftMoEEngine:
         its update is not elementwise.
         """
         self._refuse_replaced(optimizer)
-        if self._tracked:
+        if self._states:
             refuse_foreign(optimizer, self.module)
         if id(optimizer) not in self._updates:
             optimizer.register_step_pre_hook(self._collector.refuse_step)
@@ -149,19 +149,19 @@ class SwiftMoEEngine:
 
     def _end_step(self, optimizer: Optimizer) -> None:
         for layer in self.layers[:1]:
-            layer.agreement.num_updates += 1
+            layer.handshake.num_updates += 1
         others = [update.optimizer for update in self._updates.values() if update.optimizer is not optimizer]
-        self.publish(layers_ended_by(optimizer, others, self._tracked))
+        self.after_update(layers_stepped_by(optimizer, others, self._states))
 
     def _refuse_replaced(self, optimizer: Optimizer) -> None:
-        stale = [t.name for t in self._tracked if t.replaced.held_by(optimizer)]
+        stale = [t.name for t in self._states if t.stale_parameters.held_by(optimizer)]
         if stale:
             raise ValueError(
                 f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
                 "first, then the optimizer from module.parameters()."
             )
         cuts = self.config.dense == "fsdp2" and self.group is not None
-        if cuts and (self.dense is None or self.dense.replaced.held_by(optimizer)):
+        if cuts and (self.dense is None or self.dense.stale_parameters.held_by(optimizer)):
             raise ValueError(
                 "the optimizer holds parameters from before dense='fsdp2' cut them over the ranks. Call "
                 "engine.data_parallel() first, then make the optimizer from module.parameters()."
@@ -184,15 +184,15 @@ class SwiftMoEEngine:
         """
         self._collector.collect()
 
-    def publish(self, tracked: list[TrackedLayer] | None = None) -> None:
+    def after_update(self, states: list[LayerState] | None = None) -> None:
         """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
-        tracked = self._tracked if tracked is None else tracked
-        next_placements = self.place([t for t in tracked if not t.holds_gradients()])
-        self.distribute(tracked, next_placements)
+        states = self._states if states is None else states
+        next_placements = self.place([t for t in states if not t.holds_gradients()])
+        self.distribute(states, next_placements)
 
-    def place(self, tracked: list[TrackedLayer]) -> dict[int, Placement]:
+    def place(self, states: list[LayerState]) -> dict[int, Placement]:
         """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
-        closed = [t for t in tracked if t.close_step()]
+        closed = [t for t in states if t.close_step()]
         if self._placer is None:
             return {}
         interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
@@ -200,9 +200,9 @@ class SwiftMoEEngine:
         placements = self._placer.next_placements({name: t.load_since_placed() for name, t in due.items()})
         return {due[name].index: placement for name, placement in placements.items()}
 
-    def distribute(self, tracked: list[TrackedLayer], placements: dict[int, Placement]) -> None:
+    def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
         """Phase 4: begin to send the masters' rows to their hosts; each layer's next forward waits for its own."""
-        for t in tracked:
+        for t in states:
             if t.sharded is None:
                 continue
             if t.holds_gradients():
@@ -223,12 +223,12 @@ class SwiftMoEEngine:
         """Ask all ranks to stop, from any of them and at any time (a signal handler will do)."""
         self._wants_stop = True
         for layer in self.layers:
-            layer.agreement.wants_stop = True
+            layer.handshake.wants_stop = True
 
     @property
     def stops(self) -> bool:
         """Whether a rank has asked to stop; it turns True on all ranks in the same training forward."""
-        return any(layer.agreement.stops for layer in self.layers) if self.layers else self._wants_stop
+        return any(layer.handshake.stops for layer in self.layers) if self.layers else self._wants_stop
 
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
@@ -237,8 +237,8 @@ class SwiftMoEEngine:
             self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return
-        agreement = self.layers[0].agreement
-        while len((rows := agreement.done()).active):
+        handshake = self.layers[0].handshake
+        while len((rows := handshake.done()).active):
             self.layers[rows.layer].serve(rows)
 
     def grad_norm(self, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
@@ -279,11 +279,11 @@ class SwiftMoEEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: layers' popularity and placements. Loads with weights_only=True."""
-        return {t.name: t.state_dict(self._placer) for t in self._tracked}
+        return {t.name: t.state_dict(self._placer) for t in self._states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; at another world size placements are made anew from its popularity."""
-        for t in self._tracked:
+        for t in self._states:
             if t.name in state:
                 t.load_state_dict(state[t.name], self._placer)
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.distributed import ExpertGroup, is_master, shard_whole_values
-from swiftmoe_lightning.engine.replaced import Replaced
+from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, shard_whole_values
+from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 
 
 class FullyShardedDense:
@@ -32,7 +32,7 @@ class FullyShardedDense:
     ) -> None:
         self._root, self._whole, self._agree = module, False, agree
         self._syncs = True
-        self.replaced = Replaced()
+        self.stale_parameters = StaleParameters()
         if not isinstance(module, FSDPModule):
             self._shard(module, group, wire_dtype)
         # The root first: it must be the first that FSDP2 sees run.
@@ -40,11 +40,11 @@ class FullyShardedDense:
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
     def _shard(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
-        masters = {p for p in module.parameters() if is_master(p)}
-        dense = [p for p in module.parameters() if not is_master(p)]
+        masters = {p for p in module.parameters() if is_sharded(p)}
+        dense = [p for p in module.parameters() if not is_sharded(p)]
         for tensor in [*dense, *module.buffers()]:
             dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
-        self.replaced.add(dense)
+        self.stale_parameters.add(dense)
         doubles = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if doubles else wire_dtype)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:

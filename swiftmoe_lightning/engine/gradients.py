@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import is_number
-from swiftmoe_lightning.distributed import ExpertGroup, is_master, local_shard
+from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, local_shard
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.engine.waiting import has_gradient
 
@@ -90,7 +90,7 @@ def _split_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], 
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if has_gradient(parameter):
             assert parameter.grad is not None
-            (shards if is_master(parameter.grad) else dense).append(local_shard(parameter.grad))
+            (shards if is_sharded(parameter.grad) else dense).append(local_shard(parameter.grad))
     return dense, shards
 
 

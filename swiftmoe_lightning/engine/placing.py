@@ -21,7 +21,7 @@ def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
         return make_policy(config.placement, group.world_size, slots_per_rank, group.ranks_per_node)
 
     speaks = group.rank == 0
-    placer = Placer(policy_of, keeps_even=config.replace_every == "auto", report=_log.info if speaks else None)
+    placer = Placer(policy_of, skip_when_balanced=config.replace_every == "auto", report=_log.info if speaks else None)
     if speaks:
         # When the engine is dropped, or else at exit: no host has one end of a run that all of them reach.
         weakref.finalize(placer, _say_how_often_guarded, placer.layers)
@@ -30,15 +30,15 @@ def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
 
 def _say_how_often_guarded(layers: Mapping[str, LayerMemory]) -> None:
     """One line for the whole run, if uniform replicas ever stood in for a policy's plan."""
-    guarded = {name: memory for name, memory in layers.items() if memory.num_overruled}
+    guarded = {name: memory for name, memory in layers.items() if memory.num_fallbacks}
     if not guarded:
         return
-    most = max(guarded, key=lambda name: guarded[name].num_overruled)
+    most = max(guarded, key=lambda name: guarded[name].num_fallbacks)
     _log.warning(
         "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
         "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well.",
         len(guarded),
         most,
-        guarded[most].num_overruled,
-        guarded[most].num_guarded,
+        guarded[most].num_fallbacks,
+        guarded[most].num_placements,
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from swiftmoe_lightning.distributed import is_master, meet
+from swiftmoe_lightning.distributed import is_sharded, meet
 from swiftmoe_lightning.engine.checkpoint import full_state
 
 _NAME: Final = "save_pretrained"
@@ -37,7 +37,7 @@ def _gathering(save: Any) -> Any:
     def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(model, *args, **kwargs)
         given.apply_defaults()
-        if given.arguments["state_dict"] is None and any(is_master(p) for p in model.parameters()):
+        if given.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
             meet(_NAME, patience_s=_PATIENCE_S)
             writes = dist.get_rank() == 0
             given.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.distributed import (
     ExpertGroup,
-    is_master,
+    is_sharded,
     local_rows,
     local_shard,
-    master_from_local,
-    master_like,
     shard_from_rank_zero,
     shard_whole_values,
+    sharded_from_local,
+    sharded_like,
 )
-from swiftmoe_lightning.engine.agreement import Agreement, CallRows
+from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeRows
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
 from swiftmoe_lightning.engine.waiting import StandIn, has_gradient
-from swiftmoe_lightning.modules import ExpertHosting, Experts
+from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.collecting import GradientCollector
 
 
-class ShardedLayer(ExpertHosting):
+class ShardedLayer(ExpertParallelContext):
     """An `Experts` module under an engine: registered parameters become masters, forward uses slots.
 
     `stale` is True while the slots may differ from the masters (at first, after a load, after a write behind our
@@ -43,14 +43,14 @@ class ShardedLayer(ExpertHosting):
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
         self.rank, self.split, self.ranks_per_node = group.rank, split, group.ranks_per_node
         self.stale = True
-        self._agreement: Agreement | None = None
+        self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
         self._stand_ins: dict[str, StandIn] = {}
-        self._rows: CallRows | None = None
+        self._rows: HandshakeRows | None = None
 
-    def connect(self, agreement: Agreement, collector: GradientCollector) -> None:
+    def connect(self, handshake: ForwardHandshake, collector: GradientCollector) -> None:
         """Join the engine's forward protocol."""
-        self._agreement, self._collector = agreement, collector
+        self._handshake, self._collector = handshake, collector
 
     @property
     def collector(self) -> GradientCollector:
@@ -58,9 +58,9 @@ class ShardedLayer(ExpertHosting):
         return self._collector
 
     @property
-    def agreement(self) -> Agreement:
-        assert self._agreement is not None
-        return self._agreement
+    def handshake(self) -> ForwardHandshake:
+        assert self._handshake is not None
+        return self._handshake
 
     def accept_full_state_dicts(self) -> None:
         """Let `load_state_dict` take whole experts, on the spread module, without communication."""
@@ -87,12 +87,12 @@ class ShardedLayer(ExpertHosting):
                 "engine.mark_stale()."
             )
 
-    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         self._refuse_outdated()
         self.collector.on_forward()
         rows, self._rows = self._rows, None
         if rows is None:
-            rows = self.agreement.call(self.index, counts_E, scores_finite, dtype, self.stale)
+            rows = self.handshake.call(self.index, counts_E, scores_finite, dtype, self.stale)
         if rows.any_stale:
             self.slots.start_distribution(self.placement)
             self.stale = False
@@ -149,7 +149,7 @@ class ShardedLayer(ExpertHosting):
         return self.slots.has_gradients
 
     @torch.no_grad()
-    def serve(self, rows: CallRows) -> None:
+    def serve(self, rows: HandshakeRows) -> None:
         """Take part in the other ranks' evaluation forward without tokens of our own."""
         self._rows = rows
         device = next(iter(self.experts.parameters())).device
@@ -184,7 +184,7 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
 def accumulate_gradient(master: nn.Parameter, shard: Tensor) -> None:
     """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf: tensor hooks first, which may replace
     the gradient, then the sum, then hooks that want the sum."""
-    gradient: Tensor = master_like(shard, master)
+    gradient: Tensor = sharded_like(shard, master)
     for hook in (master._backward_hooks or {}).values():
         replaced = hook(gradient)
         gradient = gradient if replaced is None else replaced
@@ -205,15 +205,15 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
     values that `reset_parameters` would have given them.
     Returns name -> the parameter that was replaced.
     """
-    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_master(p)}
+    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_sharded(p)}
     seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
     for name, parameter in replaced.items():
         if parameter.is_meta:
             first, last = local_rows(parameter.shape, group)
             shape = (parameter.shape[0], last - first, *parameter.shape[2:])
             local = torch.empty(shape, dtype=parameter.dtype, device=device)
-            experts.initialise_rows(name, local, first, seed)
-            master = master_from_local(local, parameter.shape, group)
+            experts.initialize_rows(name, local, first, seed)
+            master = sharded_from_local(local, parameter.shape, group)
         else:
             master = shard_from_rank_zero(parameter.to(device), group)
         spread = nn.Parameter(master, requires_grad=parameter.requires_grad)

@@ -164,7 +164,7 @@ class PendingCollection:
         wide = torch.promote_types(received.dtype, torch.float32)
         turns = [
             (torch.from_numpy(pairs).to(received.device), torch.from_numpy(expert_D[pairs]).to(received.device))
-            for pairs in self._placement.pairs_by_turn
+            for pairs in self._placement.pairs_by_replica_index
         ]
         widths = [shard_shapes[name][1:].numel() for name in self.names]
         totals = {}

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.engine.tracking import TrackedLayer
+from swiftmoe_lightning.engine.layer_state import LayerState
 
 
-def layers_ended_by(
-    optimizer: Optimizer, others: Iterable[Optimizer], tracked: Iterable[TrackedLayer]
-) -> list[TrackedLayer]:
+def layers_stepped_by(
+    optimizer: Optimizer, others: Iterable[Optimizer], states: Iterable[LayerState]
+) -> list[LayerState]:
     """Layers whose experts `optimizer` holds; of those whose experts nobody holds, the ones whose router it holds; and
     those of which nobody holds anything (all is frozen).
 
@@ -21,14 +21,14 @@ def layers_ended_by(
     """
     mine, theirs = _held_by([optimizer]), _held_by(others)
 
-    def is_mine(t: TrackedLayer) -> bool:
+    def is_mine(t: LayerState) -> bool:
         for part in (t.experts, t.router):
             ids = _ids(part.parameters()) if part is not None else set()
             if not ids.isdisjoint(mine | theirs):
                 return not ids.isdisjoint(mine)
         return True
 
-    return [t for t in tracked if is_mine(t)]
+    return [t for t in states if is_mine(t)]
 
 
 def _held_by(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import is_master, local_part, local_shard, master_like
+from swiftmoe_lightning.distributed import is_sharded, local_part, local_shard, sharded_like
 from swiftmoe_lightning.engine.waiting import has_gradient
 
 
@@ -49,7 +49,7 @@ class ShardedUpdate:
         optimizer = self.optimizer
         added, self._num_groups = optimizer.param_groups[self._num_groups :], len(optimizer.param_groups)
         for param_group in added:
-            masters = [p for p in param_group["params"] if is_master(p)]
+            masters = [p for p in param_group["params"] if is_sharded(p)]
             if masters:
                 check_elementwise(optimizer, param_group, masters[0])
             for master in masters:
@@ -92,7 +92,7 @@ class ShardedUpdate:
         state = self.optimizer.state
         for param_group in self.optimizer.param_groups:
             for i, master in enumerate(param_group["params"]):
-                if not is_master(master):
+                if not is_sharded(master):
                     continue
                 shard = nn.Parameter(local_shard(master), requires_grad=master.requires_grad)
                 if has_gradient(master):
@@ -123,11 +123,11 @@ class ShardedUpdate:
         for index, values in state_dict["state"].items():
             master = parameters[index]
             state[index] = values
-            if is_master(master):
+            if is_sharded(master):
                 local = local_shard(master).shape
                 state[index] = {
-                    key: master_like(v, master)
-                    if isinstance(v, Tensor) and v.shape == local and not is_master(v)
+                    key: sharded_like(v, master)
+                    if isinstance(v, Tensor) and v.shape == local and not is_sharded(v)
                     else v
                     for key, v in values.items()
                 }
@@ -139,7 +139,7 @@ class ShardedUpdate:
         As torch does, it goes by position in the groups: keys may be numbers or names.
         """
         saved_keys = [key for param_group in state_dict["param_groups"] for key in param_group["params"]]
-        masters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_master(p)}
+        masters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_sharded(p)}
         state = {
             key: {k: self._shard_value(masters[key], k, v) for k, v in values.items()} if key in masters else values
             for key, values in state_dict["state"].items()

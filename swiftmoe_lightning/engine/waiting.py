@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.distributed import local_shard, master_like
+from swiftmoe_lightning.distributed import local_shard, sharded_like
 
 _MARK: Final = "_swiftmoe_stand_in"
 
@@ -25,7 +25,7 @@ class StandIn:
         if master.grad is None:
             shard = torch.zeros_like(local_shard(master))
             shard.view(-1)[:1] = max(torch.finfo(shard.dtype).tiny, 2.0**-100)
-            master.grad = master_like(shard, master)
+            master.grad = sharded_like(shard, master)
             setattr(master.grad, _MARK, self)
         self._gradient = master.grad
         self._versions = _versions(self._gradient)

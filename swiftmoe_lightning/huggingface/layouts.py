@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.experts import Experts
-from swiftmoe_lightning.ops import ACTIVATIONS, Activation, activate, paths
+from swiftmoe_lightning.ops import ACTIVATIONS, Activation, activate, backend
 
 _UP: Final = ("gate_up_proj", "up_proj")
 _SMALL_F: Final = 4
@@ -77,9 +77,9 @@ def _fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError("it has no 3-D tensors gate_up_proj (or up_proj) and down_proj, fused over experts as in v5")
     for name, p in own.items():
         if not p.is_floating_point() or p.element_size() == 1:
-            raise ValueError(f"{name} is quantised ({p.dtype}): load the model without a quantization_config")
+            raise ValueError(f"{name} is quantized ({p.dtype}): load the model without a quantization_config")
         if type(p) is not nn.Parameter:
-            raise ValueError(f"{name} is a {type(p).__name__}: convert() before the tensors are sharded or quantised")
+            raise ValueError(f"{name} is a {type(p).__name__}: convert() before the tensors are sharded or quantized")
     tensors = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     up = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
     more = sorted(tensors - {up, f"{up}_bias", "down_proj", "down_proj_bias"})
@@ -140,7 +140,7 @@ def _named(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
     # Small and large values: a clamp shows on the large ones alone.
     z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32)
     z_RF = z_R.outer(torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)).flatten().roll(7).view(2, -1)
-    with paths.forced("torch"):
+    with backend.force_backend("torch"):
         ours = {name: activate(z_RF, name) for name in ACTIVATIONS if gated == (name == "swiglu")}
     theirs = function(z_RF)
     return next((name for name, value in ours.items() if torch.equal(value, theirs)), None)

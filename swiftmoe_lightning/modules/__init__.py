@@ -1,7 +1,7 @@
 """nn.Modules: router, experts, MoE block. They run on one device as they are, and over ranks under an engine."""
 
+from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
-from swiftmoe_lightning.modules.hosting import NON_FINITE_SCORES, ExpertHosting, LocalHosting
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
@@ -9,15 +9,15 @@ from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 
 __all__ = [
     "NON_FINITE_SCORES",
-    "ExpertHosting",
+    "ExpertParallelContext",
     "Experts",
     "ExpertsOutput",
     "LayerLoad",
     "LoadCursor",
     "LoadReader",
-    "LocalHosting",
     "MoE",
     "RouterOutput",
+    "SingleDeviceContext",
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",

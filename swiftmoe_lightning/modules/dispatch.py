@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.modules.hosting import ExpertHosting
+from swiftmoe_lightning.modules.context import ExpertParallelContext
 from swiftmoe_lightning.ops import SortedChoices, combine, permute, sort_choices
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
@@ -73,13 +73,13 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
 class TokenDispatcher:
     """The way of one forward's tokens to their experts' hosts and back."""
 
-    def __init__(self, hosting: ExpertHosting, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
-        self._hosting, self._plan, self._side, self._source = hosting, plan, side, source
+    def __init__(self, context: ExpertParallelContext, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
+        self._context, self._plan, self._side, self._source = context, plan, side, source
 
     def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedChoices]:
         """[T, D] -> ([M, D] rows as they arrived, their order by the slots of this rank)."""
         rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
-        arrived_MD = self._hosting.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
+        arrived_MD = self._context.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
         expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
@@ -91,16 +91,16 @@ class TokenDispatcher:
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
         """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
         arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
-        rows_RD = self._hosting.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
+        rows_RD = self._context.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
         return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
 
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert hosted here."""
-        placement, rank = self._plan.placement, self._hosting.rank
+        placement, rank = self._plan.placement, self._context.rank
         counts_D = self._source.counts_D
         if self._plan.num_dropped_tokens == 0:
             return torch.from_numpy(self._side.received_Wd).to(counts_D.device)
         # Which experts lost how much depends on the scores, which only the sources know.
         num_hosted = placement.num_hosted_W.tolist()
         here = [num_hosted[rank]] * placement.world_size
-        return self._hosting.exchange_rows(counts_D, num_hosted, here).view(placement.world_size, num_hosted[rank])
+        return self._context.exchange_rows(counts_D, num_hosted, here).view(placement.world_size, num_hosted[rank])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.distributed import first_row, local_shard
+from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
-from swiftmoe_lightning.modules.hosting import ExpertHosting, LocalHosting
-from swiftmoe_lightning.modules.initialise import fill_rows_uniform
+from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, OnceInBackward, TrainedLoad
 from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
@@ -78,8 +78,8 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             empty = torch.empty(num_experts, *shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
-        self.hosting: ExpertHosting = LocalHosting(self)
-        self.trained_load = TrainedLoad(self.hosting.placement)
+        self.context: ExpertParallelContext = SingleDeviceContext(self)
+        self.trained_load = TrainedLoad(self.context.placement)
         self.register_load_state_dict_pre_hook(_check_loaded_shapes)
         if not self.is_meta:
             self.reset_parameters()
@@ -124,10 +124,10 @@ class Experts(nn.Module):
         """
         seed = int(torch.randint(2**31, ()).item())
         for name, parameter in self.expert_parameters().items():
-            self.initialise_rows(name, local_shard(parameter), first_row(parameter), seed)
-        self.hosting.on_rewrite()
+            self.initialize_rows(name, local_shard(parameter), first_row(parameter), seed)
+        self.context.on_rewrite()
 
-    def initialise_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
+    def initialize_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
         """Fill `rows` [E, r, ...], rows first_row.. of parameter `name`, with what `seed` gives them on any cut."""
         fan_in = self.intermediate_dim if name.startswith("down_proj") else self.hidden_dim
         offset = sorted(self.expert_parameters()).index(name)
@@ -152,18 +152,18 @@ class Experts(nn.Module):
         scores_finite: [] bool; None looks at `weights_TK`.
         """
         self._check_input(x_TD, expert_ids_TK)
-        hosting, out_dtype = self.hosting, x_TD.dtype
+        context, out_dtype = self.context, x_TD.dtype
         x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
             scores_finite = weights_TK.isfinite().all()
-        if isinstance(hosting, LocalHosting) and self.capacity is None:
+        if isinstance(context, SingleDeviceContext) and self.capacity is None:
             return self._run_alone(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
         by_expert = sort_choices(expert_ids_TK.flatten(), self.num_experts)
-        counts_WE = hosting.gather_counts(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
-        placement = hosting.placement
-        plan = plan_dispatch(counts_WE, placement, hosting.split, self.capacity, hosting.ranks_per_node)
-        side = plan.side_of(hosting.rank)
-        dispatcher = TokenDispatcher(hosting, plan, side, choose_rows(by_expert, weights_TK, plan, side))
+        counts_WE = context.begin_forward(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
+        placement = context.placement
+        plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
+        side = plan.for_rank(context.rank)
+        dispatcher = TokenDispatcher(context, plan, side, choose_rows(by_expert, weights_TK, plan, side))
         with torch.autocast(x_TD.device.type, enabled=False):
             arrived_MD, order = dispatcher.dispatch(x_TD)
             rows_M1 = order.row_N.unsqueeze(1)
@@ -178,7 +178,7 @@ class Experts(nn.Module):
 
         if out_TD.requires_grad:
             # At every backward: one forward may have several (retain_graph=True), which train each time.
-            out_TD.register_hook(lambda _: hosting.on_backward(placement))
+            out_TD.register_hook(lambda _: context.on_backward(placement))
         popularity_E = torch.from_numpy(load.popularity_E)
         out_TD = OnceInBackward(on_backward).mark(out_TD)
         return ExpertsOutput(out_TD, popularity_E, placement.world_size, _in_backward())
@@ -209,7 +209,7 @@ class Experts(nn.Module):
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
-        return as_computed(self.hosting.weights(), dtype, self.transposed)
+        return as_computed(self.context.weights(), dtype, self.transposed)
 
     def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:
         if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
@@ -232,12 +232,12 @@ class Experts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (EMA's, a pickle's) holds parameters only: groups, slots and engines belong to the original.
-        return {k: v for k, v in self.__dict__.items() if k not in ("hosting", "trained_load")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("context", "trained_load")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.hosting = LocalHosting(self)
-        self.trained_load = TrainedLoad(self.hosting.placement)
+        self.context = SingleDeviceContext(self)
+        self.trained_load = TrainedLoad(self.context.placement)
 
     def extra_repr(self) -> str:
         name = getattr(self.activation, "__qualname__", self.activation)

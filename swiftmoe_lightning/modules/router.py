@@ -61,14 +61,14 @@ class TopKRouter(nn.Module):
     """Linear scores in float32, the K best experts of each token, their scores as weights.
 
     score: "softmax" over the experts, or "sigmoid" of each.
-    renormalise: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
+    renormalize: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
         1, and the router would learn nothing from the task.)
     bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the weights),
         and every optimizer step moves it by this much towards less popular experts: balance without an auxiliary
         loss (arXiv 2408.15664). The engine calls `update_bias`. Where nobody does in the first thousand forwards of
         a training (compiled ones do not count), a warning says so.
 
-    Raises ValueError if top_k is not in 1..E, for an unknown score, for renormalise=True with top_k=1, or a
+    Raises ValueError if top_k is not in 1..E, for an unknown score, for renormalize=True with top_k=1, or a
     bias_update_rate that is not a number of 0 or more.
     """
 
@@ -81,7 +81,7 @@ class TopKRouter(nn.Module):
         top_k: int,
         *,
         score: str = "softmax",
-        renormalise: bool | None = None,
+        renormalize: bool | None = None,
         bias_update_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,15 +92,15 @@ class TopKRouter(nn.Module):
         check_coefficient(bias_update_rate=bias_update_rate)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in 1..num_experts={num_experts}, got {top_k!r}.")
-        if renormalise and top_k == 1:
+        if renormalize and top_k == 1:
             raise ValueError(
-                "renormalise=True with top_k=1 makes every weight 1, and the router learns nothing from the task. "
-                "Leave renormalise unset, or choose top_k=2 or more."
+                "renormalize=True with top_k=1 makes every weight 1, and the router learns nothing from the task. "
+                "Leave renormalize unset, or choose top_k=2 or more."
             )
         self.top_k, self.score, self.bias_update_rate = top_k, score, bias_update_rate
         # None once the bias was updated, or the warning given.
         self._patience: int | None = _PATIENCE
-        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias_update_rate else None
         self.register_buffer("expert_bias", bias)
@@ -128,7 +128,7 @@ class TopKRouter(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalise)
+        routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalize)
         return RouterOutput(
             routed.expert_ids_TK,
             routed.weights_TK,

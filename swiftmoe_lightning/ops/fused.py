@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.ops.backend import DTYPES
 from swiftmoe_lightning.ops.operators import keep_nothing, refuse_second_derivative
-from swiftmoe_lightning.ops.paths import DTYPES
 from swiftmoe_lightning.ops.reference import ACTIVATIONS
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 from swiftmoe_lightning.ops.fused import fused_expert_mlp, fused_moe
 from swiftmoe_lightning.ops.grouped import expert_mlp
 from swiftmoe_lightning.ops.operators import combine, permute
@@ -56,7 +56,7 @@ def expert_layer(
 
 def _fuses(x_TD: Tensor, weights: Mapping[str, Tensor], num_rows: int, top_k: int) -> bool:
     num_slots, _, hidden_dim = weights["down_proj"].shape
-    path = paths.choose_layer(x_TD.device, x_TD.dtype, num_rows // num_slots, hidden_dim, top_k)
+    path = backend.choose_layer(x_TD.device, x_TD.dtype, num_rows // num_slots, hidden_dim, top_k)
     # The kernels read [s, out, in]; a transposed view would be copied in every call.
     return path.name == "triton" and all(w.is_contiguous() and w.dtype == x_TD.dtype for w in weights.values())
 

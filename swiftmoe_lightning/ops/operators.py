@@ -1,6 +1,6 @@
 """The operations as torch sees them: one custom operator each, with its fake, its gradient and its two paths.
 
-An operator's body picks Triton or the reference (`paths.choose`); outside the body nothing knows of it, so
+An operator's body picks Triton or the reference (`backend.choose`); outside the body nothing knows of it, so
 `torch.compile`, activation checkpointing and autograd treat both alike. A backward is an operator of its own, since
 the compiler traces through the gradient with fake tensors. Where the reference runs on plain tensors and nobody
 compiles, it is called without its operator, whose way through the dispatcher takes longer than a small layer's sums.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice
-from swiftmoe_lightning.ops import paths, reference
+from swiftmoe_lightning.ops import backend, reference
 
 
 class SortedChoices(NamedTuple):
@@ -78,12 +78,12 @@ def is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
     """Whether the reference may run without its operator."""
     if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
         return False
-    return not paths.is_triton(first.device, *(t.dtype for t in floating))
+    return not backend.is_triton(first.device, *(t.dtype for t in floating))
 
 
 def on_triton(*tensors: Tensor) -> bool:
     """Whether the operation on these floating tensors runs Triton."""
-    found: bool = paths.is_triton(tensors[0].device, *[t.dtype for t in tensors])
+    found: bool = backend.is_triton(tensors[0].device, *[t.dtype for t in tensors])
     return found
 
 
@@ -111,7 +111,7 @@ def keep_third(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 @torch.library.custom_op("swiftmoe::sort_choices", mutates_args=())
 def _sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if paths.is_triton(key_N.device):
+    if backend.is_triton(key_N.device):
         from swiftmoe_lightning.ops.triton import sorting
 
         return sorting.sort_choices(key_N, num_groups)

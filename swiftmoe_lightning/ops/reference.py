@@ -115,7 +115,7 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
 
@@ -126,7 +126,7 @@ def route(
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     ids_TK = choice_TE.topk(top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, ids_TK)
-    if renormalise:
+    if renormalize:
         weights_TK, _ = _shares(weights_TK)
     counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
     counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
@@ -140,12 +140,12 @@ def route_backward(
     logits_TE: Tensor,
     ids_TK: Tensor,
     score: str,
-    renormalise: bool,
+    renormalize: bool,
 ) -> Tensor:
     """[T, E]: from the gradients of the weights, of the sums of probs, and of the sum of squares."""
     wide_TE = logits_TE.to(_sum_dtype(logits_TE))
     scores_TE, probs_TE, sum_T1 = _scores(wide_TE, score)
-    if renormalise:
+    if renormalize:
         raw_TK = scores_TE.gather(-1, ids_TK)
         weights_TK, divisor_T1 = _shares(raw_TK)
         grad_weights_TK = _shares_backward(grad_weights_TK, weights_TK, divisor_T1)

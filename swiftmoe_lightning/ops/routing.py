@@ -30,10 +30,10 @@ class Routed(NamedTuple):
     square_sum: Tensor
 
 
-def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool) -> Routed:
+def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool) -> Routed:
     """Choose experts by logits, as `TopKRouter` does, and sum what its losses need.
 
-    bias_E: [E], added to the scores for the choice alone, no gradient. score: "softmax" or "sigmoid". renormalise:
+    bias_E: [E], added to the scores for the choice alone, no gradient. score: "softmax" or "sigmoid". renormalize:
     divide a token's K weights by their sum. Of equal scores the Triton path takes the lower expert id; torch's
     `topk` may take any. With logits that are not finite the ids are some of 0..E-1.
 
@@ -42,23 +42,23 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
     check_choice("score", score, reference.SCORES)
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(f"top_k must be in 1..num_experts={logits_TE.shape[1]}, got {top_k}.")
-    return Routed(*_route(logits_TE, bias_E, top_k, score, renormalise))
+    return Routed(*_route(logits_TE, bias_E, top_k, score, renormalize))
 
 
 @torch.library.custom_op("swiftmoe::route", mutates_args=())
 def _route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if on_triton(logits_TE):
         from swiftmoe_lightning.ops.triton import router
 
-        return router.route(logits_TE, bias_E, top_k, score, renormalise)
-    return reference.route(logits_TE, bias_E, top_k, score, renormalise)
+        return router.route(logits_TE, bias_E, top_k, score, renormalize)
+    return reference.route(logits_TE, bias_E, top_k, score, renormalize)
 
 
 @_route.register_fake
 def _(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (num_tokens, num_experts), wide = logits_TE.shape, torch.promote_types(logits_TE.dtype, torch.float32)
     return (
@@ -78,9 +78,9 @@ def _route_backward(
     logits_TE: Tensor,
     ids_TK: Tensor,
     score: str,
-    renormalise: bool,
+    renormalize: bool,
 ) -> Tensor:
-    inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK, score, renormalise)
+    inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK, score, renormalize)
     if on_triton(logits_TE):
         from swiftmoe_lightning.ops.triton import router
 
@@ -96,20 +96,20 @@ def _(
     logits_TE: Tensor,
     ids_TK: Tensor,
     score: str,
-    renormalise: bool,
+    renormalize: bool,
 ) -> Tensor:
     return logits_TE.new_empty(logits_TE.shape)
 
 
 def _keep_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TE, _, _, ctx.score, ctx.renormalise = inputs
+    logits_TE, _, _, ctx.score, ctx.renormalize = inputs
     ctx.save_for_backward(logits_TE, output[1])
 
 
 def _route_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
     grad_weights_TK, _, grad_probs_E, _, grad_square = grads
     inputs = (grad_weights_TK, grad_probs_E, grad_square, *ctx.saved_tensors)
-    return _route_backward(*inputs, ctx.score, ctx.renormalise), None, None, None, None
+    return _route_backward(*inputs, ctx.score, ctx.renormalize), None, None, None, None
 
 
 _route.register_autograd(_route_gradient, setup_context=_keep_choice)

@@ -35,7 +35,7 @@ class BalancedPolicy(PlacementPolicy):
     ranks_per_node: neighbours on the chain are put on different nodes, so that an expert's hosts are near all tokens.
     """
 
-    is_guarded = True
+    has_uniform_fallback = True
 
     def __init__(self, world_size: int, slots_per_rank: int, ranks_per_node: int = 1) -> None:
         super().__init__(world_size, slots_per_rank)

@@ -96,7 +96,7 @@ class Placement:
         return np.searchsorted(self.pair_expert_D[self.by_expert_D], np.arange(self.num_experts))
 
     @cached_property
-    def pairs_by_turn(self) -> list[np.ndarray]:
+    def pairs_by_replica_index(self) -> list[np.ndarray]:
         """Numbers of pairs, in turns: the i-th holds every expert's i-th host, if it has so many, by expert.
 
         The first turn is a pair for each of the E experts. No expert is in a turn twice.

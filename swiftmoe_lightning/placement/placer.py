@@ -35,7 +35,7 @@ class Placer:
     forecast   what the next step will bring: the last step again, and how far that may be off
     guard      where a guarded policy's loads were, on balance, less even than uniform replicas' would have been,
                the layer has uniform replicas until the policy would do better again
-    cadence    with `keeps_even`, a placement stays while its loads are even and a new one would not need fewer hosts
+    cadence    with `skip_when_balanced`, a placement stays while its loads are even and no fewer hosts would do
 
     Deterministic: every rank that is told the same finds the same placements.
 
@@ -47,11 +47,11 @@ class Placer:
         self,
         make_policy: Callable[[int], PlacementPolicy],
         *,
-        keeps_even: bool = False,
+        skip_when_balanced: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
         self._policy_of = cache(make_policy)
-        self._keeps_even, self._report = keeps_even, report
+        self._skip_when_balanced, self._report = skip_when_balanced, report
         self.layers: dict[str, LayerMemory] = {}
 
     def planned(self, num_experts: Mapping[str, int]) -> dict[str, Placement]:
@@ -63,9 +63,8 @@ class Placer:
             if name not in self.layers:
                 self.layers[name] = LayerMemory(Forecaster(number))
         plans = self._plans(num_experts)
-        return {
-            name: plan if self.layers[name].overruled is None else self._uniform(plan) for name, plan in plans.items()
-        }
+        suspended = {name for name in plans if self.layers[name].suspended_plan is not None}
+        return {name: self._uniform(plan) if name in suspended else plan for name, plan in plans.items()}
 
     def next_placements(self, loads: Mapping[str, ExpertLoad]) -> dict[str, Placement]:
         """Layer name -> its placement for the next step. A layer that saw no token-choice stays as it is.
@@ -80,9 +79,9 @@ class Placer:
             if not load.num_choices:
                 placements[name] = load.placement
                 continue
-            if self._keeps_even and _may_stay(load, placements[name]):
+            if self._skip_when_balanced and _may_stay(load, placements[name]):
                 placements[name] = load.placement
-            if self._policy_of(load.placement.num_experts).is_guarded:
+            if self._policy_of(load.placement.num_experts).has_uniform_fallback:
                 placements[name] = self._guarded(name, load, placements[name])
         return placements
 
@@ -93,15 +92,15 @@ class Placer:
     def state_dict(self, name: str) -> dict[str, np.ndarray]:
         """What is remembered of a layer, to be saved."""
         memory = self.layers[name]
-        guard = np.array([memory.gain, memory.overruled is not None])
+        guard = np.array([memory.gain, memory.suspended_plan is not None])
         return {**memory.forecaster.state_dict(), "guard": guard}
 
     def load_state_dict(self, name: str, state: Mapping[str, np.ndarray]) -> None:
         """Go on where `state` was saved, maybe at another number of ranks."""
         memory = self.layers[name]
         memory.forecaster.load_state_dict(state)
-        memory.gain, is_overruled = map(float, state["guard"])
-        memory.overruled = self._plans([name])[name] if is_overruled else None
+        memory.gain, falls_back = map(float, state["guard"])
+        memory.suspended_plan = self._plans([name])[name] if falls_back else None
 
     def _plans(self, names: Iterable[str]) -> dict[str, Placement]:
         """What the policies say, all layers of one number of experts at once; in the order of the names."""
@@ -122,26 +121,26 @@ class Placer:
 
     def _guarded(self, name: str, load: ExpertLoad, planned: Placement) -> Placement:
         memory, uniform = self.layers[name], self._uniform(planned)
-        if memory.overruled is None:
+        if memory.suspended_plan is None:
             wanted_W = load.wanted_W
         else:
             # What the plan that was not followed would have done.
-            wanted_W = sum_by_host(flow_shares(load.popularity_E, memory.overruled), memory.overruled)
+            wanted_W = sum_by_host(flow_shares(load.popularity_E, memory.suspended_plan), memory.suspended_plan)
         gain = excess(rank_loads(load.popularity_E, uniform.table_Ws)) - excess(wanted_W)
         memory.gain = _GUARD_FADE * memory.gain + (1 - _GUARD_FADE) * gain
-        was_overruled = memory.overruled is not None
-        is_overruled = memory.gain < (_GUARD_MARGIN if was_overruled else -_GUARD_MARGIN)
-        memory.overruled = planned if is_overruled else None
-        memory.num_guarded += 1
-        memory.num_overruled += is_overruled
-        if self._report is not None and is_overruled != was_overruled:
+        fell_back = memory.suspended_plan is not None
+        falls_back = memory.gain < (_GUARD_MARGIN if fell_back else -_GUARD_MARGIN)
+        memory.suspended_plan = planned if falls_back else None
+        memory.num_placements += 1
+        memory.num_fallbacks += falls_back
+        if self._report is not None and falls_back != fell_back:
             self._report(
                 f"{name}: popularity moves so fast that placements by it did worse than uniform replicas; uniform "
                 "replicas take over until that changes."
-                if is_overruled
+                if falls_back
                 else f"{name}: placements by popularity take over again."
             )
-        return uniform if is_overruled else planned
+        return uniform if falls_back else planned
 
 
 @dataclass(eq=False)
@@ -149,16 +148,16 @@ class LayerMemory:
     """What a `Placer` remembers of a layer.
 
     gain: by how much placements were more even than uniform ones, in shares of all choices; a fading mean, which
-    begins at 0. overruled: the plan that uniform replicas stand in for, if they do.
-    num_guarded, num_overruled: placements of a guarded policy here, and those of them that uniform replicas stood in
+    begins at 0. suspended_plan: the plan that uniform replicas stand in for, if they do.
+    num_placements, num_fallbacks: placements of a guarded policy here, and those of them that uniform replicas stood in
         for.
     """
 
     forecaster: Forecaster
     gain: float = 0.0
-    overruled: Placement | None = None
-    num_guarded: int = 0
-    num_overruled: int = 0
+    suspended_plan: Placement | None = None
+    num_placements: int = 0
+    num_fallbacks: int = 0
 
 
 def _may_stay(load: ExpertLoad, planned: Placement) -> bool:

@@ -51,7 +51,7 @@ class PackedPolicy(PlacementPolicy):
     carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
     """
 
-    is_guarded = True
+    has_uniform_fallback = True
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:

@@ -19,7 +19,7 @@ class PlacementPolicy(ABC):
     """
 
     # Whether uniform replicas may take over where they would have done better (see `Placer`).
-    is_guarded: ClassVar[bool] = False
+    has_uniform_fallback: ClassVar[bool] = False
 
     def __init__(self, world_size: int, slots_per_rank: int) -> None:
         self.world_size = world_size

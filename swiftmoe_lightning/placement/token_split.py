@@ -126,7 +126,7 @@ class DispatchPlan:
         """[W] int64: token-choices that each rank computes."""
         return self._kept_B if self._pooled else sum_by_host(self._kept_B, self.placement)
 
-    def side_of(self, rank: int) -> RankPlan:
+    def for_rank(self, rank: int) -> RankPlan:
         """What `rank` has to know of the plan."""
         num_ranks = self.placement.world_size
         row_2D = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_D)))

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
@@ -104,7 +104,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
         refuse_stepped(optimizer, "Set it up first, then step, or load with fabric.load.")
         for engine, names in zip(self._engines, self._names, strict=True):
             rebind(optimizer, engine.module, names)
-        held = {id(p): is_master(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
         mine = {}
         for engine in self._engines:
             shared = [held.pop(id(p)) for p in engine.module.parameters() if id(p) in held]

@@ -45,7 +45,7 @@ class JoinRanks(Callback):
         if engine.layers:
             num_batches = trainer.num_training_batches
             mine = -1 if math.isinf(num_batches) else int(num_batches)
-            refuse_uneven_training(engine.layers[0].agreement.begin_epoch(mine))
+            refuse_uneven_training(engine.layers[0].handshake.begin_epoch(mine))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
@@ -115,7 +115,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         assert self.lightning_module is not None
         if self.engine.group is not None and self.config.dense == "fsdp2":
             shard_dense(self._module.trainer, self.engine)
-        elif any(p.requires_grad and not is_master(p) for p in self.lightning_module.parameters()):
+        elif any(p.requires_grad and not is_sharded(p) for p in self.lightning_module.parameters()):
             super().configure_ddp()
         else:
             # DDP refuses a module of which it has nothing to reduce.

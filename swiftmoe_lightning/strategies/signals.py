@@ -22,7 +22,7 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     """
     # What stopped an earlier run of this module does not stop this one.
     for layer in engine.layers:
-        layer.agreement.wants_stop = layer.agreement.stops = False
+        layer.handshake.wants_stop = layer.handshake.stops = False
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _StopTogether)]
     callbacks.append(stopper := _StopTogether(engine))

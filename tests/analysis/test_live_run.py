@@ -165,7 +165,7 @@ def test_uniform_replicas_take_over_in_the_replay_when_they_did_in_the_run(tmp_p
     rules = Rules(capacity=Capacity(1.0), interval=2)
     assert_same(replay(trace.popularity_SLE, make_policy("balanced", W, 2), rules), trace)
     unguarded = make_policy("balanced", W, 2)
-    unguarded.is_guarded = False  # type: ignore[misc]
+    unguarded.has_uniform_fallback = False  # type: ignore[misc]
     found = replay(trace.popularity_SLE, unguarded, rules)
     stepped_in_S = (found.replicas_SLE != trace.recorded["replicas"]).any(2)[:, 0]
     uniform_E = Placement.uniform(E, W, 2).replica_counts_E

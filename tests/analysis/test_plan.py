@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.analysis import CONTENDERS, Machine, Plan, PlanOptions, Sizes, Trace, make_plan
+from swiftmoe_lightning.analysis import CANDIDATES, Machine, Plan, PlanOptions, Sizes, Trace, make_plan
 from tests.analysis.baselines.cases import histories
 
 # [6 steps, 2 ranks, 2 layers, 8 experts]
@@ -92,10 +92,10 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
 
 def test_each_policy_is_judged_as_its_authors_do() -> None:
     judged = {
-        name: values["judged_by"] for name, values in numbers(policies=[*CONTENDERS], capacity_factor=1.0).items()
+        name: values["judged_by"] for name, values in numbers(policies=[*CANDIDATES], capacity_factor=1.0).items()
     }
     by_slot = ["symi", "static", "flexmoe-10", "flexmoe-50", "flexmoe-100"]
-    assert judged == {name: "slot" if name in by_slot else "rank" for name in CONTENDERS}
+    assert judged == {name: "slot" if name in by_slot else "rank" for name in CANDIDATES}
 
 
 @pytest.mark.parametrize("capacity", ["rank", "slot"])
@@ -109,12 +109,12 @@ def test_one_budget_for_all_overrides_their_own(capacity: str) -> None:
 
 
 def test_without_a_capacity_nobody_is_judged_and_nothing_dropped() -> None:
-    for values in numbers(policies=[*CONTENDERS]).values():
+    for values in numbers(policies=[*CANDIDATES]).values():
         assert (values["judged_by"], values["dropped"]) == (None, 0)
 
 
 def test_only_where_state_lives_beside_weights_does_it_move() -> None:
-    moved = numbers(policies=[*CONTENDERS])
+    moved = numbers(policies=[*CANDIDATES])
     assert [name for name, values in moved.items() if values["bytes_state_moved"]] == ["lpt"]
     # New hosts a step, each with state of 5 and weights of 2 bytes.
     small = Machine(num_ranks=4, slots_per_rank=3, expert_bytes=2, state_bytes=5)
@@ -155,7 +155,7 @@ def test_nobody_beats_the_bounds(
     history: tuple[np.ndarray, int, int], capacity_factor: float | None, capacity: str | None
 ) -> None:
     popularity_SLE, world_size, slots_per_rank = history
-    options = PlanOptions(policies=[*CONTENDERS], capacity_factor=capacity_factor, capacity=capacity)
+    options = PlanOptions(policies=[*CANDIDATES], capacity_factor=capacity_factor, capacity=capacity)
     machine = Machine(num_ranks=world_size, slots_per_rank=slots_per_rank)
     found = make_plan(Trace(popularity_SLE[:, None]), machine, options).as_json()
     json.dumps(found, allow_nan=False)

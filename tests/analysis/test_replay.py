@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.analysis import CONTENDERS, Replay, Rules, replay
+from swiftmoe_lightning.analysis import CANDIDATES, Replay, Rules, replay
 from swiftmoe_lightning.placement import (
     CAUSES,
     Capacity,
@@ -192,7 +192,7 @@ def test_a_policy_without_guard_is_replayed_as_the_plain_loop_would(
         before = placements
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", CANDIDATES)
 @given(
     history=histories().filter(lambda history: history[0].any()),
     capacity=st.sampled_from(CAPACITIES),
@@ -204,7 +204,7 @@ def test_every_contender_runs_on_any_trace_and_its_certificates_add_up(
     name: str, history: tuple[np.ndarray, int, int], capacity: Capacity | None, interval: int | str, lag: int
 ) -> None:
     popularity_SLE, world_size, slots_per_rank = history
-    contender = CONTENDERS[name]
+    contender = CANDIDATES[name]
     policy = contender.make(world_size, slots_per_rank)
     found = replay(popularity_SLE, policy, Rules(split=contender.split, capacity=capacity, interval=interval, lag=lag))
     assert (found.wanted_SLW.sum(2) == popularity_SLE.sum(2)).all()
@@ -232,16 +232,16 @@ EDGES = {
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_every_contender_runs_on_the_smallest_traces(name: str, edge: str, capacity_factor: float | None) -> None:
     shape, world_size, slots_per_rank = EDGES[edge]
     popularity_SLE = np.random.default_rng(0).integers(0, 9, shape)
     popularity_SLE[0, 0, 0] = 5
     # Its last step routes nothing.
     popularity_SLE[1:][-1:] = 0
-    contender = CONTENDERS[name]
+    contender = CANDIDATES[name]
     capacity = None if capacity_factor is None else Capacity(capacity_factor, contender.per)
-    rules = Rules(split=contender.split, capacity=capacity, lag=0 if contender.is_clairvoyant else 1)
+    rules = Rules(split=contender.split, capacity=capacity, lag=0 if contender.knows_the_step else 1)
     found = replay(popularity_SLE, contender.make(world_size, slots_per_rank), rules)
     assert (found.load_SLW.sum(2) + found.dropped_SL == popularity_SLE.sum(2)).all()
     if capacity_factor is None:

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_check, gpu_contenders, gpu_measure, gpu_stages, gpu_worker
 from benchmarks.gpu_check import checks
-from benchmarks.gpu_contenders import Contender, contenders
+from benchmarks.gpu_contenders import Candidate, contenders
 from benchmarks.gpu_measure import Budget, Clock, measure_layer
 from benchmarks.gpu_processes import LATE, results_of
 from benchmarks.gpu_shapes import SHAPES, Shape, route
@@ -105,7 +105,7 @@ def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pyt
         shapes.append(shape)
         return gpu_contenders.eager_loop(shape, *inputs)
 
-    found = {name: Contender(run) for name in ("Liger", "ScatterMoE")}
+    found = {name: Candidate(run) for name in ("Liger", "ScatterMoE")}
     monkeypatch.setattr("benchmarks.gpu_check.contenders", lambda: (found, {}))
     gpu_check.warm_up(Shape("large", 32768, 16, 8, 64, 8), ["Liger", "SonicMoE"], "cpu")
     assert shapes == [Shape("large", 256, 16, 8, 16, 8)]
@@ -124,7 +124,7 @@ def test_a_layer_is_measured_and_a_wrong_contender_is_not(capsys: pytest.Capture
     def broken(*inputs: Any) -> Tensor:
         raise RuntimeError("no kernel image")
 
-    names = {"ours, fused": contenders()[0]["ours, grouped_mm"], "wrong": Contender(wrong), "broken": Contender(broken)}
+    names = {"ours, fused": contenders()[0]["ours, grouped_mm"], "wrong": Candidate(wrong), "broken": Candidate(broken)}
     found = measure_layer(TINY, "hot", names, CPU, Budget(100))
     assert found["ours, fused"].keys() > {
         "ms_forward",

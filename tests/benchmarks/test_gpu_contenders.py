@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu_contenders
 from benchmarks.gpu_check import errors_of, outputs_and_gradients, reference
-from benchmarks.gpu_contenders import Contender, contenders
+from benchmarks.gpu_contenders import Candidate, contenders
 from benchmarks.gpu_shapes import Case, Shape, make_case
 
 TINY = Shape("tiny", 12, 16, 8, 4, 2)
@@ -44,7 +44,7 @@ def tiny_case(dtype: torch.dtype = torch.float32) -> Case:
     ],
 )
 def test_every_contender_computes_the_layer(name: str) -> None:
-    found = contenders()[0] | {"plain grouped_mm": Contender(gpu_contenders._plain_grouped_mm)}
+    found = contenders()[0] | {"plain grouped_mm": Candidate(gpu_contenders._plain_grouped_mm)}
     if name not in found:
         pytest.skip(f"{name} is not installed")
     if name in ("Liger", "ScatterMoE") and os.environ.get("LIGER_FUSED_MOE_AUTOTUNE") != "0":

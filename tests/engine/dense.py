@@ -19,7 +19,7 @@ def dense_forward(weights: dict[str, Tensor], x_TD: Tensor) -> Tensor:
 
 
 def dense_moe(weights: dict[str, Tensor], name: str, x_TD: Tensor, top_k: int) -> Tensor:
-    """Every expert on every token, weighted by the token's top-k softmax scores, renormalised if there are several."""
+    """Every expert on every token, weighted by the token's top-k softmax scores, renormalized if there are several."""
     scores_TE = F.linear(x_TD, weights[f"{name}.router.weight"]).softmax(-1)
     best = scores_TE.topk(top_k, dim=-1)
     gates_TK = best.values if top_k == 1 else best.values / best.values.sum(-1, keepdim=True)

@@ -47,7 +47,7 @@ def emulate(
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):
         # Pairs of an expert in the order of their hosts; an expert's choices in the order of their tokens.
         room = {
-            expert: [[plan.side_of(rank).sent_D[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
+            expert: [[plan.for_rank(rank).sent_D[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
             for expert in range(EXPERTS)
         }
         by_budget = defaultdict(list)
@@ -58,7 +58,7 @@ def emulate(
             by_budget[plan.budget_of_pair_D[place[1]]].append((-float(r.weights_TK[t, k].detach()), t, k))
         kept = torch.zeros(len(part), TOP_K, dtype=torch.bool)
         for budget, choices in by_budget.items():
-            for _, t, k in sorted(choices)[: plan.side_of(rank).kept_B[budget]]:
+            for _, t, k in sorted(choices)[: plan.for_rank(rank).kept_B[budget]]:
                 kept[t, k] = True
         num_dropped += int((~kept).sum())
         weights = dict(moe.experts.named_parameters())

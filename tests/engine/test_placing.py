@@ -18,7 +18,7 @@ E, W = 4, 4
 class Coldest(PlacementPolicy):
     """All spare replicas for the expert that got least."""
 
-    is_guarded = True
+    has_uniform_fallback = True
 
     def place(self, forecast: Forecast) -> list[Placement]:
         popularity_LE = forecast.popularity_LE

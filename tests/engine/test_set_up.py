@@ -52,7 +52,7 @@ def test_meta_experts_get_their_shards_without_the_whole_ever_being_anywhere(wor
     seed = int(torch.randint(2**31, ()).item())
     expected = sml.Experts(E, DIM, HIDDEN, bias=True)
     for name, parameter in expected.expert_parameters().items():
-        expected.initialise_rows(name, parameter.data, 0, seed)
+        expected.initialize_rows(name, parameter.data, 0, seed)
     for state, _ in outcomes:
         for name, parameter in expected.named_parameters():
             assert torch.equal(state[f"1.experts.{name}"], parameter.detach()), name
@@ -245,10 +245,10 @@ def test_experts_inside_an_adapter_are_refused_with_the_fix() -> None:
 
 
 class Scaled(Tensor):
-    """As a quantising package's tensor: float on the outside."""
+    """As a quantizing package's tensor: float on the outside."""
 
 
-def quantise_experts(kind: str) -> None:
+def quantize_experts(kind: str) -> None:
     model = nn.Sequential(nn.Linear(DIM, DIM), sml.MoE(DIM, HIDDEN, E))
     experts = model[1].experts
     for name, p in experts.expert_parameters().items():
@@ -259,9 +259,9 @@ def quantise_experts(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "named"), [("int8", "int8"), ("float8", "float8_e4m3fn"), ("tensor", "Scaled")])
 def test_quantised_experts_are_refused_with_the_fix(kind: str, named: str) -> None:
-    for error in rank_errors(quantise_experts, 2, kind):
-        assert f"gate_up_proj of the experts '1.experts' is quantised ({named}" in error.replace("torch.", "")
-        assert "leave them out of quantisation" in error
+    for error in rank_errors(quantize_experts, 2, kind):
+        assert f"gate_up_proj of the experts '1.experts' is quantized ({named}" in error.replace("torch.", "")
+        assert "leave them out of quantization" in error
 
 
 def train_adapter() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

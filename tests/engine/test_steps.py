@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.engine.steps import layers_ended_by
-from swiftmoe_lightning.engine.tracking import TrackedLayer
+from swiftmoe_lightning.engine.layer_state import LayerState
+from swiftmoe_lightning.engine.steps import layers_stepped_by
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
 
 DIM, E = 6, 4
 
 
-def tracked(index: int, name: str) -> TrackedLayer:
+def tracked(index: int, name: str) -> LayerState:
     moe = sml.MoE(DIM, 4, E)
-    return TrackedLayer(index, name, moe.experts, moe.router)
+    return LayerState(index, name, moe.experts, moe.router)
 
 
 def test_a_layer_follows_the_optimizer_of_its_experts_then_of_its_router_then_all() -> None:
@@ -32,7 +32,7 @@ def test_a_layer_follows_the_optimizer_of_its_experts_then_of_its_router_then_al
 
     def ended(optimizer: Optimizer) -> list[str]:
         others = [o for o in (experts, routers, dense) if o is not optimizer]
-        return [t.name for t in layers_ended_by(optimizer, others, [whole, routed, frozen])]
+        return [t.name for t in layers_stepped_by(optimizer, others, [whole, routed, frozen])]
 
     assert [ended(o) for o in (experts, routers, dense)] == [["whole", "frozen"], ["routed", "frozen"], ["frozen"]]
     # Unfrozen later.

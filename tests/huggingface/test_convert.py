@@ -271,7 +271,7 @@ def test_evaluation_and_frozen_parameters_stay() -> None:
 # What cannot be taken over.
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     experts = Fused()
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     return experts
@@ -353,7 +353,7 @@ def legacy() -> nn.Module:
 
 
 REASONS: dict[Callable[[], nn.Module], str] = {
-    quantised: r"gate_up_proj is quantised \(torch.float8_e4m3fn\): load the model without a quantization_config",
+    quantized: r"gate_up_proj is quantized \(torch.float8_e4m3fn\): load the model without a quantization_config",
     ParamWrapper: r"its weights are wrapped \(an adapter, LoRA\): merge or unload the adapter before convert\(\)",
     parametrised: r"its weights are wrapped \(an adapter, LoRA\)",
     hooked: r"its forward is replaced or has hooks .*: convert\(\) before that",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.huggingface import experts as hf_experts
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 from tests import hf_models
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +67,7 @@ def test_logits_and_all_gradients_equal_eager_on_the_kernels(monkeypatch: pytest
     pytest.importorskip("triton")
     fused = []
     monkeypatch.setattr("swiftmoe_lightning.ops.moe_layer.fused_moe", spy(fused))
-    with paths.forced("triton"):
+    with backend.force_backend("triton"):
         assert_equal(*both("qwen3_moe", monkeypatch))
     assert fused
 
@@ -119,7 +119,7 @@ def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> Non
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     elsewhere_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(4)) < 0.4
     elsewhere_TK[0] = True
-    with paths.forced(path):
+    with backend.force_backend(path):
         found = [
             gradients_of(experts, experts, (x_TD, ids, weights))
             for ids, weights in (
@@ -142,7 +142,7 @@ def test_experts_compile_to_one_graph(family: str, path: str) -> None:
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     elsewhere_TK = ids_TK.clone()
     elsewhere_TK[::3, 0] = len(experts.down_proj)
-    with paths.forced(path):
+    with backend.force_backend(path):
         for ids, stance in [(ids_TK, "default"), (elsewhere_TK[:7], "fail_on_recompile")]:
             inputs = (x_TD[: len(ids)], ids.clone(), weights_TK[: len(ids)].clone())
             with torch.compiler.set_stance(stance):

@@ -9,7 +9,7 @@ import torch
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 from swiftmoe_lightning.placement import Placement
 
 
@@ -43,7 +43,7 @@ def test_the_fused_layer_is_the_plain_one() -> None:
     for name in ("torch", "triton"):
         layer.zero_grad()
         x_TD = x.clone().requires_grad_()
-        with paths.forced(name):
+        with backend.force_backend(name):
             out = layer(x_TD, ids, weights)
             out.square().sum().backward()
         found.append([out.detach(), x_TD.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])

@@ -34,7 +34,7 @@ def test_it_picks_the_k_best_scores_and_renormalises_them() -> None:
 
 
 def test_without_renormalising_weights_are_the_scores() -> None:
-    out = router(renormalise=False)(X_TD)
+    out = router(renormalize=False)(X_TD)
     torch.testing.assert_close(out.weights_TK, out.logits_TE.softmax(1).gather(1, out.expert_ids_TK))
     assert (out.weights_TK.sum(1) < 1).all()
 
@@ -48,7 +48,7 @@ def test_top_1_keeps_its_score_so_that_the_router_learns_from_the_task() -> None
 
 
 def test_sigmoid_scores_are_each_experts_own_and_shares_sum_to_one() -> None:
-    made = router(score="sigmoid", renormalise=False)
+    made = router(score="sigmoid", renormalize=False)
     out = made(X_TD)
     scores_TE = torch.sigmoid(F.linear(X_TD, made.weight))
     torch.testing.assert_close(out.weights_TK, scores_TE.topk(2).values)
@@ -64,7 +64,7 @@ def test_scores_are_computed_in_float32_whatever_the_input() -> None:
 
 
 def test_the_bias_moves_towards_cold_experts_and_changes_the_choice_but_not_the_weights() -> None:
-    made = router(score="sigmoid", bias_update_rate=0.5, renormalise=False)
+    made = router(score="sigmoid", bias_update_rate=0.5, renormalize=False)
     made.update_bias(np.array([10, 0, 5, 5, 5, 5]))
     assert made.expert_bias is not None
     assert made.expert_bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0]
@@ -85,7 +85,7 @@ def test_the_bias_moves_towards_cold_experts_and_changes_the_choice_but_not_the_
         ({"bias_update_rate": -1}, "bias_update_rate must be a number of 0 or more, got -1"),
         ({"bias_update_rate": "0.1"}, "bias_update_rate must be a number of 0 or more, got '0.1'"),
         ({"top_k": 7}, r"top_k must be in 1..num_experts=6, got 7"),
-        ({"top_k": 1, "renormalise": True}, "renormalise=True with top_k=1 makes every weight 1"),
+        ({"top_k": 1, "renormalize": True}, "renormalize=True with top_k=1 makes every weight 1"),
         ({"score": "relu"}, "score must be one of 'softmax', 'sigmoid', got 'relu'"),
     ],
 )

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 
 # bfloat16 rounds by up to 4e-3, and a chain of matmuls and activations rounds five times.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -126,9 +126,9 @@ def assert_triton_equals_reference(operation, values, *rest):
     found = []
     for _ in range(2):
         inputs = {name: fenced(value).requires_grad_() for name, value in values.items()}
-        with paths.forced("triton"), fenced_memory():
+        with backend.force_backend("triton"), fenced_memory():
             found.append(_outputs_and_gradients(operation, inputs, rest, seed_dtype))
-    with paths.forced("torch"):
+    with backend.force_backend("torch"):
         expected = _outputs_and_gradients(operation, leaves(values, torch.float64), rest, seed_dtype)
     for first, second, wanted in zip(*found, expected, strict=True):
         assert torch.equal(first, second)

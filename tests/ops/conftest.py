@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 from tests.ops.cases import DEVICE
 
 
@@ -19,5 +19,5 @@ def path(request):
     if request.param == "triton":
         pytest.importorskip("triton")
     # Tensors that a test makes are then where the kernels are; a random one says device="cpu", as its generator is.
-    with paths.forced(request.param), torch.device(DEVICE):
+    with backend.force_backend(request.param), torch.device(DEVICE):
         yield request.param

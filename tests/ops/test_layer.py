@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from swiftmoe_lightning.ops import expert_layer, expert_rows, fused, moe_layer, paths, sort_choices
+from swiftmoe_lightning.ops import backend, expert_layer, expert_rows, fused, moe_layer, sort_choices
 from tests.ops.cases import DEVICE, assert_close, gradients, leaves, loop_mlp, make_weights
 
 
@@ -52,7 +52,7 @@ def test_the_layer_and_its_gradients_equal_a_loop_over_choices(name, activation,
     slow = leaves({key: value.cpu() for key, value in inputs.items()}, torch.float64)
     expected = loop_layer(slow, ids_TK.cpu(), 3, activation)
     fast = leaves(inputs)
-    with paths.forced(name):
+    with backend.force_backend(name):
         out = run_layer(fast, ids_TK, 3, activation)
         found = gradients(out, fast)
     assert_close(out.cpu(), expected)
@@ -64,7 +64,7 @@ def test_rows_come_by_slot_and_those_that_are_nobodys_are_left_out_on_a_cpu():
     inputs, ids_TK = values(9, 2, 3, "swiglu", False)
     order = sort_choices(ids_TK.flatten(), 3)
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")}
-    with paths.forced("torch"):
+    with backend.force_backend("torch"):
         y_RD = expert_rows(inputs["x"], order.choice_N, order.row_N.view(9, 2), order.ends_G, weights, "swiglu")
     choices = order.choice_N[: int(order.ends_G[-1])].tolist()
     assert len(y_RD) == len(choices) if DEVICE == "cpu" else 18
@@ -79,7 +79,7 @@ def test_rows_come_by_slot_and_those_that_are_nobodys_are_left_out_on_a_cpu():
 def fuses(inputs, **changed):
     """Whether the layer would take the fused kernels for these weights."""
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")} | changed
-    with paths.forced("triton"):
+    with backend.force_backend("triton"):
         return moe_layer._fuses(inputs["x"], weights, 18, 2)
 
 
@@ -102,9 +102,9 @@ def test_transposed_views_and_other_dtypes_are_not_fused():
     ],
 )
 def test_a_small_table_picks_the_layers_path_on_a_gpu(dtype, rows_per_slot, hidden_dim, top_k, expected):
-    gpu = paths.Path("triton", "Triton kernels on a test.")
-    with mock.patch.object(paths, "_path_on", return_value=gpu):
-        found = paths.choose_layer(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
+    gpu = backend.Backend("triton", "Triton kernels on a test.")
+    with mock.patch.object(backend, "_backend_on", return_value=gpu):
+        found = backend.choose_layer(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
     assert found.name == expected
     assert found.reason.endswith(".")
 
@@ -154,7 +154,7 @@ def test_backward_lets_go_of_z_before_the_inputs_gradient_comes_unless_the_graph
 def test_the_fused_layer_compiles_in_one_graph_and_refuses_a_second_derivative():
     pytest.importorskip("triton")
     inputs, ids_TK = values(9, 2, 3, "swiglu", False)
-    with paths.forced("triton"):
+    with backend.force_backend("triton"):
         eager, compiled = leaves(inputs), leaves(inputs)
         expected = run_layer(eager, ids_TK, 3, "swiglu")
         layer_graph = torch.compile(run_layer, backend="aot_eager", fullgraph=True)

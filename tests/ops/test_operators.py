@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swiftmoe_lightning.ops import activate, combine, paths, permute, route, sort_choices
+from swiftmoe_lightning.ops import activate, backend, combine, permute, route, sort_choices
 from tests.ops.cases import DEVICE, assert_close
 
 OPERATORS = torch.ops.swiftmoe
@@ -134,42 +134,46 @@ def test_a_second_derivative_is_refused(name):
 
 
 def test_float64_and_the_cpu_run_the_reference_and_say_so():
-    assert paths.choose(torch.device("cpu"), torch.float32) == paths.Path(
+    assert backend.choose(torch.device("cpu"), torch.float32) == backend.Backend(
         "torch", "CPU tensors run the torch reference: the Triton kernels need an NVIDIA GPU."
     )
-    assert paths.choose(torch.device("meta")).reason.startswith("'meta' tensors run the torch reference")
+    assert backend.choose(torch.device("meta")).reason.startswith("'meta' tensors run the torch reference")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretends to be a GPU of some capability; returns what sets it."""
-    paths._path_on.cache_clear()
+    backend._backend_on.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(torch.version, "hip", None)
     yield lambda *capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    paths._path_on.cache_clear()
+    backend._backend_on.cache_clear()
 
 
 def test_a_gpu_runs_triton_where_it_can_and_says_why_not(gpu, monkeypatch):
     pytest.importorskip("triton")
     device = torch.device("cuda", 0)
     gpu(9, 0)
-    assert paths.choose(device, torch.bfloat16, torch.float32) == paths.Path("triton", "Triton kernels on NVIDIA X.")
-    mixed = paths.choose(device, torch.bfloat16, torch.float64)
-    assert mixed == paths.Path("torch", "float64 runs the torch reference: the Triton kernels compute in float32.")
-    paths._path_on.cache_clear()
+    assert backend.choose(device, torch.bfloat16, torch.float32) == backend.Backend(
+        "triton", "Triton kernels on NVIDIA X."
+    )
+    mixed = backend.choose(device, torch.bfloat16, torch.float64)
+    assert mixed == backend.Backend("torch", "float64 runs the torch reference: the Triton kernels compute in float32.")
+    backend._backend_on.cache_clear()
     gpu(7, 5)
-    found = paths.choose(device, torch.float32)
-    assert found == paths.Path("torch", "NVIDIA X has compute capability 7.5: the Triton kernels need 8.0 or more.")
-    paths._path_on.cache_clear()
+    found = backend.choose(device, torch.float32)
+    assert found == backend.Backend(
+        "torch", "NVIDIA X has compute capability 7.5: the Triton kernels need 8.0 or more."
+    )
+    backend._backend_on.cache_clear()
     gpu(8, 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install" in paths.choose(device, torch.float32).reason
+    assert "pip install" in backend.choose(device, torch.float32).reason
 
 
 def test_a_path_that_is_forced_ends_with_its_block():
-    with pytest.raises(ValueError, match="got 'cuda'"), paths.forced("cuda"):
+    with pytest.raises(ValueError, match="got 'cuda'"), backend.force_backend("cuda"):
         pass
-    with paths.forced("triton"), paths.forced("torch"):
-        assert paths.choose(torch.device("cpu")).name == "torch"
-    assert "forced" not in paths.choose(torch.device("cpu")).reason
+    with backend.force_backend("triton"), backend.force_backend("torch"):
+        assert backend.choose(torch.device("cpu")).name == "torch"
+    assert "forced" not in backend.choose(torch.device("cpu")).reason

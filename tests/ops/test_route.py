@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swiftmoe_lightning.ops import paths, route
+from swiftmoe_lightning.ops import backend, route
 from tests.ops.cases import DEVICE, assert_close, assert_triton_equals_reference, gradients
 
 SCORES = ["softmax", "sigmoid"]
@@ -14,13 +14,13 @@ def logits(num_tokens, num_experts, dtype=torch.float32):
     return ((order_TE - num_experts / 2) * (6 / num_experts)).to(DEVICE, dtype)
 
 
-def route_by_autograd(logits_TE, bias_E, top_k, score, renormalise):
+def route_by_autograd(logits_TE, bias_E, top_k, score, renormalize):
     """(ids, weights, sums of shares, sum of squares), written plainly, with autograd's gradients."""
     scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     ids_TK = choice_TE.topk(top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, ids_TK)
-    if renormalise:
+    if renormalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
     probs_TE = scores_TE
     if score == "sigmoid":
@@ -30,24 +30,24 @@ def route_by_autograd(logits_TE, bias_E, top_k, score, renormalise):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_route_equals_autograd_in_values_and_gradients(score, renormalise, with_bias):
+def test_route_equals_autograd_in_values_and_gradients(score, renormalize, with_bias):
     num_experts, top_k = 8, 3
     bias_E = torch.linspace(-1, 1, num_experts) if with_bias else None
     # The last token's sigmoids sum to less than what a sum at least is, where it divides.
     x_TE = torch.cat([logits(6, num_experts), torch.linspace(-47, -54, num_experts).unsqueeze(0)]).requires_grad_()
 
     def run():
-        routed = route(x_TE, bias_E, top_k, score, renormalise)
+        routed = route(x_TE, bias_E, top_k, score, renormalize)
         return (routed.weights_TK, routed.prob_sums_E, routed.square_sum), routed
 
-    ids_TK, *_ = route_by_autograd(x_TE, bias_E, top_k, score, renormalise)
+    ids_TK, *_ = route_by_autograd(x_TE, bias_E, top_k, score, renormalize)
     _, routed = run()
     assert torch.equal(routed.expert_ids_TK, ids_TK)
     assert torch.equal(routed.counts_E, torch.bincount(ids_TK.flatten(), minlength=num_experts))
     for output in range(3):
-        found, expected = run()[0][output], route_by_autograd(x_TE, bias_E, top_k, score, renormalise)[1 + output]
+        found, expected = run()[0][output], route_by_autograd(x_TE, bias_E, top_k, score, renormalize)[1 + output]
         assert_close(found, expected)
         assert_close(gradients(found, {"x": x_TE})["x"], gradients(expected, {"x": x_TE})["x"])
 
@@ -55,20 +55,20 @@ def test_route_equals_autograd_in_values_and_gradients(score, renormalise, with_
 # T tokens, E experts, K top-k; more than one block of tokens in the last.
 @pytest.mark.parametrize("sizes", [(0, 4, 2), (1, 1, 1), (7, 3, 3), (7, 64, 4), (70, 33, 2)], ids=str)
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_tritons_route_equals_the_reference(sizes, score, renormalise):
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_tritons_route_equals_the_reference(sizes, score, renormalize):
     num_tokens, num_experts, top_k = sizes
     values = {"logits": logits(num_tokens, num_experts)}
-    assert_triton_equals_reference(route, values, None, top_k, score, renormalise)
+    assert_triton_equals_reference(route, values, None, top_k, score, renormalize)
     bias_E = torch.linspace(-0.2, 0.3, num_experts)
-    assert_triton_equals_reference(route, values, bias_E, top_k, score, renormalise)
+    assert_triton_equals_reference(route, values, bias_E, top_k, score, renormalize)
 
 
 def test_gradients_pass_gradcheck():
     x_TE = logits(3, 5, torch.float64).requires_grad_()
     for score in SCORES:
-        for renormalise in (False, True):
-            assert torch.autograd.gradcheck(lambda x, s=score, r=renormalise: _trained(route(x, None, 2, s, r)), x_TE)
+        for renormalize in (False, True):
+            assert torch.autograd.gradcheck(lambda x, s=score, r=renormalize: _trained(route(x, None, 2, s, r)), x_TE)
 
 
 def _trained(routed):
@@ -96,7 +96,7 @@ def test_experts_of_minus_infinite_logits_are_chosen_last():
 
 def test_of_equal_scores_triton_takes_the_lower_expert():
     pytest.importorskip("triton")
-    with paths.forced("triton"), torch.device(DEVICE):
+    with backend.force_backend("triton"), torch.device(DEVICE):
         assert route(torch.zeros(2, 5), None, 3, "softmax", True).expert_ids_TK.tolist() == [[0, 1, 2]] * 2
         bias_E = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
         assert route(torch.zeros(1, 5), bias_E, 3, "sigmoid", True).expert_ids_TK.tolist() == [[2, 4, 0]]

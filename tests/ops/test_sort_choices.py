@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swiftmoe_lightning.ops import paths, sort_choices
+from swiftmoe_lightning.ops import backend, sort_choices
 from tests.ops.cases import DEVICE, fenced_memory
 
 
@@ -51,5 +51,5 @@ def test_a_key_may_be_a_strided_view():
     for path in ("torch", "triton"):
         if path == "triton":
             pytest.importorskip("triton")
-        with paths.forced(path):
+        with backend.force_backend(path):
             assert torch.equal(sort_choices(expert_ids_TK[:, 1], 4)[0], sort_choices(expert_ids_TK[:, 1].clone(), 4)[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.ops import paths
+from swiftmoe_lightning.ops import backend
 from tests.ops.cases import DEVICE
 
 
@@ -18,7 +18,7 @@ def decide(options: dict[str, Any], name: str) -> tuple[sml.RouterOutput, torch.
     if router.expert_bias is not None:
         router.expert_bias.copy_(torch.linspace(-0.3, 0.3, 6))
     x_TD = torch.randn(37, 8).to(DEVICE)
-    with paths.forced(name):
+    with backend.force_backend(name):
         out = router.to(DEVICE)(x_TD)
         popularity_E = torch.bincount(out.expert_ids_TK.flatten(), minlength=6)
         losses = [out.load_balancing_loss(popularity_E, 2), out.z_loss(torch.tensor(74.0, device=DEVICE), 2)]
@@ -29,7 +29,7 @@ def decide(options: dict[str, Any], name: str) -> tuple[sml.RouterOutput, torch.
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"score": "sigmoid"}, {"bias_update_rate": 0.1}, {"renormalise": False}], ids=str
+    "options", [{}, {"score": "sigmoid"}, {"bias_update_rate": 0.1}, {"renormalize": False}], ids=str
 )
 def test_the_kernel_decides_and_learns_as_torch_does(options: dict[str, Any]) -> None:
     pytest.importorskip("triton")

@@ -23,11 +23,11 @@ def running(num_steps: int) -> np.ndarray:
 
 
 def run(
-    popularity_SE: np.ndarray, name: str, is_guarded: bool = True, sizes: tuple[int, int] = (4, 5)
+    popularity_SE: np.ndarray, name: str, has_uniform_fallback: bool = True, sizes: tuple[int, int] = (4, 5)
 ) -> tuple[float, list[str], Placer]:
     """Mean excess of its steps, what was reported, and the placer. sizes: ranks, slots of each."""
     policy = make_policy(name, *sizes)
-    policy.is_guarded = is_guarded  # type: ignore[misc]
+    policy.has_uniform_fallback = has_uniform_fallback  # type: ignore[misc]
     said: list[str] = []
     placer = Placer(lambda num_experts: policy, report=said.append)
     placement = placer.planned({"layer": E})["layer"]
@@ -43,7 +43,7 @@ def run(
 def test_noise_does_not_make_it_switch_to_and_fro(policy: str) -> None:
     popularity_SE = erratic(200)
     lost, said, _ = run(popularity_SE, policy)
-    unguarded, *_ = run(popularity_SE, policy, is_guarded=False)
+    unguarded, *_ = run(popularity_SE, policy, has_uniform_fallback=False)
     assert len(said) <= 10
     assert lost <= unguarded + 0.002
 
@@ -51,11 +51,11 @@ def test_noise_does_not_make_it_switch_to_and_fro(policy: str) -> None:
 def test_plans_that_are_always_wrong_are_overruled_for_good() -> None:
     popularity_SE = running(200)
     lost, said, placer = run(popularity_SE, "packed", sizes=(8, 3))
-    unguarded, *_ = run(popularity_SE, "packed", is_guarded=False, sizes=(8, 3))
+    unguarded, *_ = run(popularity_SE, "packed", has_uniform_fallback=False, sizes=(8, 3))
     assert lost < unguarded
     assert len(said) == 1
-    assert placer.layers["layer"].num_guarded == 200
-    assert placer.layers["layer"].num_overruled > 180
+    assert placer.layers["layer"].num_placements == 200
+    assert placer.layers["layer"].num_fallbacks > 180
 
 
 def test_one_lost_placement_alone_does_not_call_it() -> None:
@@ -64,4 +64,4 @@ def test_one_lost_placement_alone_does_not_call_it() -> None:
     jump = np.roll(steady, 7)
     _, said, placer = run(np.array([steady] * 5 + [jump] + [steady] * 5), "balanced")
     assert said == []
-    assert placer.layers["layer"].num_overruled == 0
+    assert placer.layers["layer"].num_fallbacks == 0

@@ -81,4 +81,4 @@ def test_moved_replicas_are_the_difference_of_the_hosted_sets(data):
 def test_turns_take_every_experts_hosts_one_by_one_in_rank_order() -> None:
     # Pairs: (0, 0) (0, 1) (1, 0) (2, 1) (2, 2).
     placement = Placement([0, 1, 0, 0, 1, 2], 3, 3)
-    assert [turn.tolist() for turn in placement.pairs_by_turn] == [[0, 1, 4], [2, 3]]
+    assert [turn.tolist() for turn in placement.pairs_by_replica_index] == [[0, 1, 4], [2, 3]]

@@ -61,7 +61,7 @@ def test_layers_do_not_touch_each_other():
 class WrongPolicy(PlacementPolicy):
     """Has all its replicas where the tokens were not."""
 
-    is_guarded = True
+    has_uniform_fallback = True
 
     def place(self, forecast):
         popularity_LE = forecast.popularity_LE
@@ -84,7 +84,7 @@ def test_uniform_replicas_take_over_where_they_would_have_done_better_and_the_lo
 class LateWisePolicy(PlacementPolicy):
     """Wrong for its first plans, then as good as `packed`."""
 
-    is_guarded = True
+    has_uniform_fallback = True
     num_wrong = 3
 
     def place(self, forecast):
@@ -111,14 +111,14 @@ def test_one_bad_step_after_many_good_ones_does_not_call_the_guard():
 
 
 def test_a_policy_that_asks_for_no_guard_is_left_alone():
-    unguarded = type("Unguarded", (WrongPolicy,), {"is_guarded": False})(W, S)
+    unguarded = type("Unguarded", (WrongPolicy,), {"has_uniform_fallback": False})(W, S)
     assert run(placer(unguarded), [HOT[0]] * 3) == list(unguarded.place(Forecast.of(np.array([HOT[0]] * 3))))
 
 
 def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
     steps = [[30, 20, 20, 10, 10, 10]] * 4 + [[10, 10, 10, 20, 20, 30]] * 2
     moving = run(placer("packed"), steps)
-    staying = run(placer("packed", keeps_even=True), steps)
+    staying = run(placer("packed", skip_when_balanced=True), steps)
     assert moving[4] != moving[3]
     # The first placement, for equal loads, is not even enough for the first step; the second one is for the next.
     assert staying[1] == staying[2] == staying[3] == moving[0]
@@ -127,7 +127,7 @@ def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
 
 def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
     even = [10, 10, 10, 10, 10, 10]
-    layer = placer(keeps_even=True)
+    layer = placer(skip_when_balanced=True)
     layer.planned({"layer": E})
     (everywhere,) = make_policy("packed", W, S).place(Forecast.of(np.array([even])))
     found = layer.next_placements({"layer": observe(even, everywhere)})["layer"]

@@ -13,21 +13,21 @@ from tests.placement.cases import counts_of, placements
 def sent_WD(plan):
     """All sources' rows, checked against what every host says it gets."""
     ranks = range(plan.placement.world_size)
-    table_WD = np.stack([plan.side_of(rank).sent_D for rank in ranks])
+    table_WD = np.stack([plan.for_rank(rank).sent_D for rank in ranks])
     for rank in ranks:
-        assert plan.side_of(rank).received_Wd.tolist() == table_WD[:, plan.placement.pair_host_D == rank].tolist()
+        assert plan.for_rank(rank).received_Wd.tolist() == table_WD[:, plan.placement.pair_host_D == rank].tolist()
     return table_WD
 
 
 def kept_WB(plan):
-    return np.stack([plan.side_of(rank).kept_B for rank in range(plan.placement.world_size)])
+    return np.stack([plan.for_rank(rank).kept_B for rank in range(plan.placement.world_size)])
 
 
 def rows_WW(plan):
     """All sources' split sizes, checked against those of the receivers."""
     ranks = range(plan.placement.world_size)
-    table_WW = np.array([plan.side_of(rank).send_splits for rank in ranks])
-    assert [plan.side_of(rank).receive_splits for rank in ranks] == table_WW.T.tolist()
+    table_WW = np.array([plan.for_rank(rank).send_splits for rank in ranks])
+    assert [plan.for_rank(rank).receive_splits for rank in ranks] == table_WW.T.tolist()
     assert plan.load_W.tolist() == table_WW.sum(0).tolist()
     return table_WW
 

@@ -18,7 +18,7 @@ _TILE = 2048
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalise: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """([T, K], [T, K], [E], [E], []): `reference.route`."""
     num_tokens, num_experts = logits_TE.shape
@@ -43,7 +43,7 @@ def route(
                 E=num_experts,
                 K=top_k,
                 SOFTMAX=score == "softmax",
-                RENORMALISE=renormalise,
+                RENORMALISE=renormalize,
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
                 BLOCK_K=triton.next_power_of_2(top_k),
@@ -59,7 +59,7 @@ def route_backward(
     logits_TE: Tensor,
     ids_TK: Tensor,
     score: str,
-    renormalise: bool,
+    renormalize: bool,
 ) -> Tensor:
     """[T, E]: `reference.route_backward`."""
     num_tokens, num_experts = logits_TE.shape
@@ -78,7 +78,7 @@ def route_backward(
                 E=num_experts,
                 K=ids_TK.shape[1],
                 SOFTMAX=score == "softmax",
-                RENORMALISE=renormalise,
+                RENORMALISE=renormalize,
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
                 num_warps=8,

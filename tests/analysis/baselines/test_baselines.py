@@ -2,26 +2,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from swiftmoe_lightning.analysis import CONTENDERS
+from swiftmoe_lightning.analysis import CANDIDATES
 from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.placement.policy import check_placements
 from tests.analysis.baselines.cases import histories
 
-BASELINES = {name: contender.make for name, contender in CONTENDERS.items() if contender.label == "re-implementation"}
+BASELINES = {name: contender.make for name, contender in CANDIDATES.items() if contender.label == "re-implementation"}
 
 
 def test_other_systems_are_named_and_judged_as_their_authors_do():
     assert list(BASELINES) == ["flexmoe-10", "flexmoe-50", "flexmoe-100", "eplb", "lpt", "shadowing"]
     assert [BASELINES[f"flexmoe-{n}"](2, 2).interval for n in (10, 50, 100)] == [10, 50, 100]
-    assert [name for name, c in CONTENDERS.items() if c.is_clairvoyant] == ["shadowing", "exact"]
-    assert [name for name, c in CONTENDERS.items() if c.moves_state] == [
+    assert [name for name, c in CANDIDATES.items() if c.knows_the_step] == ["shadowing", "exact"]
+    assert [name for name, c in CANDIDATES.items() if c.moves_state] == [
         "flexmoe-10",
         "flexmoe-50",
         "flexmoe-100",
         "lpt",
     ]
     slot_budget = ["symi", "static", "flexmoe-10", "flexmoe-50", "flexmoe-100"]
-    assert [name for name, c in CONTENDERS.items() if c.per == "slot"] == slot_budget
+    assert [name for name, c in CANDIDATES.items() if c.per == "slot"] == slot_budget
 
 
 def replay(name, steps_NLE, world_size, slots_per_rank):

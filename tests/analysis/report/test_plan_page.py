@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swiftmoe_lightning.analysis import CONTENDERS, Machine, PlanOptions, Trace, make_plan
+from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, Trace, make_plan
 from swiftmoe_lightning.analysis.report.page import PageData, write_page
 from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
@@ -87,8 +87,8 @@ def test_a_run_of_which_too_little_is_known_is_not_shown(missing: str) -> None:
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_the_page_has_every_series_of_every_policy(capacity_factor: float | None) -> None:
-    data = page(policies=[*CONTENDERS], capacity_factor=capacity_factor)
-    assert [policy.name for policy in data.policies] == list(CONTENDERS)
+    data = page(policies=[*CANDIDATES], capacity_factor=capacity_factor)
+    assert [policy.name for policy in data.policies] == list(CANDIDATES)
     assert (data.title, data.subtitle) == ("a trace", "2 ranks of 3 slots, plans 1 step old")
     assert data.counts_SLE.tolist() == COUNTS.sum(1).tolist()
     assert (data.step_S.tolist(), data.layers, data.capacity_factor) == ([7, 9, 12], ("a", "b"), capacity_factor)

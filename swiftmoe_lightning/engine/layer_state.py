@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.distributed import ExpertGroup, is_master
-from swiftmoe_lightning.engine.materialise import materialise_dense
-from swiftmoe_lightning.engine.replaced import Replaced
+from swiftmoe_lightning.distributed import ExpertGroup, is_sharded
+from swiftmoe_lightning.engine.materialize import materialize_dense
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, shard_parameters
 from swiftmoe_lightning.engine.slots import ExpertSlots
+from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
 
-# What `TrackedLayer.state_dict` holds.
+# What `LayerState.state_dict` holds.
 _SAVED: Final = ("popularity", "slot_to_expert", "world_size", "num_steps", "placer")
 
 
-class TrackedLayer:
+class LayerState:
     """An `Experts` module with its counters, and its `ShardedLayer` when it is spread over ranks."""
 
     def __init__(self, index: int, name: str, experts: Experts, router: nn.Module | None) -> None:
@@ -33,13 +33,13 @@ class TrackedLayer:
         self.num_steps = 0
         self._since_step, self._since_placed = experts.load_cursor(), experts.load_cursor()
         self._step: ExpertLoad | None = None
-        self.replaced = Replaced()
+        self.stale_parameters = StaleParameters()
 
     def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
         """Spread the experts over the ranks (again). A collective."""
         master_device = torch.device("cpu") if config.offload_optimizer else device
         replaced = shard_parameters(self.experts, group, master_device)
-        self.replaced.add(replaced.values())
+        self.stale_parameters.add(replaced.values())
         if self.sharded is None:
             first = placer.planned({self.name: self.experts.num_experts})[self.name]
             slots = ExpertSlots(
@@ -52,7 +52,7 @@ class TrackedLayer:
             )
             self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split)
             self.experts.trained_load = TrainedLoad(first)
-            self.experts.hosting = self.sharded
+            self.experts.context = self.sharded
             self.sharded.accept_full_state_dicts()
         self.sharded.stale = True
 
@@ -80,7 +80,7 @@ class TrackedLayer:
 
         placer: None on one rank.
         """
-        placement = self.experts.hosting.placement
+        placement = self.experts.context.placement
         popularity_E = self._step.popularity_E if self._step else np.zeros(placement.num_experts, np.int64)
         return {
             "popularity": torch.from_numpy(popularity_E),
@@ -125,13 +125,13 @@ def _refuse_changed(name: str, experts: Experts) -> None:
             "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router)."
         )
     for key, p in experts.expert_parameters().items():
-        is_plain = nn.Parameter in type(p).__mro__ or is_master(p)
+        is_plain = nn.Parameter in type(p).__mro__ or is_sharded(p)
         if not is_plain or not p.is_floating_point() or p.element_size() == 1:
             kind = p.dtype if is_plain else type(p).__name__
             raise ValueError(
-                f"{key} of the experts {name!r} is quantised ({kind}), which can be neither cut over the ranks nor "
+                f"{key} of the experts {name!r} is quantized ({kind}), which can be neither cut over the ranks nor "
                 "updated. Build or load the experts in float32, bfloat16 or float16, and leave them out of "
-                "quantisation."
+                "quantization."
             )
 
 
@@ -149,34 +149,34 @@ def _routers(module: nn.Module) -> dict[int, nn.Module]:
     return routers
 
 
-def track_layers(
+def update_layer_states(
     module: nn.Module,
     group: ExpertGroup | None,
     config: SwiftMoEConfig,
     device: torch.device,
-    known: list[TrackedLayer],
+    known: list[LayerState],
     placer: Placer | None,
-) -> list[TrackedLayer]:
-    """One `TrackedLayer` for every `Experts` module, in the module's order; those in `known` go on. A collective.
+) -> list[LayerState]:
+    """One `LayerState` for every `Experts` module, in the module's order; those in `known` go on. A collective.
 
     placer: None on one rank.
 
-    Raises ValueError for experts inside an adapter, quantised, or under two routers.
+    Raises ValueError for experts inside an adapter, quantized, or under two routers.
     """
     router_of = _routers(module)
     known_by_id = {id(t.experts): t for t in known}
-    tracked: list[TrackedLayer] = []
+    states: list[LayerState] = []
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
             if group is not None:
                 _refuse_changed(name, experts)
-            t = known_by_id.get(id(experts)) or TrackedLayer(len(tracked), name, experts, router_of.get(id(experts)))
-            tracked.append(t)
-    for index, t in enumerate(tracked):
+            t = known_by_id.get(id(experts)) or LayerState(len(states), name, experts, router_of.get(id(experts)))
+            states.append(t)
+    for index, t in enumerate(states):
         t.index = index
         if group is not None and placer is not None:
             t.shard(group, config, device, placer)
             assert t.sharded is not None
             t.sharded.index = index
-    materialise_dense(module, device)
-    return tracked
+    materialize_dense(module, device)
+    return states

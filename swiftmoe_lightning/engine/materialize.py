@@ -7,8 +7,8 @@ from torch import nn
 
 
 @torch.no_grad()
-def materialise_dense(module: nn.Module, device: torch.device) -> None:
-    """Allocate and initialise all meta parameters and buffers, each by its own module's `reset_parameters`.
+def materialize_dense(module: nn.Module, device: torch.device) -> None:
+    """Allocate and initialize all meta parameters and buffers, each by its own module's `reset_parameters`.
 
     Raises TypeError for a module that has meta tensors and no `reset_parameters`.
     """

@@ -16,7 +16,7 @@ _MIN_CAPABILITY: Final = (8, 0)
 
 
 @dataclass(frozen=True)
-class Path:
+class Backend:
     """name: "triton" or "torch". reason: a sentence for the user."""
 
     name: str
@@ -25,19 +25,19 @@ class Path:
 
 # The compiler asks once for each graph, and does not look inside.
 @torch.compiler.assume_constant_result
-def choose(device: torch.device, *dtypes: torch.dtype) -> Path:
-    """The path of an operation on floating tensors of these dtypes on `device`.
+def choose(device: torch.device, *dtypes: torch.dtype) -> Backend:
+    """The backend of an operation on floating tensors of these dtypes on `device`.
 
     Triton on an NVIDIA GPU of compute capability 8.0 or more, torch's reference elsewhere.
     """
     if _forced is not None:
-        return Path(_forced, f"{_forced} is forced by `swiftmoe_lightning.ops.paths.forced`.")
-    path = _path_on(device)
+        return Backend(_forced, f"{_forced} is forced by `swiftmoe_lightning.ops.backend.force_backend`.")
+    backend = _backend_on(device)
     for dtype in dtypes:
-        if path.name == "triton" and dtype not in DTYPES:
+        if backend.name == "triton" and dtype not in DTYPES:
             name = str(dtype).removeprefix("torch.")
-            return Path("torch", f"{name} runs the torch reference: the Triton kernels compute in float32.")
-    return path
+            return Backend("torch", f"{name} runs the torch reference: the Triton kernels compute in float32.")
+    return backend
 
 
 def is_triton(device: torch.device, *dtypes: torch.dtype) -> bool:
@@ -51,32 +51,32 @@ _WIDE_EXPERT: Final = 2048
 _MANY_ROWS: Final = 2048
 
 
-def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int) -> Path:
-    """The path of a whole expert layer: "triton" is one of fused kernels, "torch" the operations around `F.grouped_mm`.
+def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int) -> Backend:
+    """The backend of a whole expert layer: "triton" is one of fused kernels, "torch" the operations by `F.grouped_mm`.
 
     rows_per_slot: mean rows of an expert. hidden_dim: F. `F.grouped_mm` is fast in bfloat16 alone.
     """
-    path = choose(device, dtype)
+    backend = choose(device, dtype)
     is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
-    if _forced is None and path.name == "triton" and dtype == torch.bfloat16 and is_coarse:
-        return Path("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
-    return path
+    if _forced is None and backend.name == "triton" and dtype == torch.bfloat16 and is_coarse:
+        return Backend("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
+    return backend
 
 
 @functools.cache
-def _path_on(device: torch.device) -> Path:
+def _backend_on(device: torch.device) -> Backend:
     if device.type == "cpu":
-        return Path("torch", "CPU tensors run the torch reference: the Triton kernels need an NVIDIA GPU.")
+        return Backend("torch", "CPU tensors run the torch reference: the Triton kernels need an NVIDIA GPU.")
     if device.type != "cuda" or torch.version.hip is not None:
         kind = "AMD GPUs" if device.type == "cuda" else f"{device.type!r} tensors"
-        return Path("torch", f"{kind} run the torch reference: the Triton kernels are tested on NVIDIA GPUs only.")
+        return Backend("torch", f"{kind} run the torch reference: the Triton kernels are tested on NVIDIA GPUs only.")
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
         found, needed = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
-        return Path("torch", f"{name} has compute capability {found}: the Triton kernels need {needed} or more.")
+        return Backend("torch", f"{name} has compute capability {found}: the Triton kernels need {needed} or more.")
     if importlib.util.find_spec("triton") is None:
-        return Path("torch", 'Triton is not installed: pip install "swiftmoe-lightning[triton]".')
-    return Path("triton", f"Triton kernels on {name}.")
+        return Backend("torch", 'Triton is not installed: pip install "swiftmoe-lightning[triton]".')
+    return Backend("triton", f"Triton kernels on {name}.")
 
 
 # Not a context variable: autograd runs a GPU's backward on a thread of its own, which would not see it.
@@ -84,14 +84,14 @@ _forced: str | None = None
 
 
 @contextmanager
-def forced(name: str) -> Iterator[None]:
-    """Run every operation on path `name` ("triton" or "torch"), for tests and for benchmarks of one against the other.
+def force_backend(name: str) -> Iterator[None]:
+    """Run every operation on backend `name`, "triton" or "torch": for tests, and benchmarks of one against the other.
 
     "triton" on CPU tensors works under Triton's interpreter alone (`TRITON_INTERPRET=1`).
     """
     global _forced
     if name not in ("triton", "torch"):
-        raise ValueError(f'path must be "triton" or "torch", got {name!r}.')
+        raise ValueError(f'backend must be "triton" or "torch", got {name!r}.')
     before, _forced = _forced, name
     try:
         yield

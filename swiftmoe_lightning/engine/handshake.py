@@ -29,7 +29,7 @@ _SAME_STEPS: Final = (
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Agreement:
+class ForwardHandshake:
     """What the ranks tell each other at the start of a layer's forward.
 
     layer_names: of all MoE layers, in the same order on every rank. max_experts: the widest layer's E.
@@ -43,7 +43,9 @@ class Agreement:
         self.wants_stop = self.stops = False
         self.num_updates = 0
 
-    def call(self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool) -> CallRows:
+    def call(
+        self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
+    ) -> HandshakeRows:
         """Say what this rank is about to do. Returns what all do, checked.
 
         Raises RuntimeError when ranks are in different calls or have made different numbers of optimizer steps,
@@ -55,7 +57,7 @@ class Agreement:
         row = torch.cat([counts_E.new_tensor(head), *flags, counts_E, padding])
         return self._gather(row)
 
-    def done(self) -> CallRows:
+    def done(self) -> HandshakeRows:
         """Say that this rank has no more batches, and hear what the others are about to do."""
         return self._gather(self._row_without_counts(_DONE, trains=False))
 
@@ -75,9 +77,9 @@ class Agreement:
         row[:_HEADER] = torch.tensor([call, int(trains), 0, 0, 1, 0, self.num_updates])
         return row
 
-    def _gather(self, row: Tensor) -> CallRows:
+    def _gather(self, row: Tensor) -> HandshakeRows:
         try:
-            rows = CallRows(self._group.all_gather(row).cpu().numpy())
+            rows = HandshakeRows(self._group.all_gather(row).cpu().numpy())
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self._group.rank} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
@@ -87,7 +89,7 @@ class Agreement:
         self.stops |= rows.any_stop
         return rows
 
-    def _check(self, rows: CallRows) -> None:
+    def _check(self, rows: HandshakeRows) -> None:
         calls = {tuple(head) for head in rows.active[:, :3].tolist()}
         has_left = len(rows.active) < len(rows.table)
         if len(calls) > 1 or (has_left and any(training or call == _DENSE for call, training, _ in calls)):
@@ -119,7 +121,7 @@ class Agreement:
         return f"{verb} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"
 
 
-class CallRows:
+class HandshakeRows:
     """table: [W, header + E] int64, what every rank said."""
 
     def __init__(self, table: np.ndarray) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import is_master
+from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from swiftmoe_lightning.modules.experts import Experts
 
 
-class ExpertHosting(ABC):
+class ExpertParallelContext(ABC):
     """What `Experts.forward` asks of its surroundings."""
 
     rank: int
@@ -30,7 +30,7 @@ class ExpertHosting(ABC):
     placement: Placement
 
     @abstractmethod
-    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         """[E] int64 of this rank -> [W, E] int64 of all. Afterwards `weights` and `placement` are up to date.
 
         scores_finite: [] bool, whether the router's scores are. dtype: of the rows to come.
@@ -54,7 +54,7 @@ class ExpertHosting(ABC):
         """Called whenever backward reaches the layer. placement: that of its forward."""
 
 
-class LocalHosting(ExpertHosting):
+class SingleDeviceContext(ExpertParallelContext):
     """One device holds every expert: a plain MoE."""
 
     def __init__(self, experts: Experts) -> None:
@@ -62,7 +62,7 @@ class LocalHosting(ExpertHosting):
         self.rank, self.split, self.ranks_per_node = 0, "even", 1
         self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
 
-    def gather_counts(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         numbers = torch.cat([counts_E, scores_finite.view(1)]).cpu().numpy()
         if not numbers[-1]:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
@@ -70,7 +70,7 @@ class LocalHosting(ExpertHosting):
 
     def weights(self) -> Mapping[str, Tensor]:
         parameters = self._experts.expert_parameters()
-        if any(is_master(p) for p in parameters.values()):
+        if any(is_sharded(p) for p in parameters.values()):
             raise RuntimeError(
                 "these experts are a copy (deepcopy, AveragedModel) of ones that are spread over the ranks, and hold "
                 "this rank's rows alone. Spread the copy, too, on all ranks: SwiftMoEEngine(copy), whose mark_stale() "

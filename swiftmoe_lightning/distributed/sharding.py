@@ -22,12 +22,12 @@ def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
     return distribute_tensor(full.detach(), group.mesh, [Shard(1)], src_data_rank=0)
 
 
-def master_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
+def sharded_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
     """This rank's rows as a piece of the master of global `shape`. No communication."""
     return _from_local(local, shape, group.mesh, [Shard(1)])
 
 
-def master_like(local: Tensor, like: Tensor) -> DTensor:
+def sharded_like(local: Tensor, like: Tensor) -> DTensor:
     """This rank's part of a tensor that has the shape of the DTensor `like` and is cut as it is. No communication."""
     assert isinstance(like, DTensor)
     return _from_local(local, like.shape, like.device_mesh, like.placements)
@@ -50,10 +50,10 @@ def shard_whole_values(parameters: Mapping[str, Tensor], state: dict[str, Any], 
     """
     for name, parameter in parameters.items():
         value = state.get(prefix + name)
-        if not isinstance(value, Tensor) or is_master(value) or value.shape != parameter.shape:
+        if not isinstance(value, Tensor) or is_sharded(value) or value.shape != parameter.shape:
             continue
-        if is_master(parameter):
-            state[prefix + name] = master_like(local_part(value, parameter).to(parameter.device), parameter)
+        if is_sharded(parameter):
+            state[prefix + name] = sharded_like(local_part(value, parameter).to(parameter.device), parameter)
 
 
 def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -90,6 +90,6 @@ def full_tensor(value: Tensor) -> Tensor:
     return whole
 
 
-def is_master(value: object) -> bool:
+def is_sharded(value: object) -> bool:
     """Whether `value` is a tensor cut over the ranks."""
     return isinstance(value, DTensor)

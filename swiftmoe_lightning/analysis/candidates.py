@@ -13,12 +13,12 @@ from swiftmoe_lightning.placement import PlacementPolicy, make_policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Candidate:
     """A policy and how it is run.
 
     make: (world_size, slots_per_rank) -> the policy. split: its token split.
     per: what has a budget where there is a capacity: a "rank" or a "slot".
-    is_clairvoyant: plans a step from the step itself, whatever the lag.
+    knows_the_step: plans a step from the step itself, whatever the lag.
     moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
     label: one or two words to set it apart.
     """
@@ -26,7 +26,7 @@ class Contender:
     make: Callable[[int, int], PlacementPolicy]
     split: str = "even"
     per: str = "rank"
-    is_clairvoyant: bool = False
+    knows_the_step: bool = False
     moves_state: bool = False
     label: str
 
@@ -35,23 +35,23 @@ _OURS: Final = "pooled rank budget"
 _PAPERS: Final = "slot budget"
 _BASELINE: Final = "re-implementation"
 
-CONTENDERS: Final[Mapping[str, Contender]] = {
+CANDIDATES: Final[Mapping[str, Candidate]] = {
     **{
-        name: Contender(make=partial(make_policy, name), split="flow", label=_OURS)
+        name: Candidate(make=partial(make_policy, name), split="flow", label=_OURS)
         for name in PLACEMENTS
         if name not in ("symi", "static")
     },
-    **{name: Contender(make=partial(make_policy, name), per="slot", label=_PAPERS) for name in ("symi", "static")},
+    **{name: Candidate(make=partial(make_policy, name), per="slot", label=_PAPERS) for name in ("symi", "static")},
     **{
-        f"flexmoe-{interval}": Contender(
+        f"flexmoe-{interval}": Candidate(
             make=partial(FlexMoEPolicy, interval=interval), per="slot", moves_state=True, label=_BASELINE
         )
         for interval in (10, 50, 100)
     },
-    "eplb": Contender(make=EPLBPolicy, label=_BASELINE),
-    "lpt": Contender(make=LPTPolicy, moves_state=True, label=_BASELINE),
-    "shadowing": Contender(make=ShadowingPolicy, is_clairvoyant=True, label=_BASELINE),
-    "exact": Contender(
-        make=partial(make_policy, "packed"), split="flow", is_clairvoyant=True, label="packed, knowing the step"
+    "eplb": Candidate(make=EPLBPolicy, label=_BASELINE),
+    "lpt": Candidate(make=LPTPolicy, moves_state=True, label=_BASELINE),
+    "shadowing": Candidate(make=ShadowingPolicy, knows_the_step=True, label=_BASELINE),
+    "exact": Candidate(
+        make=partial(make_policy, "packed"), split="flow", knows_the_step=True, label="packed, knowing the step"
     ),
 }

@@ -20,7 +20,7 @@ def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
-class Replaced:
+class StaleParameters:
     """Knows parameters without keeping them alive."""
 
     def __init__(self) -> None:
