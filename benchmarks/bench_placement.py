@@ -42,7 +42,7 @@ def compare(path: Path, num_ranks: int) -> list[dict[str, Any]]:
             found = make_plan(trace, machine, options).as_json()
             print(f"{path.stem}: {slots} slots, capacity {factor or 'none'}")
             policies = {
-                name: {key: values[key] for key in _KEPT} | {"judged_by": values["judged_by"]}
+                name: {key: values[key] for key in _KEPT} | {"capacity_per": values["capacity_per"]}
                 for name, values in found["policies"].items()
             }
             rows.append(

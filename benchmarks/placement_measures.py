@@ -22,7 +22,7 @@ def time_planning() -> dict[str, Any]:
     (placement,) = make_policy("balanced", 64, 4).place(Forecast.of(counts_WE.sum(0)[None]))
 
     def split(ranks_per_node: int) -> Callable[[], object]:
-        return lambda: plan_dispatch(counts_WE, placement, "flow", Capacity(1.0), ranks_per_node).for_rank(3)
+        return lambda: plan_dispatch(counts_WE, placement, "balanced", Capacity(1.0), ranks_per_node).for_rank(3)
 
     popularity_LE = rng.dirichlet(np.full(256, 0.5), size=60) * 1e6
     found = {"split": split(1), "split_nodes_of_8": split(8)}
@@ -44,17 +44,17 @@ def _microseconds(action: Callable[[], object]) -> list[float]:
 
 
 def switch_domains(path: Path) -> dict[str, Any]:
-    """Share of token-choices over a capacity factor of 1 when a plan for one domain meets another, all pairs.
+    """Share of assignments over a capacity factor of 1 when a plan for one domain meets another, all pairs.
 
     Policies have their own budgets, as in `swiftmoe plan`. "uniform" is `static`: judged by slots, the paper's way, and
-    with our pooled budgets and split, which nobody's static placement has.
+    with our pooled budgets and split, which no other static placement has.
     """
     popularity_SLE = read_trace(path).popularity_SLE
     num_domains, _, num_experts = popularity_SLE.shape
     rows = []
     for num_ranks, slots in ((8, 12), (16, 6), (8, 9)):
         uniform = make_policy("static", num_ranks, slots).place(Forecast.of(popularity_SLE[0]))
-        contenders = [("balanced", "flow", "rank"), ("packed", "flow", "rank"), ("symi", "even", "slot")]
+        contenders = [("balanced", "balanced", "rank"), ("packed", "balanced", "rank"), ("symi", "uniform", "slot")]
         for name, split, per in contenders:
             dropped, slot, pooled = [], [], []
             for planned in range(num_domains):
@@ -62,8 +62,8 @@ def switch_domains(path: Path) -> dict[str, Any]:
                 for run in set(range(num_domains)) - {planned}:
                     popularity_LE = popularity_SLE[run]
                     dropped.append(_dropped(popularity_LE, placements, split, per))
-                    slot.append(_dropped(popularity_LE, uniform, "even", "slot"))
-                    pooled.append(_dropped(popularity_LE, uniform, "flow", "rank"))
+                    slot.append(_dropped(popularity_LE, uniform, "uniform", "slot"))
+                    pooled.append(_dropped(popularity_LE, uniform, "balanced", "rank"))
             rows.append(
                 {
                     "policy": name,

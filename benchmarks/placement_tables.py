@@ -25,7 +25,7 @@ def write_tables(results: dict[str, Any], path: Path) -> Path:
     lines = [
         f"# Placement policies on traces, {results['ranks']} ranks",
         "",
-        "Plans are one step old. Each cell: dropped token-choices / imbalance (busiest rank's load over the mean) "
+        "Plans are one step old. Each cell: dropped assignments / imbalance (busiest rank's load over the mean) "
         "/ bytes of both weight phases, over what the paper's way sends with symi's placements. Without a capacity "
         "nothing is dropped. `static`, `symi` and FlexMoE are judged by slot budgets, the others by budgets pooled "
         "over a rank. FlexMoE, EPLB, LPT and shadowing are re-implementations; `exact` and `shadowing` know the "
@@ -80,7 +80,7 @@ def draw_frontier(results: dict[str, Any], path: Path) -> Path:
             _draw_policies(axis, rows, key)
         axes[0, column].set_title(trace, fontsize=10)
         axes[1, column].set_xlabel("bytes of both phases / paper's way at symi")
-    axes[0, 0].set_ylabel("dropped token-choices, capacity factor 1")
+    axes[0, 0].set_ylabel("dropped assignments, capacity factor 1")
     axes[1, 0].set_ylabel("imbalance, dropless")
     axes[0, 0].set_yscale("symlog", linthresh=0.01)
     axes[0, 0].set_ylim(0, 1)

@@ -104,7 +104,7 @@ def plan(  # noqa: PLR0913 - options
     ranks: _Ranks = None,
     slots: _Slots = None,
     capacity_factor: Annotated[float | None, _option("Token budget over the mean load (default: dropless).", 0)] = None,
-    capacity: _Budget = None,
+    capacity_per: _Budget = None,
     policies: _Policies = "balanced,packed,symi,static",
     lag: _Lag = 1,
     replace_every: Annotated[str, _option("Steps between two placements, or 'auto'.")] = "1",
@@ -114,7 +114,7 @@ def plan(  # noqa: PLR0913 - options
     ),
     link_gbps: Annotated[float | None, _option("Gb/s of a rank's link: with --tflops, models step times.")] = None,
     tflops: Annotated[float | None, _option("TFLOP/s that a rank reaches.")] = None,
-    choice_flops: Annotated[float | None, _option("FLOP of a token-choice (default: 3 x weights' bytes).")] = None,
+    assignment_flops: Annotated[float | None, _option("FLOP of an assignment (default: 3 x weights' bytes).")] = None,
     token_bytes: Annotated[int, _option("Bytes of a token's hidden state, on its way four times a step.", 0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -132,13 +132,13 @@ def plan(  # noqa: PLR0913 - options
             state_bytes=state_bytes,
             link_bytes=None if link_gbps is None else link_gbps * 1e9 / 8,
             flops=None if tflops is None else tflops * 1e12,
-            choice_flops=choice_flops,
-            choice_bytes=token_bytes,
+            assignment_flops=assignment_flops,
+            assignment_bytes=token_bytes,
         )
         options = PlanOptions(
             policies=_names(policies),
             capacity_factor=capacity_factor or None,
-            capacity=capacity,
+            capacity_per=capacity_per,
             lag=lag,
             replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
         )

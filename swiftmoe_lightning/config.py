@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2")
-TOKEN_SPLITS: Final = ("flow", "local", "even")
+TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -23,9 +23,9 @@ class SwiftMoEConfig:
         (uniform, contiguous), or a subclass of `PlacementPolicy`.
     replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves a
         layer as it is while its loads are even and no fewer hosts would do.
-    token_split: how an expert's tokens are shared by its hosts: "flow" (so that the loads of all ranks are as even as
-        the placement allows; equal shares where every slot has a budget of its own), "local" (equal shares a slot),
-        or "even" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
+    token_split: how an expert's tokens are shared by its hosts: "balanced" (so that the loads of all ranks are as even
+        as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal shares a
+        slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
         shares allow.
     dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by DistributedDataParallel),
         or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by `fully_shard`, weights gathered
@@ -40,7 +40,7 @@ class SwiftMoEConfig:
     slots_per_rank: int | None = None
     placement: Any = "balanced"
     replace_every: int | Literal["auto"] = 1
-    token_split: str = "flow"
+    token_split: str = "balanced"
     dense: str = "ddp"
     param_dtype: str | None = None
     reduce_dtype: str = "float32"

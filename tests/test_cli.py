@@ -135,12 +135,15 @@ def test_a_plan_of_all_policies_has_them_all_in_full_at_any_width(
 
 
 def test_options_of_a_plan_reach_it(tmp_path: Path) -> None:
-    words = ["--ranks", "4", "--slots", "2", "--capacity-factor", "1.5", "--capacity", "rank", "--lag", "2"]
+    words = ["--ranks", "4", "--slots", "2", "--capacity-factor", "1.5", "--capacity-per", "rank", "--lag", "2"]
     words += ["--policies", " symi , lpt", "--experts-bytes", "10", "--state-bytes", "7"]
     found = json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)
     assert (found["ranks"], found["slots_per_rank"], found["capacity_factor"], found["lag"]) == (4, 2, 1.5, 2)
     assert found["expert_bytes"] == 10
-    assert {name: values["judged_by"] for name, values in found["policies"].items()} == {"symi": "rank", "lpt": "rank"}
+    assert {name: values["capacity_per"] for name, values in found["policies"].items()} == {
+        "symi": "rank",
+        "lpt": "rank",
+    }
     assert found["policies"]["symi"]["step_seconds"] is None
     assert found["policies"]["lpt"]["bytes_state_moved"] == round(found["policies"]["lpt"]["replicas_moved"] * 17)
 
@@ -166,7 +169,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"counts": -COUNTS}, "counts must be whole numbers of 0 or more, got -9"),
     "fractions": ({"counts": COUNTS / 7}, "counts must be whole numbers of 0 or more"),
     "not finite": ({"counts": COUNTS * np.nan}, "counts must be whole numbers of 0 or more, got nan"),
-    "no tokens": ({"counts": 0 * COUNTS}, "are all 0, and a plan needs at least one token-choice"),
+    "no tokens": ({"counts": 0 * COUNTS}, "are all 0, and a plan needs at least one assignment"),
     "no steps": ({"counts": COUNTS[:0]}, "counts must hold at least one step, rank, layer and expert"),
     "axes": ({"counts": COUNTS[0, 0]}, "`counts` must be [steps, layers, experts]"),
     "objects": ({"counts": np.array([None])}, "objects are never unpickled"),
@@ -228,7 +231,7 @@ def test_no_file_and_no_trace_in_a_folder_end_with_one_line(tmp_path: Path) -> N
         (["--replace-every", "often"], "replace_every must be a whole number of 1 or more, got 'often'"),
         (["--replace-every", "0"], "replace_every must be a whole number of 1 or more, got 0"),
         (["--capacity-factor", "inf"], "capacity_factor must be a number above 0, got inf"),
-        (["--capacity", "node"], "capacity must be one of 'rank', 'slot', got 'node'"),
+        (["--capacity-per", "node"], "capacity_per must be one of 'rank', 'slot', got 'node'"),
         (["--tflops", "100"], "Give both link_bytes and flops"),
         (["--tflops", "100", "--link-gbps", "0"], "link_bytes must be a number above 0, got 0.0"),
     ],

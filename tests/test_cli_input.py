@@ -56,7 +56,7 @@ def test_a_damaged_recording_is_not_drawn(tmp_path: Path) -> None:
     write_npz(tmp_path / "trace.npz", recording() | {"dropped": np.array([[10**7], [0]])}, METADATA)
     line = refusal("report", tmp_path / "trace.npz", "--out", tmp_path / "page.html")
     assert (
-        "dropped must be at most the token-choices of its step, got 10000000 of 12 in row 0, layer 0: the trace" in line
+        "dropped must be at most the assignments of its step, got 10000000 of 12 in row 0, layer 0: the trace" in line
     )
     assert not (tmp_path / "page.html").exists()
 

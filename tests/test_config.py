@@ -63,7 +63,7 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
     ("name", "choices"),
     [
         ("placement", "'balanced', 'packed', 'symi', 'static'"),
-        ("token_split", "'flow', 'local', 'even'"),
+        ("token_split", "'balanced', 'local_first', 'uniform'"),
         ("dense", "'ddp', 'fsdp2'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),
         ("param_dtype", "'float32', 'bfloat16'"),

@@ -48,7 +48,7 @@ def test_signatures_are_what_they_were() -> None:
         "activation",
         "router",
         "capacity_factor",
-        "capacity",
+        "capacity_per",
         "num_shared_experts",
         "aux_loss_coef",
         "z_loss_coef",

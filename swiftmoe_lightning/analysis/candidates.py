@@ -17,15 +17,15 @@ class Candidate:
     """A policy and how it is run.
 
     make: (world_size, slots_per_rank) -> the policy. split: its token split.
-    per: what has a budget where there is a capacity: a "rank" or a "slot".
+    capacity_per: what has a budget where there is a capacity: a "rank" or a "slot".
     knows_the_step: plans a step from the step itself, whatever the lag.
     moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
     label: one or two words to set it apart.
     """
 
     make: Callable[[int, int], PlacementPolicy]
-    split: str = "even"
-    per: str = "rank"
+    split: str = "uniform"
+    capacity_per: str = "rank"
     knows_the_step: bool = False
     moves_state: bool = False
     label: str
@@ -37,14 +37,17 @@ _BASELINE: Final = "re-implementation"
 
 CANDIDATES: Final[Mapping[str, Candidate]] = {
     **{
-        name: Candidate(make=partial(make_policy, name), split="flow", label=_OURS)
+        name: Candidate(make=partial(make_policy, name), split="balanced", label=_OURS)
         for name in PLACEMENTS
         if name not in ("symi", "static")
     },
-    **{name: Candidate(make=partial(make_policy, name), per="slot", label=_PAPERS) for name in ("symi", "static")},
+    **{
+        name: Candidate(make=partial(make_policy, name), capacity_per="slot", label=_PAPERS)
+        for name in ("symi", "static")
+    },
     **{
         f"flexmoe-{interval}": Candidate(
-            make=partial(FlexMoEPolicy, interval=interval), per="slot", moves_state=True, label=_BASELINE
+            make=partial(FlexMoEPolicy, interval=interval), capacity_per="slot", moves_state=True, label=_BASELINE
         )
         for interval in (10, 50, 100)
     },
@@ -52,6 +55,6 @@ CANDIDATES: Final[Mapping[str, Candidate]] = {
     "lpt": Candidate(make=LPTPolicy, moves_state=True, label=_BASELINE),
     "shadowing": Candidate(make=ShadowingPolicy, knows_the_step=True, label=_BASELINE),
     "exact": Candidate(
-        make=partial(make_policy, "packed"), split="flow", knows_the_step=True, label="packed, knowing the step"
+        make=partial(make_policy, "packed"), split="balanced", knows_the_step=True, label="packed, knowing the step"
     ),
 }

@@ -26,8 +26,8 @@ class Machine:
     expert_bytes: G. state_bytes: an expert's optimizer state; None takes 8 G, the paper's 16 bytes a parameter of 2.
     link_bytes: bytes a second that a rank can send while it receives as many. flops: floating-point operations a
         second of a rank. Without both no step times are modelled.
-    choice_flops: operations of one token-choice, forward and backward; None takes 3 G: 6 a parameter of 2 bytes.
-    choice_bytes: bytes of one token's hidden state on the wire; it travels four times a step.
+    assignment_flops: operations of one assignment, forward and backward; None takes 3 G: 6 a parameter of 2 bytes.
+    assignment_bytes: bytes of one token's hidden state on the wire; it travels four times a step.
 
     Raises ValueError for a value out of range.
     """
@@ -38,20 +38,20 @@ class Machine:
     state_bytes: int | None = None
     link_bytes: float | None = None
     flops: float | None = None
-    choice_flops: float | None = None
-    choice_bytes: int = 0
+    assignment_flops: float | None = None
+    assignment_bytes: int = 0
 
     def __post_init__(self) -> None:
         check_whole(num_ranks=self.num_ranks, slots_per_rank=self.slots_per_rank, expert_bytes=self.expert_bytes)
-        check_whole(0, choice_bytes=self.choice_bytes, state_bytes=self.moved_state_bytes)
-        for name, size in (("expert_bytes", self.expert_bytes), ("choice_bytes", self.choice_bytes)):
+        check_whole(0, assignment_bytes=self.assignment_bytes, state_bytes=self.moved_state_bytes)
+        for name, size in (("expert_bytes", self.expert_bytes), ("assignment_bytes", self.assignment_bytes)):
             if size > _MOST_BYTES:
                 raise ValueError(f"{name} must be at most 2**50, got {size}. Give the bytes of one.")
         if self.moved_state_bytes > 8 * _MOST_BYTES:
             raise ValueError(
                 f"state_bytes must be at most 2**53, got {self.state_bytes}. Give the bytes of one expert."
             )
-        for name in ("link_bytes", "flops", "choice_flops"):
+        for name in ("link_bytes", "flops", "assignment_flops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}.")
@@ -94,17 +94,17 @@ def busiest_phase(placement: Placement) -> float:
 def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine) -> float | None:
     """One layer's part of a step, phases one after the other: nothing overlaps, latencies count as nothing.
 
-    max_load: token-choices of the busiest rank. busiest: see `busiest_phase`. moved: experts whose optimizer state
+    max_load: assignments of the busiest rank. busiest: see `busiest_phase`. moved: experts whose optimizer state
     moves to a new rank; they are received in parallel by all ranks.
     """
     if machine.flops is None or machine.link_bytes is None:
         return None
-    choice_flops = 3 * machine.expert_bytes if machine.choice_flops is None else machine.choice_flops
+    assignment_flops = 3 * machine.expert_bytes if machine.assignment_flops is None else machine.assignment_flops
     away = 1 - 1 / machine.num_ranks
     sent = 2 * busiest * machine.expert_bytes
-    sent += 4 * max_load * machine.choice_bytes * away
+    sent += 4 * max_load * machine.assignment_bytes * away
     sent += moved * (machine.moved_state_bytes + machine.expert_bytes) / machine.num_ranks
-    return max_load * choice_flops / machine.flops + sent / machine.link_bytes
+    return max_load * assignment_flops / machine.flops + sent / machine.link_bytes
 
 
 def paper_step_seconds(max_load: float, machine: Machine) -> float | None:

@@ -24,7 +24,7 @@ class PlanOptions:
     """What is asked of the policies.
 
     policies: names of `CANDIDATES`. capacity_factor: None is dropless.
-    capacity: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
+    capacity_per: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
     lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
     replace_every: as in `SwiftMoEConfig`.
 
@@ -33,7 +33,7 @@ class PlanOptions:
 
     policies: Sequence[str] = DEFAULT_POLICIES
     capacity_factor: float | None = None
-    capacity: str | None = None
+    capacity_per: str | None = None
     lag: int = 1
     replace_every: int | str = 1
 
@@ -45,33 +45,33 @@ class PlanOptions:
             raise ValueError(f"name at least one policy of {', '.join(CANDIDATES)}.")
         for name in self.policies:
             check_choice("policy", name, tuple(CANDIDATES))
-        if self.capacity is not None:
-            check_choice("capacity", self.capacity, ("rank", "slot"))
+        if self.capacity_per is not None:
+            check_choice("capacity_per", self.capacity_per, ("rank", "slot"))
         if self.capacity_factor is not None:
             Capacity(self.capacity_factor)
 
-    def rules(self, contender: Candidate) -> Rules:
-        """How this contender is run."""
+    def rules(self, candidate: Candidate) -> Rules:
+        """How this candidate is run."""
         capacity = None
         if self.capacity_factor is not None:
-            capacity = Capacity(self.capacity_factor, self.capacity or contender.per)
+            capacity = Capacity(self.capacity_factor, self.capacity_per or candidate.capacity_per)
         return Rules(
-            split=contender.split,
+            split=candidate.split,
             capacity=capacity,
-            lag=0 if contender.knows_the_step else self.lag,
+            lag=0 if candidate.knows_the_step else self.lag,
             interval=self.replace_every,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A contender's replay, and what it costs on the machine.
+    """A candidate's replay, and what it costs on the machine.
 
     Bytes are means of a step, all layers and ranks together. bytes_paper: both phases, the paper's way, with the same
     placements. seconds: modelled, of a step; None without speeds. seconds_paper: the same, phases at the paper's bound.
     """
 
-    contender: Candidate
+    candidate: Candidate
     rules: Rules
     replay: Replay
     bytes_gradients: int
@@ -97,15 +97,15 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Numbers only, by policy; means over all steps and layers."""
-        num_choices = int(self.trace.popularity_SLE.sum())
+        num_assignments = int(self.trace.popularity_SLE.sum())
         return {
-            "policies": {name: _numbers(outcome, num_choices) for name, outcome in self.outcomes.items()},
+            "policies": {name: _numbers(outcome, num_assignments) for name, outcome in self.outcomes.items()},
             "bounds": self.bounds,
             "trace": {
                 "steps": self.trace.num_steps,
                 "layers": self.trace.num_layers,
                 "experts": self.trace.num_experts,
-                "token_choices": num_choices,
+                "assignments": num_assignments,
             },
             "ranks": self.machine.num_ranks,
             "slots_per_rank": self.machine.slots_per_rank,
@@ -132,10 +132,10 @@ def make_plan(
     for name in options.policies:
         if report is not None:
             report(name)
-        contender = CANDIDATES[name]
-        rules = options.rules(contender)
-        found = replay(popularity_SLE, contender.make(machine.num_ranks, machine.slots_per_rank), rules)
-        outcomes[name] = _outcome(contender, rules, found, machine, trace.num_experts)
+        candidate = CANDIDATES[name]
+        rules = options.rules(candidate)
+        found = replay(popularity_SLE, candidate.make(machine.num_ranks, machine.slots_per_rank), rules)
+        outcomes[name] = _outcome(candidate, rules, found, machine, trace.num_experts)
     return Plan(trace, machine, options, outcomes, bounds)
 
 
@@ -146,12 +146,12 @@ def _check_size(trace: Trace, machine: Machine) -> None:
     check_bytes("a replay", 8 * trace.num_steps * trace.num_layers * (2 * machine.num_ranks + trace.num_experts))
 
 
-def _outcome(contender: Candidate, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
+def _outcome(candidate: Candidate, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
     num_steps, num_layers = found.hosted_SL.shape
     hosted = found.hosted_SL.sum() / num_steps
     # Both phases of a step have the same placement but for the step between; means over a run hardly differ.
     phase = round(phase_bytes(hosted, machine))
-    moved_SL = found.moved_SL if contender.moves_state else np.zeros_like(found.moved_SL)
+    moved_SL = found.moved_SL if candidate.moves_state else np.zeros_like(found.moved_SL)
     state = moved_SL.sum() / num_steps * (machine.moved_state_bytes + machine.expert_bytes)
     max_SL = found.load_SLW.max(2)
     seconds = [
@@ -159,7 +159,7 @@ def _outcome(contender: Candidate, rules: Rules, found: Replay, machine: Machine
     ]
     paper = [paper_step_seconds(max_load, machine) for max_load in max_SL.flat]
     return Outcome(
-        contender,
+        candidate,
         rules,
         found,
         bytes_gradients=phase,
@@ -197,11 +197,11 @@ def _bounds(popularity_SLE: np.ndarray, machine: Machine, capacity_factor: float
     return {"dropped": dropped / float(popularity_SLE.sum()), "imbalance": least}
 
 
-def _numbers(outcome: Outcome, num_choices: int) -> dict[str, Any]:
+def _numbers(outcome: Outcome, num_assignments: int) -> dict[str, Any]:
     found = outcome.replay
     capacity = outcome.rules.capacity
     return {
-        "dropped": float(found.dropped_SL.sum() / num_choices),
+        "dropped": float(found.dropped_SL.sum() / num_assignments),
         "imbalance": float(found.imbalance_SL.mean()),
         "imbalance_max": float(found.imbalance_SL.max()),
         "bytes_gradients": outcome.bytes_gradients,
@@ -213,9 +213,9 @@ def _numbers(outcome: Outcome, num_choices: int) -> dict[str, Any]:
         "hosts": float(found.hosted_SL.mean()),
         "replicas_moved": float(found.moved_SL.sum(1).mean()),
         "planning_seconds": found.planning_seconds,
-        "judged_by": None if capacity is None else capacity.per,
+        "capacity_per": None if capacity is None else capacity.per,
         "token_split": outcome.rules.split,
-        "label": outcome.contender.label,
+        "label": outcome.candidate.label,
         "achieved": found.achieved,
         "losses": found.losses,
         "bounds": found.bounds,

@@ -106,7 +106,7 @@ def _read_npz(path: Path) -> Trace:
 def _trace_of(archive: Any) -> Trace:
     if "counts" not in archive.files:
         raise ValueError(
-            f"it must hold an array `counts`, got {', '.join(archive.files) or 'none'}. Save the token-choices "
+            f"it must hold an array `counts`, got {', '.join(archive.files) or 'none'}. Save the assignments "
             "[steps, layers, experts] under that name."
         )
     counts = _member(archive, "counts")

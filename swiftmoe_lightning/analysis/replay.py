@@ -36,7 +36,7 @@ _CERTIFIED_STEPS: Final = 200
 class Replay:
     """What a policy did on a trace.
 
-    replicas_SLE: slots of each expert. wanted_SLW, load_SLW: token-choices that went to each rank, and that it
+    replicas_SLE: slots of each expert. wanted_SLW, load_SLW: assignments that went to each rank, and that it
     computed. hosted_SL: D. moved_SL: pairs that were not hosted a step before. busiest_SL: see `busiest_phase`.
     losses, bounds: means of the certificates, by cause. achieved: of what they explain.
     planning_seconds: mean time to place all layers and split their tokens, one step.
@@ -55,7 +55,7 @@ class Replay:
 
     @property
     def dropped_SL(self) -> np.ndarray:
-        """[S, L] token-choices over capacity."""
+        """[S, L] assignments over capacity."""
         return self.wanted_SLW.sum(2) - self.load_SLW.sum(2)
 
     @property
@@ -74,7 +74,7 @@ class Rules:
     interval: rows between two placements, or "auto". See `SwiftMoEConfig`.
     """
 
-    split: str = "flow"
+    split: str = "balanced"
     capacity: Capacity | None = None
     lag: int = 1
     interval: int | str = 1
@@ -83,7 +83,7 @@ class Rules:
 def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
     """Run `policy` on a trace, by the placer and the token split of training.
 
-    popularity_SLE: [S, L, E] int64 token-choices, not all 0.
+    popularity_SLE: [S, L, E] int64 assignments, not all 0.
     """
     num_steps, num_layers, num_experts = popularity_SLE.shape
     run = _Run(policy, rules, num_layers, num_experts)
@@ -97,7 +97,7 @@ def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) ->
         seconds += time.perf_counter() - begin
         found.keep(step, loads)
         if step in certified:
-            certificates += [certify(load, rules.capacity) for load in loads if load.num_choices]
+            certificates += [certify(load, rules.capacity) for load in loads if load.num_assignments]
     return Replay(
         found.replicas_SLE,
         found.wanted_SLW,
@@ -152,14 +152,14 @@ class _Run:
         for layer, load in enumerate(loads):
             since = self._since[layer]
             # As in training, a layer that a step did not use has nothing to go by, and does not count the step.
-            if load.num_choices:
+            if load.num_assignments:
                 since.append(load)
             is_due = len(since) == interval
             seen[self._names[layer]] = reduce(add, since) if is_due else ExpertLoad.zero(self._placements[layer])
             if is_due:
                 since.clear()
         # All layers or none: some policies remember them as one table.
-        if any(load.num_choices for load in seen.values()):
+        if any(load.num_assignments for load in seen.values()):
             found = self._placer.next_placements(seen)
             self._placements = [
                 # With a lag, to stay is not to go back to where it was when that step ran.

@@ -1,6 +1,6 @@
 """Token counts of a run, step by step: what all plans are made from.
 
-S steps, W source ranks, L layers, E experts. A token-choice is one token's choice of one expert.
+S steps, W source ranks, L layers, E experts. An assignment is one token's choice of one expert.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_BYTES: Final = 2**32
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Token-choices that each source rank routed to each expert, in every step and layer.
+    """Assignments that each source rank routed to each expert, in every step and layer.
 
     counts_SWLE: [S, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
     layers: L names; left out, "0", "1", ...
@@ -38,7 +38,7 @@ class Trace:
         `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
 
     Raises ValueError for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
-    expert, not a single token-choice, other arrays that do not fit the counts, or more dropped than was there.
+    expert, not a single assignment, other arrays that do not fit the counts, or more dropped than was there.
     """
 
     counts_SWLE: np.ndarray
@@ -62,7 +62,7 @@ class Trace:
         counts_SWLE = _whole_numbers("counts", counts_SWLE)
         if not counts_SWLE.any():
             raise ValueError(
-                f"counts of shape {counts_SWLE.shape} are all 0, and a plan needs at least one token-choice. Record "
+                f"counts of shape {counts_SWLE.shape} are all 0, and a plan needs at least one assignment. Record "
                 "steps that route tokens."
             )
         object.__setattr__(self, "counts_SWLE", counts_SWLE)
@@ -89,11 +89,11 @@ class Trace:
 
     @cached_property
     def popularity_SLE(self) -> np.ndarray:
-        """[S, L, E] int64: token-choices of all ranks."""
+        """[S, L, E] int64: assignments of all ranks."""
         return self.counts_SWLE.sum(1)
 
     def counts_for(self, world_size: int) -> np.ndarray:
-        """[S, W, L, E] int64: the same token-choices, as `world_size` ranks would have made them.
+        """[S, W, L, E] int64: the same assignments, as `world_size` ranks would have made them.
 
         The trace's own where it has as many source ranks. Else every sum over ranks, c, is cut into W whole parts that
         differ by 1 at the most: rank r gets floor((r + 1) c / W) - floor(r c / W).
@@ -136,7 +136,7 @@ class Trace:
         object.__setattr__(self, "step_S", step_S)
 
     def _check_totals(self) -> None:
-        """No step dropped, or computed, more token-choices than it had."""
+        """No step dropped, or computed, more assignments than it had."""
         total_SL = self.counts_SWLE.sum((1, 3))
         for name in ("dropped", "loads"):
             if name not in self.recorded:
@@ -145,7 +145,7 @@ class Trace:
             if (is_more_SL := found_SL > total_SL).any():
                 at = np.unravel_index(int(is_more_SL.argmax()), is_more_SL.shape)
                 raise ValueError(
-                    f"{name} must be at most the token-choices of its step, got {found_SL[at]} of {total_SL[at]} in "
+                    f"{name} must be at most the assignments of its step, got {found_SL[at]} of {total_SL[at]} in "
                     f"row {int(at[0])}, layer {int(at[1])}: the trace is damaged. Copy or record it again."
                 )
 
@@ -183,8 +183,8 @@ def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must be whole numbers, got dtype {values.dtype}. Save them as int64.")
     if values.dtype.kind == "f":
         _refuse(name, values, ~np.isfinite(values), "Leave out the steps that broke.")
-        _refuse(name, values, values != np.floor(values), "Give numbers of token-choices, not shares.")
-    _refuse(name, values, values < 0, "Give numbers of token-choices.")
+        _refuse(name, values, values != np.floor(values), "Give numbers of assignments, not shares.")
+    _refuse(name, values, values < 0, "Give numbers of assignments.")
     if values.sum(dtype=np.float64) > _MOST_CHOICES:
         raise ValueError(f"{name} must add up to no more than 2**50, got {values.max()} at the most. Are they counts?")
     return values.astype(np.int64, copy=False)

@@ -19,10 +19,10 @@ class PlacementRecorder(Callback):
     Rank 0 writes it when training ends or breaks off, over any file of an earlier fit. `np.load(path)` gives, one
     row an optimizer step (a layer that a step did not use has zeros there):
 
-    `counts`    [S, W, L, E] int64, token-choices of each rank's tokens for each expert
+    `counts`    [S, W, L, E] int64, assignments of each rank's tokens for each expert
     `replicas`  [S, L, E] int64, slots of each expert
-    `loads`     [S, L, W] int64, token-choices that each rank computed
-    `dropped`   [S, L] int64, token-choices over capacity
+    `loads`     [S, L, W] int64, assignments that each rank computed
+    `dropped`   [S, L] int64, assignments over capacity
     `moved`     [S, L] int64, (rank, expert) pairs that became hosts for this step
     `step`      [S] int64, `trainer.global_step` after the step
     `metadata`  [] str, JSON: `format_version`, `layers` (names of the `Experts` modules, in the order of L),

@@ -35,15 +35,15 @@ class ExpertPopularityMonitor(Callback):
 
     `moe/imbalance`                     largest load of a rank over the mean load; mean over layers and steps
     `moe/imbalance_max`                 the same, the largest of all layers and steps
-    `moe/token_survival_rate`           share of token-choices that were computed, 0..1
-    `moe/num_dropped_tokens`            token-choices over capacity, sum over layers and steps
+    `moe/token_survival_rate`           share of assignments that were computed, 0..1
+    `moe/num_dropped_tokens`            assignments over capacity, sum over layers and steps
     `moe/num_replicas_moved`            (rank, expert) pairs that became hosts, sum over layers and steps
     `moe/<layer>/...`                   the same five, of one layer
     `moe/lost/<cause>`                  what the last of these steps lost to each cause, mean over layers: in a layer
-                                        with a capacity the share of token-choices dropped, else imbalance. Causes
+                                        with a capacity the share of assignments dropped, else imbalance. Causes
                                         are `split`, `placement`, `prediction`, `floor` (of one replica an expert) and
                                         `rounding` (replicas are whole); see `Certificate`
-    `moe/<layer>/popularity/<expert>`   share of the layer's token-choices, 0..1; balanced is 1/E
+    `moe/<layer>/popularity/<expert>`   share of the layer's assignments, 0..1; balanced is 1/E
     `moe/<layer>/replicas/<expert>`     slots of the expert in the last of these steps
 
     <layer> is the name of the layer's `Experts` module. The first five are also in `trainer.callback_metrics` after
@@ -116,7 +116,7 @@ def _totals(loads: Iterable[LayerLoad]) -> dict[str, float]:
     values = (
         float(np.mean(imbalances)),
         max(imbalances),
-        1.0 - num_dropped / sum(load.num_choices for load in loads),
+        1.0 - num_dropped / sum(load.num_assignments for load in loads),
         float(num_dropped),
         float(sum(load.num_moved for load in loads)),
     )

@@ -93,7 +93,7 @@ class GPT(nn.Module):
 class LanguageModel(L.LightningModule):
     """Trains a `GPT` with AdamW. Batches are [B, T + 1] int64 bytes.
 
-    Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation computes every token-choice, also
+    Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation computes every assignment, also
     where training has a capacity: it asks what was learnt, not where the experts happen to live.
 
     lr: the highest learning rate; it rises to it over a tenth of `num_steps`, and falls to zero by the end.
@@ -132,7 +132,7 @@ class LanguageModel(L.LightningModule):
 
 @contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert of `model` computes all token-choices it is given."""
+    """Inside, every expert of `model` computes all assignments it is given."""
     capacities = {m: m.capacity for m in model.modules() if isinstance(m, Experts)}
     try:
         for experts in capacities:

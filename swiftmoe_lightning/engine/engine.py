@@ -45,7 +45,7 @@ class SwiftMoEEngine:
 
     module: its `Experts` layers are found by type. config: None takes the defaults.
     device: where the slots live; None takes the module's own, or the CPU for a module on meta.
-    ranks_per_node: for the "local" token split; None asks the launcher.
+    ranks_per_node: for the "local_first" token split; None asks the launcher.
 
     Raises ValueError when the slots cannot hold the experts, or for a config or ranks_per_node that is none.
     """

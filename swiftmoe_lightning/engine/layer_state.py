@@ -63,7 +63,7 @@ class LayerState:
     def close_step(self) -> bool:
         """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
         load = self._since_step.read()
-        if load.num_choices == 0:
+        if load.num_assignments == 0:
             return False
         self.num_steps += 1
         self._step = load

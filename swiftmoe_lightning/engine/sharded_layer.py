@@ -153,7 +153,7 @@ class ShardedLayer(ExpertParallelContext):
         """Take part in the other ranks' evaluation forward without tokens of our own."""
         self._rows = rows
         device = next(iter(self.experts.parameters())).device
-        x_TD = torch.empty(0, self.experts.hidden_dim, dtype=rows.dtype, device=device)
+        x_TD = torch.empty(0, self.experts.dim, dtype=rows.dtype, device=device)
         no_choice = torch.empty(0, 1, device=device)
         self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
 

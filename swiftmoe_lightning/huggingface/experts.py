@@ -80,8 +80,8 @@ def _has_gate(module: Any) -> bool:
 
 
 def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:
-    """Zero in nobody's rows at the end, in what may hold anything there; `y_ND` may come without them."""
-    nobodys_N = choice_N < 0
+    """Zero in unassigned rows at the end, in what may hold anything there; `y_ND` may come without them."""
+    unassigned_N = choice_N < 0
     if len(y_ND) < len(choice_N):
         y_ND = torch.cat([y_ND, y_ND.new_zeros(len(choice_N) - len(y_ND), y_ND.shape[1])])
-    return y_ND.masked_fill(nobodys_N.unsqueeze(-1), 0.0)
+    return y_ND.masked_fill(unassigned_N.unsqueeze(-1), 0.0)

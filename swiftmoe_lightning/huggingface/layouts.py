@@ -58,7 +58,7 @@ def as_experts(module: nn.Module) -> Experts:
     reason = f"the shapes of its tensors do not fit together: { {n: list(p.shape) for n, p in parameters.items()} }"
     for transposed in (False, True):
         experts = kind.from_parameters(parameters, activation, transposed)
-        shapes = _shapes(parameters, experts.num_experts, experts.hidden_dim, experts.intermediate_dim, transposed)
+        shapes = _shapes(parameters, experts.num_experts, experts.dim, experts.hidden_dim, transposed)
         if {name: p.shape for name, p in parameters.items()} == shapes:
             difference = _difference(module, forward, experts)
             if difference is None:
@@ -165,7 +165,7 @@ def _difference(module: nn.Module, forward: Callable[..., Tensor], experts: Expe
     E and D are the module's own; on the CPU, wherever the module is.
     """
     generator = torch.Generator().manual_seed(0)
-    num_experts, dim = experts.num_experts, experts.hidden_dim
+    num_experts, dim = experts.num_experts, experts.dim
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         shapes = _shapes(experts.expert_parameters(), num_experts, dim, _SMALL_F, experts.transposed)
         # Activations are pushed to where clamps act.

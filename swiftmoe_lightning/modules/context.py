@@ -59,7 +59,7 @@ class SingleDeviceContext(ExpertParallelContext):
 
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
-        self.rank, self.split, self.ranks_per_node = 0, "even", 1
+        self.rank, self.split, self.ranks_per_node = 0, "uniform", 1
         self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:

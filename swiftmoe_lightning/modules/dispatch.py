@@ -33,7 +33,7 @@ class SourceRows:
 def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
     """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
 
-    by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are nobody's: they get no row
+    by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get no row
         (Hugging Face marks foreign experts so).
     """
     device = weights_TK.device

@@ -28,7 +28,7 @@ class ExpertsOutput:
     """What one forward found.
 
     hidden_TD: [T, D], the experts' weighted sum for each token.
-    popularity_E: [E] int, token-choices of all ranks in this forward, on the device where they are known.
+    popularity_E: [E] int, assignments of all ranks in this forward, on the device where they are known.
     world_size: ranks that took part.
     recomputes: the forward ran inside backward (activation checkpointing).
     """
@@ -66,7 +66,7 @@ class Experts(nn.Module):
         super().__init__()
         check_whole(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATIONS)
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, dim, hidden_dim
+        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         if capacity is not None and not isinstance(capacity, Capacity):
             raise ValueError(f"capacity must be a Capacity, or None, got {capacity!r}. Write Capacity(factor=1.0).")
         self.activation: Activation = activation
@@ -129,7 +129,7 @@ class Experts(nn.Module):
 
     def initialize_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
         """Fill `rows` [E, r, ...], rows first_row.. of parameter `name`, with what `seed` gives them on any cut."""
-        fan_in = self.intermediate_dim if name.startswith("down_proj") else self.hidden_dim
+        fan_in = self.hidden_dim if name.startswith("down_proj") else self.dim
         offset = sorted(self.expert_parameters()).index(name)
         fill_rows_uniform(rows, first_row, seed + offset, 1 / math.sqrt(fan_in))
 
@@ -137,7 +137,7 @@ class Experts(nn.Module):
         """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
 
         Raises ValueError for an input whose last dim is not D and, on the CPU or under torch's anomaly detection, for
-        ids outside -1..E (-1 and E are nobody's), TypeError for ids that are no integers, FloatingPointError for
+        ids outside -1..E (-1 and E are unassigned), TypeError for ids that are no integers, FloatingPointError for
         non-finite router weights.
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
@@ -215,18 +215,18 @@ class Experts(nn.Module):
         if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
             raise TypeError(
                 f"Experts take expert ids as integers of 0..{self.num_experts - 1} (-1 and {self.num_experts} are "
-                f"nobody's), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
+                f"unassigned), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
             )
         if _may_wait_for(expert_ids_TK.device) and expert_ids_TK.numel():
             least, most = (int(end) for end in expert_ids_TK.aminmax())
             if least < -1 or most > self.num_experts:
                 raise ValueError(
-                    f"expert ids must be 0..{self.num_experts - 1} (-1 and {self.num_experts} are nobody's), got "
+                    f"expert ids must be 0..{self.num_experts - 1} (-1 and {self.num_experts} are unassigned), got "
                     f"{least}..{most}. Build the layer with the router's num_experts."
                 )
-        if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_dim:
+        if x_TD.dim() != 2 or x_TD.shape[-1] != self.dim:
             raise ValueError(
-                f"Experts take [tokens, dim={self.hidden_dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "
+                f"Experts take [tokens, dim={self.dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "
                 f"or build the layer with dim={x_TD.shape[-1]}."
             )
 
@@ -241,7 +241,7 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         name = getattr(self.activation, "__qualname__", self.activation)
-        return f"{self.num_experts}, dim={self.hidden_dim}, hidden_dim={self.intermediate_dim}, {name}"
+        return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
 
 
 def _may_wait_for(device: torch.device) -> bool:

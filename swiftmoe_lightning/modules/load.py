@@ -66,7 +66,7 @@ class OnceInBackward:
     """Calls `action` the first time that backward reaches `mark(out)`.
 
     Activation checkpointing runs forward twice, and validation never runs backward: so what is counted here is
-    counted once for each trained token-choice.
+    counted once for each trained assignment.
     """
 
     def __init__(self, action: Callable[[], None]) -> None:

@@ -20,9 +20,9 @@ class MoE(nn.Module):
     num_experts, top_k: E, and how many of them each token chooses.
     activation: "swiglu", "gelu" or "relu2" (squared ReLU).
     router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
-    capacity_factor: None computes every choice (dropless). Otherwise a budget of token-choices, this many times
+    capacity_factor: None computes every choice (dropless). Otherwise a budget of assignments, this many times
         the mean load; over budget the lowest router scores go first, and a dropped choice adds zero.
-    capacity: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each slot.
+    capacity_per: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each slot.
     num_shared_experts: experts that every token goes through, as one dense feed-forward of F * num_shared_experts.
     aux_loss_coef, z_loss_coef: weights of the two router losses in `auxiliary_loss(module)`.
     bias: give the routed experts biases.
@@ -41,7 +41,7 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         router: nn.Module | None = None,
         capacity_factor: float | None = None,
-        capacity: str = "rank",
+        capacity_per: str = "rank",
         num_shared_experts: int = 0,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
@@ -55,7 +55,7 @@ class MoE(nn.Module):
         self.dim, self.top_k = dim, top_k
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
         # Checked even when no factor uses it: a misspelt capacity should not wait for the day it does.
-        limit = Capacity(1.0 if capacity_factor is None else capacity_factor, capacity)
+        limit = Capacity(1.0 if capacity_factor is None else capacity_factor, capacity_per)
         self.experts = Experts(
             num_experts,
             dim,

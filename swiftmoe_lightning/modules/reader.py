@@ -58,7 +58,7 @@ class LoadReader:
         for name, experts in self._layers.items():
             load, before = self._cursors[name].read(), self._placements[name]
             now = self._placements[name] = load.placement
-            if load.num_choices:
+            if load.num_assignments:
                 moved = before.num_moved(now) if before.world_size == now.world_size else 0
                 parts = (load.counts_WE, load.wanted_W, load.load_W, load.budget)
                 found[name] = LayerLoad(now, *parts, moved, experts.capacity)

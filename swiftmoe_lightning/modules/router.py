@@ -163,15 +163,15 @@ class TopKRouter(nn.Module):
 def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int, top_k: int) -> Tensor:
     """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
 
-    f_e is expert e's share of the token-choices of ALL ranks, P_e the mean share of its score. Ranks share the
+    f_e is expert e's share of the assignments of ALL ranks, P_e the mean share of its score. Ranks share the
     global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
 
     probs_TE: [T, E] of this rank, or their sum as [1, E]. popularity_E: [E] int of all ranks.
     """
     popularity_E = popularity_E.to(probs_TE)
-    num_choices = popularity_E.sum().clamp(min=1)
-    share_E = popularity_E / num_choices
-    mean_prob_E = probs_TE.sum(0) * (world_size * top_k / num_choices)
+    num_assignments = popularity_E.sum().clamp(min=1)
+    share_E = popularity_E / num_assignments
+    mean_prob_E = probs_TE.sum(0) * (world_size * top_k / num_assignments)
     return len(popularity_E) * (share_E * mean_prob_E).sum()
 
 

@@ -1,7 +1,7 @@
 """The experts' feed-forward over rows sorted by slot, around torch's grouped matmul.
 
 R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix. Rows behind the last end are
-nobody's: what they hold, and what their gradients hold, is undefined, and reaches nobody else's.
+unassigned: what they hold, and what their gradients hold, is undefined, and reaches nobody else's.
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.

@@ -28,12 +28,12 @@ def expert_rows(
     """[T, D] -> [R, D]: each row's token through its slot's expert.
 
     choice_R: [R] int, the choice t * K + k in each row; rows_TK: [T, K] int, its inverse, -1 where a choice has no row.
-    ends_s: [s] int32, the end of each slot's rows. Rows behind the last end are nobody's.
+    ends_s: [s] int32, the end of each slot's rows. Rows behind the last end are unassigned.
     weights: as `expert_mlp` takes them.
     """
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_expert_mlp(x_TD, choice_R, rows_TK, ends_s, weights, activation)
-    choice_R = _somebodys(choice_R, ends_s)
+    choice_R = _assigned(choice_R, ends_s)
     return expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
 
 
@@ -49,7 +49,7 @@ def expert_layer(
     """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight [T, K]."""
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_moe(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
-    choice_R = _somebodys(choice_R, ends_s)
+    choice_R = _assigned(choice_R, ends_s)
     y_RD = expert_mlp(permute(x_TD, choice_R, rows_TK), weights, ends_s, activation)
     return combine(y_RD, weights_TK, choice_R, rows_TK)
 
@@ -61,8 +61,8 @@ def _fuses(x_TD: Tensor, weights: Mapping[str, Tensor], num_rows: int, top_k: in
     return path.name == "triton" and all(w.is_contiguous() and w.dtype == x_TD.dtype for w in weights.values())
 
 
-def _somebodys(choice_R: Tensor, ends_s: Tensor) -> Tensor:
-    """Without the rows that are nobody's, where to know their number costs nothing."""
+def _assigned(choice_R: Tensor, ends_s: Tensor) -> Tensor:
+    """Without the rows that are unassigned, where to know their number costs nothing."""
     if choice_R.device.type != "cpu" or torch.compiler.is_compiling() or not len(ends_s):
         return choice_R
     return choice_R[: int(ends_s[-1])]

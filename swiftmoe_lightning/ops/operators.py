@@ -22,7 +22,7 @@ class SortedChoices(NamedTuple):
     """What `sort_choices` returns; all int32.
 
     choice_N: [N], the choice in each row; behind the last row -1. row_N: [N], its inverse: the row of each choice,
-    -1 for nobody's. counts_G, ends_G: [G], rows of each group, and where they end; R is ends_G[-1].
+    -1 for unassigned. counts_G, ends_G: [G], rows of each group, and where they end; R is ends_G[-1].
     """
 
     choice_N: Tensor
@@ -32,7 +32,7 @@ class SortedChoices(NamedTuple):
 
 
 def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
-    """Sort choices by group, keeping the order inside one. key_N: [N] int32 or int64; outside 0..G-1 it is nobody's.
+    """Sort choices by group, keeping the order inside one. key_N: [N] int32 or int64; outside 0..G-1 it is unassigned.
 
     How many rows there are (R <= N) only the device knows, and it is not asked: the tensors have length N, and
     `permute`, `combine` pass over rows and choices marked -1.
@@ -42,9 +42,9 @@ def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
 
 
 def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """Copy tokens to rows: [T, D] -> [R, D]; a row that is nobody's is zero.
+    """Copy tokens to rows: [T, D] -> [R, D]; a row that is unassigned is zero.
 
-    choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if nobody's. rows_TK: [T, K], its inverse, -1
+    choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if unassigned. rows_TK: [T, K], its inverse, -1
     where a choice has no row. Backward sums each token's rows, without atomics.
     """
     assert x_TD.shape[0] == rows_TK.shape[0], (x_TD.shape, rows_TK.shape)
@@ -55,7 +55,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
 def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     """Weighted sum of each token's rows: [R, D] -> [T, D] in the dtype of `y_RD`; a choice without a row adds zero.
 
-    weights_TK: [T, K] floating, of any dtype; choice_R, rows_TK as in `permute`. What nobody's rows hold is not read.
+    weights_TK: [T, K] floating, of any dtype; choice_R, rows_TK as in `permute`. What unassigned rows hold is not read.
     """
     assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
     assert y_RD.shape[0] == choice_R.shape[0], (y_RD.shape, choice_R.shape)

@@ -1,8 +1,8 @@
 """The definition of correct: plain torch versions of the expert layer's operations, on any device and dtype.
 
-T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K token-choices, G groups of a sort, R rows,
+T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K assignments, G groups of a sort, R rows,
 s slots, O / I out and in features of one matrix. A row holds one surviving choice; choice t * K + k is token t's
-k-th. `choice_R` [R] and `rows_TK` [T, K] (int32 or int64) are each other's inverse; -1 says that a row is nobody's,
+k-th. `choice_R` [R] and `rows_TK` [T, K] (int32 or int64) are each other's inverse; -1 says that a row is unassigned,
 or that a choice has no row. Sums are taken in float32, or in float64 for float64 inputs.
 
 A `..._backward` takes the gradient of the outputs and returns that of the floating inputs; `ops.py` binds the two.
@@ -27,20 +27,20 @@ _MIN_SUM: Final = 1e-20
 
 def sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sort choices by group, keeping the order inside one, without a wait for a GPU: see `ops.sort_choices`."""
-    is_somebodys = (key_N >= 0) & (key_N < num_groups)
-    group_N = torch.where(is_somebodys, key_N, num_groups).to(torch.int64)
+    is_assigned = (key_N >= 0) & (key_N < num_groups)
+    group_N = torch.where(is_assigned, key_N, num_groups).to(torch.int64)
     order_N = torch.argsort(group_N, stable=True)
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     counts_G = torch.zeros(num_groups + 1, dtype=torch.int64, device=key_N.device)
     counts_G = counts_G.scatter_add_(0, group_N, torch.ones_like(group_N))[:-1]
-    choice_N = torch.where(is_somebodys[order_N], order_N, -1)
-    row_N = torch.where(is_somebodys, place_N, -1)
+    choice_N = torch.where(is_assigned[order_N], order_N, -1)
+    row_N = torch.where(is_assigned, place_N, -1)
     return choice_N.int(), row_N.int(), counts_G.int(), counts_G.cumsum(0).int()
 
 
 def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """[R, D]: each row's token, zero in a row that is nobody's. Its backward is `gather_sum`."""
+    """[R, D]: each row's token, zero in a row that is unassigned. Its backward is `gather_sum`."""
     if len(x_TD) == 0:
         return x_TD.new_zeros(len(choice_R), x_TD.shape[1])
     token_R = choice_R.clamp(min=0) // rows_TK.shape[1]
@@ -74,7 +74,7 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
 def combine_backward(
     grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """([R, D] of the rows, [T, K] of the weights): zero for a row that is nobody's and a choice without a row."""
+    """([R, D] of the rows, [T, K] of the weights): zero for a row that is unassigned and a choice without a row."""
     if len(y_RD) == 0 or len(grad_TD) == 0:
         return torch.zeros_like(y_RD), torch.zeros_like(weights_TK)
     wide = _sum_dtype(y_RD)
@@ -191,12 +191,12 @@ def slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
     if len(rows_RO) == 0:
         return rows_RO.new_zeros(len(ends_s), rows_RO.shape[1])
     row_R = torch.arange(len(rows_RO), device=rows_RO.device)
-    # One bag more, for nobody's rows.
+    # One bag more, for unassigned rows.
     return F.embedding_bag(row_R, rows_RO, F.pad(ends_s.to(torch.int64), (1, 0)), mode="sum")[:-1]
 
 
 def slots_of(ends_s: Tensor, num_rows: int) -> Tensor:
-    """[R] int32: the slot of each row; s for nobody's."""
+    """[R] int32: the slot of each row; s for unassigned."""
     rows_R = torch.arange(num_rows, device=ends_s.device, dtype=torch.int32)
     return torch.searchsorted(ends_s, rows_R, right=True, out_int32=True)
 
@@ -230,11 +230,11 @@ def _rows_or_zero(y_RD: Tensor, rows_N: Tensor) -> Tensor:
     return _zero_where_(y_RD.index_select(0, rows_N.clamp(min=0)), rows_N < 0)
 
 
-def _zero_where_(values_ND: Tensor, is_nobodys_N: Tensor) -> Tensor:
+def _zero_where_(values_ND: Tensor, is_unassigned_N: Tensor) -> Tensor:
     """In place. On a CPU, to look whether there is anything to do is cheaper than to do it."""
-    if is_nobodys_N.device.type == "cpu" and not is_nobodys_N.any():
+    if is_unassigned_N.device.type == "cpu" and not is_unassigned_N.any():
         return values_ND
-    return values_ND.masked_fill_(is_nobodys_N.unsqueeze(-1), 0.0)
+    return values_ND.masked_fill_(is_unassigned_N.unsqueeze(-1), 0.0)
 
 
 def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ CAUSES: Final = ("split", "placement", "prediction", "floor", "rounding")
 class Certificate:
     """How far one layer's step was from the best possible.
 
-    achieved: what it came to: the share of token-choices dropped, or max / mean load of a rank without a capacity.
+    achieved: what it came to: the share of assignments dropped, or max / mean load of a rank without a capacity.
     bounds: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. Lower bounds: they
         hold for certain; "split" and "floor" may be a little below what can be reached.
     """
@@ -58,7 +58,7 @@ def certify(load: ExpertLoad, capacity: Capacity | None) -> Certificate:
 def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: np.ndarray) -> Certificate:
     """The certificate of a step that dropped nothing, in max / mean load of a rank.
 
-    popularity_E: [E] int64 token-choices. wanted_W: [W] int64, those that went to each rank.
+    popularity_E: [E] int64 assignments. wanted_W: [W] int64, those that went to each rank.
     """
     mean = popularity_E.sum() / placement.world_size
     if mean == 0:
@@ -78,10 +78,10 @@ def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: 
 def certify_drops(
     popularity_E: np.ndarray, placement: Placement, num_dropped_tokens: int, budget: int, per: str
 ) -> Certificate:
-    """The certificate of a step with a capacity, in shares of all token-choices.
+    """The certificate of a step with a capacity, in shares of all assignments.
 
-    popularity_E: [E] int64 token-choices.
-    budget: token-choices that a rank (per="rank") or a slot (per="slot") computes at the most.
+    popularity_E: [E] int64 assignments.
+    budget: assignments that a rank (per="rank") or a slot (per="slot") computes at the most.
     """
     total = int(popularity_E.sum())
     if total == 0:
@@ -113,7 +113,7 @@ def _chain(achieved: float, bounds: list[float]) -> Certificate:
 
 
 def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[W] int64: for k = 1..W, token-choices that have to be computed by some k ranks, chosen to be many.
+    """[W] int64: for k = 1..W, assignments that have to be computed by some k ranks, chosen to be many.
 
     By max-flow, min-cut the best split is told by the set of ranks to which most load is confined, over its budget.
     The ranks that remain busiest when the loads are evened out are that set, or near it: sets are tried in that order,
@@ -138,7 +138,7 @@ def _least_share(load_E: np.ndarray, placement: Placement) -> float:
 def _least_over_budget(
     popularity_E: np.ndarray, budget: int, num_slots: int, *, least_replicas: int, most_replicas: int
 ) -> float:
-    """The least token-choices over budget with `num_slots` replicas, each of which serves `budget`.
+    """The least assignments over budget with `num_slots` replicas, each of which serves `budget`.
 
     Whole budgets first, for each serves as much as a replica can; then the largest remainders.
     """

@@ -21,7 +21,7 @@ _GUESS_STEPS: Final = 5.0
 class Forecast:
     """What is expected of the next step in L layers.
 
-    popularity_LE: [L, E] float, token-choices.
+    popularity_LE: [L, E] float, assignments.
     spread_L: [L] float, how far loads may be from it: var(load) / load, in mean loads of a rank.
     """
 
@@ -58,7 +58,7 @@ class Forecaster:
         self._error, self._weight, self._guess = 0.0, 0.0, _GUESS_STEPS
 
     def update(self, popularity_E: np.ndarray) -> None:
-        """Take in a step: [E] token-choices. One without any changes nothing."""
+        """Take in a step: [E] assignments. One without any changes nothing."""
         total = popularity_E.sum()
         if total == 0:
             return

@@ -13,13 +13,13 @@ from swiftmoe_lightning.placement.token_split import DispatchPlan
 
 @dataclass(frozen=True, eq=False)
 class ExpertLoad:
-    """Token-choices of all ranks in one step or several: the same numbers on every rank.
+    """Assignments of all ranks in one step or several: the same numbers on every rank.
 
     placement: where the experts were, in the last of the steps.
-    counts_WE: [W, E] int64, token-choices of each rank's tokens for each expert.
-    wanted_W: [W] int64, token-choices that went to each rank.
+    counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
+    wanted_W: [W] int64, assignments that went to each rank.
     load_W: [W] int64, those of them that it computed; the others were over capacity.
-    budget: token-choices that a rank (or a slot) might have computed; 0 without a capacity.
+    budget: assignments that a rank (or a slot) might have computed; 0 without a capacity.
     """
 
     placement: Placement
@@ -59,17 +59,17 @@ class ExpertLoad:
 
     @cached_property
     def popularity_E(self) -> np.ndarray:
-        """[E] int64: token-choices routed to each expert."""
+        """[E] int64: assignments routed to each expert."""
         return self.counts_WE.sum(0)
 
     @property
-    def num_choices(self) -> int:
-        """Token-choices routed."""
+    def num_assignments(self) -> int:
+        """Assignments routed."""
         return int(self.popularity_E.sum())
 
     @property
     def num_dropped_tokens(self) -> int:
-        """Token-choices over capacity."""
+        """Assignments over capacity."""
         return int(self.wanted_W.sum() - self.load_W.sum())
 
     @property
@@ -79,12 +79,12 @@ class ExpertLoad:
 
     @property
     def token_survival_rate(self) -> float:
-        """Share of token-choices that were computed, 0..1."""
-        return 1.0 - self.num_dropped_tokens / self.num_choices if self.num_choices else 1.0
+        """Share of assignments that were computed, 0..1."""
+        return 1.0 - self.num_dropped_tokens / self.num_assignments if self.num_assignments else 1.0
 
 
 def imbalance(load_W: np.ndarray) -> np.ndarray:
-    """[..., W] token-choices that ranks computed -> [...] the most over the mean: 1.0 is perfect, and the value where
+    """[..., W] assignments that ranks computed -> [...] the most over the mean: 1.0 is perfect, and the value where
     nothing was computed."""
     total = load_W.sum(-1)
     return np.where(total > 0, load_W.max(-1) * load_W.shape[-1] / np.maximum(total, 1), 1.0)

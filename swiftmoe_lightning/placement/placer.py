@@ -17,7 +17,7 @@ from swiftmoe_lightning.placement.forecast import Forecast, Forecaster
 from swiftmoe_lightning.placement.load import ExpertLoad
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
-from swiftmoe_lightning.placement.shares import flow_shares, rank_loads
+from swiftmoe_lightning.placement.shares import balanced_shares, rank_loads
 from swiftmoe_lightning.placement.token_split import sum_by_host
 
 # The guard's memory: what plans gained over uniform replicas is averaged over some ten placements. A shorter one tells
@@ -67,7 +67,7 @@ class Placer:
         return {name: self._uniform(plan) if name in suspended else plan for name, plan in plans.items()}
 
     def next_placements(self, loads: Mapping[str, ExpertLoad]) -> dict[str, Placement]:
-        """Layer name -> its placement for the next step. A layer that saw no token-choice stays as it is.
+        """Layer name -> its placement for the next step. A layer that saw no assignment stays as it is.
 
         loads: layer name -> its load since it was placed last. Layers must have been `planned` before.
         Raises ValueError when the policy's placements do not fit.
@@ -76,7 +76,7 @@ class Placer:
             self.layers[name].forecaster.update(load.popularity_E)
         placements = self._plans(loads)
         for name, load in loads.items():
-            if not load.num_choices:
+            if not load.num_assignments:
                 placements[name] = load.placement
                 continue
             if self._skip_when_balanced and _may_stay(load, placements[name]):
@@ -86,7 +86,7 @@ class Placer:
         return placements
 
     def expect(self, name: str, popularity_E: np.ndarray) -> None:
-        """Say what a layer got in a step that no placement of ours served: [E] token-choices."""
+        """Say what a layer got in a step that no placement of ours served: [E] assignments."""
         self.layers[name].forecaster.update(popularity_E)
 
     def state_dict(self, name: str) -> dict[str, np.ndarray]:
@@ -125,7 +125,7 @@ class Placer:
             wanted_W = load.wanted_W
         else:
             # What the plan that was not followed would have done.
-            wanted_W = sum_by_host(flow_shares(load.popularity_E, memory.suspended_plan), memory.suspended_plan)
+            wanted_W = sum_by_host(balanced_shares(load.popularity_E, memory.suspended_plan), memory.suspended_plan)
         gain = excess(rank_loads(load.popularity_E, uniform.table_Ws)) - excess(wanted_W)
         memory.gain = _GUARD_FADE * memory.gain + (1 - _GUARD_FADE) * gain
         fell_back = memory.suspended_plan is not None

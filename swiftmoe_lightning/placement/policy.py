@@ -33,7 +33,7 @@ class PlacementPolicy(ABC):
     def place(self, forecast: Forecast) -> Sequence[Placement]:
         """One `Placement` a layer.
 
-        forecast: of the next step: `popularity_LE` [L, E] token-choices, all ranks (zeros are allowed), and how far
+        forecast: of the next step: `popularity_LE` [L, E] assignments, all ranks (zeros are allowed), and how far
             loads may be from it.
         """
 

@@ -14,7 +14,7 @@ def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
 def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray:
     """Replicas in proportion to popularity (SYMI, arXiv 2504.19925, Algorithm 1).
 
-    popularity_LE: [L, E] int64 token-choices. A layer without any counts as uniform (the paper would divide by 0).
+    popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform (the paper would divide by 0).
     Returns [L, E] int64, every entry >= 1, rows summing to `num_slots`.
     Raises ValueError if num_slots < E (the paper's loop would not end).
     """
@@ -46,7 +46,7 @@ def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replica
     It is the divisor method: count = ceil(popularity / load) for the least `load` whose counts fit; the slots
     left over go, one by one, to the largest remaining popularity / count (as in EPLB's replication).
 
-    popularity_LE: [L, E] int64 token-choices. A layer without any counts as uniform.
+    popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform.
     max_replicas: the most an expert may have. E * max_replicas must reach num_slots.
     Returns [L, E] int64, entries in 1..max_replicas, rows summing to `num_slots`.
     """

@@ -17,10 +17,10 @@ _EXPONENTS: Final = (1.5, 1.5, 1.5, *(1.0, 3.0) * 6, 1.0)
 _EVEN: Final = 1.002
 
 
-def even_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
+def uniform_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     """[D] int64: an expert's load cut in equal parts a slot, at whole tokens; each expert's parts add up to its load.
 
-    load_E: [E] int64, token-choices.
+    load_E: [E] int64, assignments.
     """
     slots_D = placement.pair_slots_D[placement.by_expert_D]
     return _cut_at_whole_tokens(load_E, slots_D, placement)
@@ -32,7 +32,7 @@ def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
     return (popularity_E / counts_E)[table_Ws].sum(1)
 
 
-def flow_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
+def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     """[D] int64: parts that make the ranks' loads as even as the placement allows; parts add up as above.
 
     The most even loads have, at once, the least largest load and the least sum over any budget, so one split serves

@@ -1,7 +1,7 @@
 """Which host gets which tokens: exact integers from this step's counts and the placement.
 
 W ranks, E experts, S slots, D hosted (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets.
-A token-choice is one token's choice of one expert; a token with top-k routing makes k of them.
+An assignment is one token's choice of one expert; a token with top-k routing makes k of them.
 
 A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(D + W d):
 the table of all ranks has W D entries, and nobody needs it.
@@ -17,7 +17,7 @@ import numpy as np
 
 from swiftmoe_lightning.config import TOKEN_SPLITS, check_choice, is_number
 from swiftmoe_lightning.placement.placement import Placement
-from swiftmoe_lightning.placement.shares import even_shares, flow_shares
+from swiftmoe_lightning.placement.shares import balanced_shares, uniform_shares
 
 # Budgets stay within int64 up to it, and far below it nothing is dropped any more.
 _LARGEST_FACTOR: Final = 1000
@@ -25,11 +25,11 @@ _LARGEST_FACTOR: Final = 1000
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many token-choices are computed at the most.
+    """How many assignments are computed at the most.
 
     factor: budgets are `factor` times the mean load.
     per: "rank", one budget of ceil(factor * N / W) for each rank, pooled over its slots; or "slot", the paper's
-        ceil(factor * N / S) for each slot, N being the token-choices of all ranks.
+        ceil(factor * N / S) for each slot, N being the assignments of all ranks.
 
     Raises ValueError for a factor that is not a number above 0, at most 1000, or an unknown `per`.
     """
@@ -47,12 +47,12 @@ class Capacity:
             raise ValueError(
                 f"capacity_factor must be at most {_LARGEST_FACTOR}, got {self.factor!r}. Use None to drop no tokens."
             )
-        check_choice("capacity", self.per, ("rank", "slot"))
+        check_choice("capacity_per", self.per, ("rank", "slot"))
 
-    def budget(self, num_choices: int, placement: Placement) -> int:
-        """Token-choices that one rank (or slot) computes at the most, of `num_choices` in all."""
+    def budget(self, num_assignments: int, placement: Placement) -> int:
+        """Assignments that one rank (or slot) computes at the most, of `num_assignments` in all."""
         parts = placement.world_size if self.per == "rank" else placement.slot_to_expert_S.size
-        return int(np.ceil(self.factor * num_choices / parts))
+        return int(np.ceil(self.factor * num_assignments / parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +74,13 @@ class RankPlan:
 
 
 class DispatchPlan:
-    """Who sends how many token-choices to whom in one layer, before and after the cut at capacity.
+    """Who sends how many assignments to whom in one layer, before and after the cut at capacity.
 
     Over budget, sources share the budget in proportion to what they send to it.
 
     share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
     budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
-    budget: token-choices that a rank (or a slot) computes at the most; 0 without a capacity.
+    budget: assignments that a rank (or a slot) computes at the most; 0 without a capacity.
     """
 
     def __init__(
@@ -113,17 +113,17 @@ class DispatchPlan:
 
     @property
     def num_dropped_tokens(self) -> int:
-        """Token-choices over budget, all ranks."""
+        """Assignments over budget, all ranks."""
         return int(self._wanted_B.sum() - self._kept_B.sum())
 
     @property
     def wanted_W(self) -> np.ndarray:
-        """[W] int64: token-choices that go to each rank, before the cut."""
+        """[W] int64: assignments that go to each rank, before the cut."""
         return self._wanted_B if self._pooled else sum_by_host(self._wanted_B, self.placement)
 
     @property
     def load_W(self) -> np.ndarray:
-        """[W] int64: token-choices that each rank computes."""
+        """[W] int64: assignments that each rank computes."""
         return self._kept_B if self._pooled else sum_by_host(self._kept_B, self.placement)
 
     def for_rank(self, rank: int) -> RankPlan:
@@ -158,24 +158,24 @@ class DispatchPlan:
 def plan_dispatch(
     counts_WE: np.ndarray,
     placement: Placement,
-    split: str = "flow",
+    split: str = "balanced",
     capacity: Capacity | None = None,
     ranks_per_node: int = 1,
 ) -> DispatchPlan:
-    """Share every expert's token-choices over its hosts, say who sends them, and cut what is over budget.
+    """Share every expert's assignments over its hosts, say who sends them, and cut what is over budget.
 
-    counts_WE: [W, E] int64, token-choices of each rank for each expert.
-    split: "even" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
-        [0, load): overlaps say who sends what. "local" takes the same parts, but first lets every rank serve itself,
-        then every node its ranks, and spreads only the rest over the world. "flow" does the same with parts that
+    counts_WE: [W, E] int64, assignments of each rank for each expert.
+    split: "uniform" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
+        [0, load): overlaps say who sends what. "local_first" takes the same parts, but first lets every rank serve
+        itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the same with parts that
         make the loads of all ranks as even as the placement allows.
     capacity: None drops nothing.
     """
     check_choice("token_split", split, TOKEN_SPLITS)
     # With a budget for each slot, equal parts a slot are the best there is.
-    is_flow = split == "flow" and (capacity is None or capacity.per == "rank")
-    share_D = (flow_shares if is_flow else even_shares)(counts_WE.sum(0), placement)
-    return DispatchPlan(counts_WE, placement, share_D, capacity, 0 if split == "even" else ranks_per_node)
+    is_balanced = split == "balanced" and (capacity is None or capacity.per == "rank")
+    share_D = (balanced_shares if is_balanced else uniform_shares)(counts_WE.sum(0), placement)
+    return DispatchPlan(counts_WE, placement, share_D, capacity, 0 if split == "uniform" else ranks_per_node)
 
 
 class _Routes:

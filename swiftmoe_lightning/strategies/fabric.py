@@ -50,7 +50,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
-        token_split: str = "flow",
+        token_split: str = "balanced",
         dense: str = "ddp",
         **ddp_options: Any,
     ) -> None:

@@ -57,7 +57,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
-        token_split: str = "flow",
+        token_split: str = "balanced",
         dense: str = "ddp",
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,

@@ -128,12 +128,12 @@ def test_a_capacity_factor_out_of_bounds_is_refused_with_the_fix(factor: Any) ->
 @pytest.mark.parametrize("per", ["rank", "slot"])
 def test_the_largest_counts_and_the_largest_factor_go_together(per: str) -> None:
     trace = Trace(np.array([[[[2**49, 2**48]]], [[[5, 2**40]]]]))
-    options = PlanOptions(policies=("balanced", "symi"), capacity_factor=1000.0, capacity=per)
+    options = PlanOptions(policies=("balanced", "symi"), capacity_factor=1000.0, capacity_per=per)
     plan = make_plan(trace, Machine(num_ranks=2, slots_per_rank=2), options)
     assert [outcome.replay.dropped_SL.sum() for outcome in plan.outcomes.values()] == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["expert_bytes", "state_bytes", "choice_bytes"])
+@pytest.mark.parametrize("name", ["expert_bytes", "state_bytes", "assignment_bytes"])
 def test_bytes_beyond_any_machine_are_refused(name: str) -> None:
     sizes: dict[str, Any] = {name: 10**400}
     with pytest.raises(ValueError, match=f"{name} must be at most 2"):

@@ -95,17 +95,17 @@ def test_our_phases_never_send_more_than_the_papers(placement: Placement) -> Non
 def test_a_steps_seconds_are_compute_phases_tokens_and_moved_state() -> None:
     # 40 choices of 300 operations at 1000 a second; 2 phases of 1.5 * 100 bytes, 40 choices 4 times of which half leave
     # the rank, 10 bytes each; 3 experts' state of 800 and weights of 100, over two ranks; all at 10 bytes a second.
-    costs = machine(flops=1000.0, link_bytes=10.0, choice_bytes=10)
+    costs = machine(flops=1000.0, link_bytes=10.0, assignment_bytes=10)
     assert step_seconds(40, 1.5, 3, costs) == pytest.approx(12 + 30 + 80 + 135)
     assert step_seconds(40, 1.5, 0, costs) == pytest.approx(12 + 30 + 80)
-    given_sizes = machine(flops=1000.0, link_bytes=10.0, choice_flops=50.0, state_bytes=0)
+    given_sizes = machine(flops=1000.0, link_bytes=10.0, assignment_flops=50.0, state_bytes=0)
     assert step_seconds(40, 1.5, 3, given_sizes) == pytest.approx(2 + 30 + 15)
     # The paper's: 3 slots * 1 / 2 of the ranks, twice; no state moves.
     assert paper_step_seconds(40, costs) == pytest.approx(12 + 30 + 80)
 
 
 def test_on_one_rank_there_is_nothing_to_send() -> None:
-    costs = machine(num_ranks=1, flops=1000.0, link_bytes=10.0, choice_bytes=10)
+    costs = machine(num_ranks=1, flops=1000.0, link_bytes=10.0, assignment_bytes=10)
     assert paper_step_seconds(40, costs) == pytest.approx(12)
     assert step_seconds(40, busiest_phase(Placement(np.arange(3), 3, 1)), 0, costs) == pytest.approx(12)
 
@@ -128,10 +128,10 @@ def test_an_experts_state_is_eight_times_its_gradient_unless_it_is_given() -> No
         ({"slots_per_rank": 1.5}, "slots_per_rank must be a whole number of 1 or more, got 1.5"),
         ({"expert_bytes": 0}, "expert_bytes must be a whole number of 1 or more, got 0"),
         ({"state_bytes": -1}, "state_bytes must be a whole number of 0 or more, got -1"),
-        ({"choice_bytes": -1}, "choice_bytes must be a whole number of 0 or more, got -1"),
+        ({"assignment_bytes": -1}, "assignment_bytes must be a whole number of 0 or more, got -1"),
         ({"link_bytes": 0.0, "flops": 1.0}, "link_bytes must be a number above 0, got 0.0"),
         ({"link_bytes": 1.0, "flops": float("inf")}, "flops must be a number above 0, got inf"),
-        ({"choice_flops": float("nan")}, "choice_flops must be a number above 0, got nan"),
+        ({"assignment_flops": float("nan")}, "assignment_flops must be a number above 0, got nan"),
         ({"link_bytes": 1.0}, "Give both link_bytes and flops, or none"),
         ({"flops": 1.0}, "Give both link_bytes and flops, or none"),
     ],

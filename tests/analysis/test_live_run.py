@@ -98,7 +98,7 @@ def replayed(trace: Trace, placement: str = "balanced", **rules: Any) -> Replay:
 
 
 def assert_same(found: Replay, trace: Trace) -> None:
-    """Loads, drops, replicas and moves of every step and layer, to the last token-choice."""
+    """Loads, drops, replicas and moves of every step and layer, to the last assignment."""
     arrays = {
         "loads": found.load_SLW,
         "dropped": found.dropped_SL,
@@ -131,12 +131,12 @@ def test_a_replay_gives_the_runs_own_numbers(tmp_path: Path, placement: str, moe
 
 
 def test_the_papers_rule_with_a_budget_for_each_slot_is_replayed_exactly(tmp_path: Path) -> None:
-    make = partial(Three, capacity_factor=1.0, capacity="slot")
+    make = partial(Three, capacity_factor=1.0, capacity_per="slot")
     trace = recorded(make, tmp_path, placement="symi", slots_per_rank=2)
     assert trace.recorded["dropped"].sum() > 0
     assert trace.recorded["moved"].sum() > 0
-    # A plan judges "symi" with the even split; with a budget for each slot the run's "flow" is the same.
-    for split in ("flow", "even"):
+    # A plan judges "symi" with the even split; with a budget for each slot the run's "balanced" is the same.
+    for split in ("balanced", "uniform"):
         assert_same(replayed(trace, "symi", split=split, capacity=Capacity(1.0, "slot")), trace)
 
 

@@ -34,7 +34,7 @@ def test_the_json_has_these_keys_and_types(capacity_factor: float | None, speeds
     assert list(found.pop("policies")) == ["symi", "lpt"]
     assert found.pop("bounds").keys() == {"dropped", "imbalance"}
     assert found == {
-        "trace": {"steps": 6, "layers": 2, "experts": 8, "token_choices": int(COUNTS.sum())},
+        "trace": {"steps": 6, "layers": 2, "experts": 8, "assignments": int(COUNTS.sum())},
         "ranks": 4,
         "slots_per_rank": 3,
         "capacity_factor": capacity_factor,
@@ -56,7 +56,7 @@ def test_the_json_has_these_keys_and_types(capacity_factor: float | None, speeds
             "hosts": float,
             "replicas_moved": float,
             "planning_seconds": float,
-            "judged_by": type(None) if capacity_factor is None else str,
+            "capacity_per": type(None) if capacity_factor is None else str,
             "token_split": str,
             "label": str,
             "achieved": float,
@@ -70,7 +70,13 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
     # Static: [0 0 | 1 1] on two ranks of two slots, for ever; the first step has all of expert 0.
     trace = Trace(np.array([[[[8, 0]]], [[[4, 4]]]]))
     machine = Machine(
-        num_ranks=2, slots_per_rank=2, expert_bytes=10, link_bytes=10.0, flops=60.0, choice_bytes=1, choice_flops=30.0
+        num_ranks=2,
+        slots_per_rank=2,
+        expert_bytes=10,
+        link_bytes=10.0,
+        flops=60.0,
+        assignment_bytes=1,
+        assignment_flops=30.0,
     )
     found = make_plan(trace, machine, PlanOptions(policies=["static"], capacity_factor=1.0)).as_json()
     static = found["policies"]["static"]
@@ -85,14 +91,14 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
     assert static["step_seconds"] == pytest.approx(2 + 1.0 + 0.8)
     # The paper's bound is s (W - 1) / W = 1 for each phase.
     assert static["step_seconds_paper"] == pytest.approx(2 + 2.0 + 0.8)
-    assert (static["judged_by"], static["token_split"], static["label"]) == ("slot", "even", "slot budget")
+    assert (static["capacity_per"], static["token_split"], static["label"]) == ("slot", "uniform", "slot budget")
     # One replica on each rank would have dropped nothing.
     assert found["bounds"] == {"dropped": 0, "imbalance": 1}
 
 
 def test_each_policy_is_judged_as_its_authors_do() -> None:
     judged = {
-        name: values["judged_by"] for name, values in numbers(policies=[*CANDIDATES], capacity_factor=1.0).items()
+        name: values["capacity_per"] for name, values in numbers(policies=[*CANDIDATES], capacity_factor=1.0).items()
     }
     by_slot = ["symi", "static", "flexmoe-10", "flexmoe-50", "flexmoe-100"]
     assert judged == {name: "slot" if name in by_slot else "rank" for name in CANDIDATES}
@@ -101,8 +107,8 @@ def test_each_policy_is_judged_as_its_authors_do() -> None:
 @pytest.mark.parametrize("capacity", ["rank", "slot"])
 def test_one_budget_for_all_overrides_their_own(capacity: str) -> None:
     own = numbers(policies=["balanced", "symi"], capacity_factor=1.0)
-    found = numbers(policies=["balanced", "symi"], capacity_factor=1.0, capacity=capacity)
-    assert {values["judged_by"] for values in found.values()} == {capacity}
+    found = numbers(policies=["balanced", "symi"], capacity_factor=1.0, capacity_per=capacity)
+    assert {values["capacity_per"] for values in found.values()} == {capacity}
     same, other = ("balanced", "symi") if capacity == "rank" else ("symi", "balanced")
     assert found[same]["dropped"] == own[same]["dropped"]
     assert found[other]["dropped"] != own[other]["dropped"]
@@ -110,7 +116,7 @@ def test_one_budget_for_all_overrides_their_own(capacity: str) -> None:
 
 def test_without_a_capacity_nobody_is_judged_and_nothing_dropped() -> None:
     for values in numbers(policies=[*CANDIDATES]).values():
-        assert (values["judged_by"], values["dropped"]) == (None, 0)
+        assert (values["capacity_per"], values["dropped"]) == (None, 0)
 
 
 def test_only_where_state_lives_beside_weights_does_it_move() -> None:
@@ -155,7 +161,7 @@ def test_nobody_beats_the_bounds(
     history: tuple[np.ndarray, int, int], capacity_factor: float | None, capacity: str | None
 ) -> None:
     popularity_SLE, world_size, slots_per_rank = history
-    options = PlanOptions(policies=[*CANDIDATES], capacity_factor=capacity_factor, capacity=capacity)
+    options = PlanOptions(policies=[*CANDIDATES], capacity_factor=capacity_factor, capacity_per=capacity)
     machine = Machine(num_ranks=world_size, slots_per_rank=slots_per_rank)
     found = make_plan(Trace(popularity_SLE[:, None]), machine, options).as_json()
     json.dumps(found, allow_nan=False)
@@ -188,7 +194,7 @@ def test_too_few_slots_are_told_before_any_policy_is_run() -> None:
         ({"lag": -1}, "lag must be a whole number of 0 or more, got -1"),
         ({"replace_every": 0}, "replace_every must be a whole number of 1 or more, got 0"),
         ({"replace_every": "often"}, "replace_every must be a whole number of 1 or more, got 'often'"),
-        ({"capacity": "node"}, "capacity must be one of 'rank', 'slot', got 'node'"),
+        ({"capacity_per": "node"}, "capacity_per must be one of 'rank', 'slot', got 'node'"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a number above 0, got 0.0"),
         ({"capacity_factor": float("inf")}, "capacity_factor must be a number above 0, got inf"),
     ],

@@ -154,7 +154,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, content: b
     [
         (
             {"loads": COUNTS},
-            "it must hold an array `counts`, got loads. Save the token-choices [steps, layers, experts]",
+            "it must hold an array `counts`, got loads. Save the assignments [steps, layers, experts]",
         ),
         ({}, "it must hold an array `counts`, got none."),
         ({"co\nunts": COUNTS}, "it must hold an array `counts`, got co unts."),

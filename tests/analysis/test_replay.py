@@ -35,7 +35,7 @@ class Table(PlacementPolicy):
 TRACE = np.array([[[12, 4]], [[2, 14]], [[9, 3]]])
 
 
-def run(lag: int = 1, split: str = "even", capacity: Capacity | None = None, **rules: Any) -> Replay:
+def run(lag: int = 1, split: str = "uniform", capacity: Capacity | None = None, **rules: Any) -> Replay:
     return replay(TRACE, Table(2, 2), Rules(split=split, capacity=capacity, lag=lag, **rules))
 
 
@@ -164,7 +164,7 @@ CAPACITIES = [None, Capacity(1.0), Capacity(0.7, "slot"), Capacity(1.5, "slot")]
 @given(
     history=dense_histories(),
     capacity=st.sampled_from(CAPACITIES),
-    split=st.sampled_from(["even", "flow"]),
+    split=st.sampled_from(["uniform", "balanced"]),
     lag=st.integers(0, 3),
 )
 @settings(max_examples=100, deadline=None)
@@ -204,9 +204,9 @@ def test_every_contender_runs_on_any_trace_and_its_certificates_add_up(
     name: str, history: tuple[np.ndarray, int, int], capacity: Capacity | None, interval: int | str, lag: int
 ) -> None:
     popularity_SLE, world_size, slots_per_rank = history
-    contender = CANDIDATES[name]
-    policy = contender.make(world_size, slots_per_rank)
-    found = replay(popularity_SLE, policy, Rules(split=contender.split, capacity=capacity, interval=interval, lag=lag))
+    candidate = CANDIDATES[name]
+    policy = candidate.make(world_size, slots_per_rank)
+    found = replay(popularity_SLE, policy, Rules(split=candidate.split, capacity=capacity, interval=interval, lag=lag))
     assert (found.wanted_SLW.sum(2) == popularity_SLE.sum(2)).all()
     assert (found.load_SLW <= found.wanted_SLW).all()
     assert found.dropped_SL.any() <= (capacity is not None)
@@ -239,17 +239,17 @@ def test_every_contender_runs_on_the_smallest_traces(name: str, edge: str, capac
     popularity_SLE[0, 0, 0] = 5
     # Its last step routes nothing.
     popularity_SLE[1:][-1:] = 0
-    contender = CANDIDATES[name]
-    capacity = None if capacity_factor is None else Capacity(capacity_factor, contender.per)
-    rules = Rules(split=contender.split, capacity=capacity, lag=0 if contender.knows_the_step else 1)
-    found = replay(popularity_SLE, contender.make(world_size, slots_per_rank), rules)
+    candidate = CANDIDATES[name]
+    capacity = None if capacity_factor is None else Capacity(capacity_factor, candidate.capacity_per)
+    rules = Rules(split=candidate.split, capacity=capacity, lag=0 if candidate.knows_the_step else 1)
+    found = replay(popularity_SLE, candidate.make(world_size, slots_per_rank), rules)
     assert (found.load_SLW.sum(2) + found.dropped_SL == popularity_SLE.sum(2)).all()
     if capacity_factor is None:
         assert found.dropped_SL.sum() == 0
     if world_size == 1:
         assert (found.imbalance_SL == 1).all()
         # Nothing to pool over, so a single rank drops nothing; its slots may.
-        assert contender.per == "slot" or not found.dropped_SL.any()
+        assert candidate.capacity_per == "slot" or not found.dropped_SL.any()
     if len(popularity_SLE) > 1:
         assert (found.imbalance_SL[-1] == 1).all()
 
@@ -269,8 +269,8 @@ def test_a_step_without_tokens_leaves_everything_where_it_is(name: str) -> None:
 def test_the_only_steps_with_tokens_are_certified_however_long_the_trace(capacity: Capacity | None) -> None:
     popularity_SLE = np.zeros((500, 1, 2), dtype=np.int64)
     popularity_SLE[7] = [12, 4]
-    found = replay(popularity_SLE, Table(2, 2), Rules(split="even", capacity=capacity))
-    short = replay(popularity_SLE[7:8], Table(2, 2), Rules(split="even", capacity=capacity))
+    found = replay(popularity_SLE, Table(2, 2), Rules(split="uniform", capacity=capacity))
+    short = replay(popularity_SLE[7:8], Table(2, 2), Rules(split="uniform", capacity=capacity))
     assert (found.achieved, found.losses, found.bounds) == (short.achieved, short.losses, short.bounds)
 
 

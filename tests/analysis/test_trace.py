@@ -83,12 +83,12 @@ def changed(value: float, dtype: Any = np.float64) -> np.ndarray:
         (COUNTS[None], r"must have 4 axes.*got shape \(1, 2, 1, 1, 3\)"),
         (
             changed(-3, np.int64),
-            r"whole numbers of 0 or more, got -3 at \[1, 0, 0, 2\]\. Give numbers of token-choices",
+            r"whole numbers of 0 or more, got -3 at \[1, 0, 0, 2\]\. Give numbers of assignments",
         ),
         (changed(np.nan), r"whole numbers of 0 or more, got nan at \[1, 0, 0, 2\]\. Leave out the steps"),
         (changed(np.inf), r"got inf at \[1, 0, 0, 2\]"),
         (changed(-np.inf), r"got -inf at \[1, 0, 0, 2\]"),
-        (changed(0.25), r"got 0\.25 at \[1, 0, 0, 2\]\. Give numbers of token-choices, not shares"),
+        (changed(0.25), r"got 0\.25 at \[1, 0, 0, 2\]\. Give numbers of assignments, not shares"),
         (changed(1e30), r"add up to no more than 2\*\*50, got 1e\+30"),
         (changed(2**63, np.uint64), r"add up to no more than 2\*\*50, got 9223372036854775808"),
         (COUNTS > 0, r"must be whole numbers, got dtype bool\. Save them as int64"),
@@ -98,7 +98,7 @@ def changed(value: float, dtype: Any = np.float64) -> np.ndarray:
         (COUNTS[:0], r"at least one step, rank, layer and expert, got shape \(0, 1, 1, 3\)\. Record"),
         (COUNTS[:, :, :0], r"at least one step.*got shape \(2, 1, 0, 3\)"),
         (COUNTS[..., :0], r"at least one step.*got shape \(2, 1, 1, 0\)"),
-        (COUNTS[1:], r"of shape \(1, 1, 1, 3\) are all 0, and a plan needs at least one token-choice"),
+        (COUNTS[1:], r"of shape \(1, 1, 1, 3\) are all 0, and a plan needs at least one assignment"),
     ],
 )
 def test_counts_that_cannot_be_counts_are_refused_in_one_line(counts: np.ndarray, message: str) -> None:
@@ -142,7 +142,7 @@ def test_recorded_loads_are_of_the_source_ranks_where_those_are_told_apart() -> 
 def test_a_step_cannot_have_dropped_or_computed_more_than_it_had() -> None:
     # The second row has no tokens, the first has 9.
     for name, wrong in (("dropped", [[10], [0]]), ("dropped", [[0], [1]]), ("loads", [[[4, 6]], [[0, 0]]])):
-        with pytest.raises(ValueError, match=rf"{name} must be at most the token-choices of its step, got (10|1) of"):
+        with pytest.raises(ValueError, match=rf"{name} must be at most the assignments of its step, got (10|1) of"):
             Trace(COUNTS, recorded={name: np.array(wrong)})
     assert Trace(COUNTS, recorded={"dropped": np.array([[9], [0]])}).recorded["dropped"].sum() == 9
 

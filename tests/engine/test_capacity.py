@@ -21,7 +21,7 @@ TOKENS, DIM, EXPERTS, TOP_K = 30, 6, 5, 2
 
 def build(factor: float, per: str) -> sml.MoE:
     torch.manual_seed(1)
-    return sml.MoE(DIM, 8, EXPERTS, TOP_K, capacity_factor=factor, capacity=per, bias=True).double()
+    return sml.MoE(DIM, 8, EXPERTS, TOP_K, capacity_factor=factor, capacity_per=per, bias=True).double()
 
 
 def tokens(world_size: int) -> list[Tensor]:
@@ -41,7 +41,7 @@ def emulate(
     for rank, r in enumerate(routed):
         for expert in r.expert_ids_TK.flatten().tolist():
             counts_WE[rank, expert] += 1
-    plan = plan_dispatch(counts_WE, placement, "flow", Capacity(factor, per))
+    plan = plan_dispatch(counts_WE, placement, "balanced", Capacity(factor, per))
     pairs = list(zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True))
     outputs, num_dropped = [], 0
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):

@@ -221,7 +221,7 @@ def test_the_layout_is_found_by_trial_where_shapes_fit_both(transposed: bool, hi
     model = fused_model(hidden=hidden, transposed=transposed)
     original = copy.deepcopy(model)["feed_forward"]["ffn"]
     experts = sml.convert(model)["feed_forward"]["ffn"]
-    assert (experts.transposed, experts.intermediate_dim, experts.activation) == (transposed, hidden, "swiglu")
+    assert (experts.transposed, experts.hidden_dim, experts.activation) == (transposed, hidden, "swiglu")
     compare(original, experts)
 
 

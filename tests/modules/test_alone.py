@@ -23,7 +23,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(6, 8), torch.randint(4, (6, 2)), torch.rand(6, 2)
 
 
-def test_ids_of_other_ranks_experts_are_nobodys_and_not_counted() -> None:
+def test_ids_of_other_ranks_experts_are_unassigned_and_not_counted() -> None:
     layer, (x, ids, weights) = experts(bias=True), batch()
     # Hugging Face marks them by -1, or by the number of experts.
     ids[0], ids[3, 1] = torch.tensor([4, -1]), 4
@@ -56,7 +56,7 @@ def test_forward_and_backward_never_read_what_the_device_counts() -> None:
     with mock.patch.object(TrainedLoad, "total", property(lambda self: pytest.fail("read"))):
         layer(x, ids, weights).sum().backward()
         layer(x, ids, weights).sum().backward()
-    assert layer.trained_load.total.num_choices == 24
+    assert layer.trained_load.total.num_assignments == 24
 
 
 def test_scores_that_were_not_finite_are_reported_when_the_load_is_read() -> None:

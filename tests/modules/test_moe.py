@@ -132,7 +132,7 @@ def test_popularity_is_counted_once_a_trained_token_and_not_in_evaluation() -> N
     for use_reentrant in (True, False):
         checkpoint(moe, x, use_reentrant=use_reentrant).sum().backward()
         load = reader.read()["experts"]
-        assert load.num_choices == 3 * 7 * 2
+        assert load.num_assignments == 3 * 7 * 2
         expected = torch.bincount(moe.router(X.reshape(-1, 6)).expert_ids_TK.flatten(), minlength=4)
         assert load.popularity_E.tolist() == expected.tolist()
         assert (load.imbalance, load.token_survival_rate, load.num_moved) == (1.0, 1.0, 0)
@@ -169,7 +169,7 @@ def test_same_seed_same_weights_and_a_scale_like_linears() -> None:
         ({"top_k": 0}, "top_k must be in 1..num_experts=4, got 0"),
         ({"top_k": 5}, "top_k must be in 1..num_experts=4, got 5"),
         ({"activation": "tanh"}, "activation must be one of 'swiglu', 'gelu', 'relu2', got 'tanh'"),
-        ({"capacity": "expert"}, "capacity must be one of 'rank', 'slot', got 'expert'"),
+        ({"capacity_per": "expert"}, "capacity_per must be one of 'rank', 'slot', got 'expert'"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a number above 0, got 0.0"),
         ({"capacity_factor": -1}, "capacity_factor must be a number above 0, got -1"),
         ({"num_shared_experts": -1}, "num_shared_experts must be a whole number of 0 or more, got -1"),

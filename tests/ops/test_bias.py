@@ -9,7 +9,7 @@ from swiftmoe_lightning.ops import reference
 from swiftmoe_lightning.ops.grouped import add_bias
 from tests.ops.cases import DEVICE, assert_close
 
-# Rows of each slot, and rows that are nobody's behind them.
+# Rows of each slot, and rows that are unassigned behind them.
 COUNTS = [([2, 0, 3], 0), ([0, 0], 4), ([1], 2), ([0, 7, 0, 150], 1), ([0], 0)]
 
 
@@ -26,15 +26,15 @@ def test_literal_biases_and_sums() -> None:
 @pytest.mark.parametrize("features", [1, 5, 96])
 @pytest.mark.parametrize("case", COUNTS, ids=str)
 def test_rows_and_gradients_equal_a_loop(case, features, dtype) -> None:
-    counts, nobodys = case
+    counts, unassigned = case
     generator = torch.Generator().manual_seed(sum(counts))
-    num_rows = sum(counts) + nobodys
+    num_rows = sum(counts) + unassigned
     y_RO, bias_sO, grad_RO = (
         torch.randn(n, features, generator=generator).to(DEVICE, dtype) for n in (num_rows, len(counts), num_rows)
     )
     ends_s = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
     slot_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    # What nobody's rows hold reaches nobody.
+    # What unassigned rows hold reaches nobody.
     y_RO[sum(counts) :], grad_RO[sum(counts) :] = float("nan"), float("nan")
     y_RO.requires_grad_()
     bias_sO.requires_grad_()

@@ -69,7 +69,7 @@ def test_the_grouped_path_is_taken_where_it_can_be_and_equals_the_reference(dtyp
     assert_close(grouped.grouped_linear(x_RI, weight_sOI, ends_s), expected)
 
 
-# With and without rows that are nobody's.
+# With and without rows that are unassigned.
 @pytest.mark.parametrize("ends", [(2, 2, 3), (1, 1, 2)])
 def test_reference_gradients_pass_gradcheck_and_equal_the_written_ones(ends):
     ends_s = torch.tensor(ends, dtype=torch.int32)
@@ -90,7 +90,7 @@ def compiled(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Neither, both, and one of the two matrices of sizes that grouped_mm takes.
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 8), (16, 12)])
-def test_rows_that_are_nobodys_change_nothing(wrap, dtype, sizes):
+def test_rows_that_are_unassigned_change_nothing(wrap, dtype, sizes):
     values = {"x": torch.randn(4, sizes[0]).to(dtype)} | make_weights(3, *sizes, "swiglu", True, dtype)
     ends_s = torch.tensor([1, 1, 4], dtype=torch.int32)
     found, expected = leaves(values), leaves(values)

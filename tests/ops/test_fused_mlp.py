@@ -75,7 +75,7 @@ def run(operation, values):
 
 
 def assert_moe_equals_the_loop(sizes, activation, bias, dtype, kept="all", slots="some", tail=0):
-    """tail: rows behind the last slot's, as a sort leaves them that does not know how many choices are nobody's."""
+    """tail: rows behind the last slot's, as a sort leaves them that does not know how many choices are unassigned."""
     choice_R, rows_TK, ends_s, slot_R = route(sizes, kept, slots)
     values = make_values(sizes, activation, bias, dtype)
     routing = [t.to(DEVICE) for t in (torch.cat([choice_R, torch.full((tail,), -(10**9))]), rows_TK, ends_s)]
@@ -151,7 +151,7 @@ def test_rows_of_tokens_come_out_in_the_order_of_the_slots(integer):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [[3, 0, 70], [0, 0], [0, 9, 0]], ids=str)
-def test_nobodys_rows_are_not_read_and_come_out_and_back_as_zero(counts, dtype):
+def test_unassigned_rows_are_not_read_and_come_out_and_back_as_zero(counts, dtype):
     num_rows, tail = sum(counts), 140
     ends_s = torch.tensor(counts).cumsum(0).to(DEVICE, torch.int32)
     values = make_weights(len(counts), 20, 12, "gelu", True, dtype)
@@ -256,7 +256,7 @@ def test_no_two_slots_share_a_tile_of_rows():
 
     ends_s = torch.tensor([3, 3, 8], dtype=torch.int32, device=DEVICE)
     rows = map_rows(None, 1, ends_s, 10, MlpTiles(*[Tile(2, 2, 2, 1, 1)] * 5))
-    # Slot 1 has no rows, 8 and 9 are nobody's; 3 stands for no tile.
+    # Slot 1 has no rows, 8 and 9 are unassigned; 3 stands for no tile.
     assert rows.slot_B.tolist() == [0, 0, 2, 2, 2, 3, 3, 3]
     assert rows.first_row_B[:5].tolist() == [0, 2, 3, 5, 7]
     assert rows.num_tiles.tolist() == [5]

@@ -16,7 +16,7 @@ from tests.ops.cases import DEVICE, assert_close, gradients, leaves, loop_mlp, m
 
 
 def values(num_tokens, top_k, num_slots, activation, bias, dtype=torch.float32):
-    """(floating inputs by name, ids [T, K] of which one in seven is nobody's)."""
+    """(floating inputs by name, ids [T, K] of which one in seven is unassigned)."""
     generator = torch.Generator().manual_seed(num_tokens)
     ids_TK = torch.randint(num_slots, (num_tokens, top_k), generator=generator, device="cpu")
     ids_TK.view(-1)[3::7] = num_slots
@@ -60,7 +60,7 @@ def test_the_layer_and_its_gradients_equal_a_loop_over_choices(name, activation,
         assert_close(found[key].cpu(), gradient)
 
 
-def test_rows_come_by_slot_and_those_that_are_nobodys_are_left_out_on_a_cpu():
+def test_rows_come_by_slot_and_those_that_are_unassigned_are_left_out_on_a_cpu():
     inputs, ids_TK = values(9, 2, 3, "swiglu", False)
     order = sort_choices(ids_TK.flatten(), 3)
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")}
@@ -111,7 +111,7 @@ def test_a_small_table_picks_the_layers_path_on_a_gpu(dtype, rows_per_slot, hidd
 
 def fused_arguments(bias):
     inputs, ids_TK = values(5, 2, 3, "swiglu", bias)
-    # Without nobody's rows, for which Z is left as it lies in memory: two calls are compared bit by bit.
+    # Without unassigned rows, for which Z is left as it lies in memory: two calls are compared bit by bit.
     ids_TK = ids_TK.clamp(max=2)
     order = sort_choices(ids_TK.flatten(), 3)
     names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")

@@ -70,7 +70,7 @@ def test_every_operator_is_checked():
 def layer(x_TD, logits_TE, weight_DF, weight_FD):
     """An expert layer of one matrix for all experts."""
     routed = route(logits_TE, None, 2, "softmax", True)
-    # Expert 3 is nobody's.
+    # Expert 3 is unassigned.
     choices = sort_choices(routed.expert_ids_TK.flatten(), 3)
     rows_TK = choices.row_N.view(routed.expert_ids_TK.shape)
     rows_ND = permute(x_TD, choices.choice_N, rows_TK)

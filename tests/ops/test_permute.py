@@ -119,16 +119,16 @@ def test_poison_in_a_rows_gradient_reaches_only_its_own_token():
 
 
 @pytest.mark.usefixtures("path")
-def test_rows_that_are_nobodys_are_zero_and_stay_unread():
-    # Rows 1 and 3 are nobody's; token 1's second choice has no row.
+def test_rows_that_are_unassigned_are_zero_and_stay_unread():
+    # Rows 1 and 3 are unassigned; token 1's second choice has no row.
     choice_R, rows_TK = torch.tensor([2, -1, 0, -1, 1]), torch.tensor([[2, 4], [0, -1]])
     x_TD = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     rows_RD = permute(x_TD, choice_R, rows_TK)
     assert rows_RD.tolist() == [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [1.0, 2.0]]
-    nobodys_R = choice_R < 0
-    rows_RD.backward(torch.ones(5, 2).masked_fill(nobodys_R.unsqueeze(-1), float("nan")))
+    unassigned_R = choice_R < 0
+    rows_RD.backward(torch.ones(5, 2).masked_fill(unassigned_R.unsqueeze(-1), float("nan")))
     assert x_TD.grad.tolist() == [[2.0, 2.0], [1.0, 1.0]]
-    y_RD = torch.ones(5, 2).masked_fill(nobodys_R.unsqueeze(-1), float("nan")).requires_grad_()
+    y_RD = torch.ones(5, 2).masked_fill(unassigned_R.unsqueeze(-1), float("nan")).requires_grad_()
     weights_TK = torch.tensor([[2.0, 3.0], [4.0, float("nan")]], requires_grad=True)
     out_TD = combine(y_RD, weights_TK, choice_R, rows_TK)
     assert out_TD.tolist() == [[5.0, 5.0], [4.0, 4.0]]
@@ -179,7 +179,7 @@ def test_tritons_rows_equal_the_reference(sizes, dtype, kept):
 
 def test_tritons_rows_take_what_the_sort_returns():
     generator = torch.Generator().manual_seed(4)
-    # Experts 0..2, of which 1 is chosen by none; 3 is nobody's.
+    # Experts 0..2, of which 1 is chosen by none; 3 is unassigned.
     expert_ids_TK = torch.tensor([0, 2, 3])[torch.randint(3, (9, 2), generator=generator)]
     sorted_choices = sort_choices(expert_ids_TK.flatten(), 3)
     choice_N, rows_TK = sorted_choices.choice_N, sorted_choices.row_N.view(9, 2)

@@ -7,7 +7,7 @@ from tests.ops.cases import DEVICE, fenced_memory
 
 @pytest.mark.usefixtures("path")
 def test_choices_are_sorted_by_group_and_keep_their_order_inside_one():
-    # Group 1 is empty; 7 and -1 are nobody's.
+    # Group 1 is empty; 7 and -1 are unassigned.
     found = sort_choices(torch.tensor([2, 0, 7, 2, -1, 0]), 3)
     assert found.choice_N.tolist() == [1, 5, 0, 3, -1, -1]
     assert found.row_N.tolist() == [2, 0, -1, 3, -1, 1]
@@ -17,22 +17,22 @@ def test_choices_are_sorted_by_group_and_keep_their_order_inside_one():
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("num_choices", [0, 1, 7, 128, 300])
+@pytest.mark.parametrize("num_assignments", [0, 1, 7, 128, 300])
 @pytest.mark.parametrize("num_groups", [1, 3, 64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_order_is_that_of_a_stable_sort(num_choices, num_groups, dtype):
-    generator = torch.Generator().manual_seed(num_choices)
-    key_N = torch.randint(-1, num_groups + 2, (num_choices,), generator=generator, device="cpu").to(DEVICE, dtype)
+def test_the_order_is_that_of_a_stable_sort(num_assignments, num_groups, dtype):
+    generator = torch.Generator().manual_seed(num_assignments)
+    key_N = torch.randint(-1, num_groups + 2, (num_assignments,), generator=generator, device="cpu").to(DEVICE, dtype)
     with fenced_memory():
         found, again = sort_choices(key_N, num_groups), sort_choices(key_N, num_groups)
-    is_somebodys = (key_N >= 0) & (key_N < num_groups)
-    num_rows = int(is_somebodys.sum())
-    expected_R = torch.argsort(torch.where(is_somebodys, key_N, num_groups), stable=True)[:num_rows]
+    is_assigned = (key_N >= 0) & (key_N < num_groups)
+    num_rows = int(is_assigned.sum())
+    expected_R = torch.argsort(torch.where(is_assigned, key_N, num_groups), stable=True)[:num_rows]
     assert torch.equal(found.choice_N[:num_rows].long(), expected_R)
     assert (found.choice_N[num_rows:] == -1).all()
     assert torch.equal(found.row_N[expected_R].long(), torch.arange(num_rows, device=DEVICE))
-    assert (found.row_N[~is_somebodys] == -1).all()
-    assert torch.equal(found.counts_G.long(), torch.bincount(key_N[is_somebodys], minlength=num_groups))
+    assert (found.row_N[~is_assigned] == -1).all()
+    assert torch.equal(found.counts_G.long(), torch.bincount(key_N[is_assigned], minlength=num_groups))
     assert torch.equal(found.ends_G.long(), found.counts_G.cumsum(0))
     assert all(torch.equal(first, second) for first, second in zip(found, again, strict=True))
 

@@ -23,7 +23,7 @@ def placements(draw, world_size=None, num_experts=None, max_world_size=6, max_ex
 
 @st.composite
 def counts_of(draw, placement, max_count=40):
-    """[W, E] token-choices: small, with many zeros."""
+    """[W, E] assignments: small, with many zeros."""
     values = st.lists(
         st.one_of(st.just(0), st.integers(0, max_count)),
         min_size=placement.world_size * placement.num_experts,
@@ -50,7 +50,7 @@ def algorithm_1(popularity, num_slots):
 
 
 def most_served(load_E, placement, budget):
-    """How many token-choices any split can serve under `placement` with a budget for each rank: a maximum flow, found
+    """How many assignments any split can serve under `placement` with a budget for each rank: a maximum flow, found
     by augmenting paths."""
     hosts = [[] for _ in load_E]
     for host, expert in zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True):

@@ -49,7 +49,9 @@ def steps(draw):
     return draw(counts_of(placement)), placement
 
 
-@given(step=steps(), split=st.sampled_from(["flow", "local", "even"]), factor=st.sampled_from([0.5, 1.0, 1.3]))
+@given(
+    step=steps(), split=st.sampled_from(["balanced", "local_first", "uniform"]), factor=st.sampled_from([0.5, 1.0, 1.3])
+)
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("per", ["rank", "slot"])
 def test_nothing_drops_less_than_its_bounds(step, split, factor, per):
@@ -60,7 +62,7 @@ def test_nothing_drops_less_than_its_bounds(step, split, factor, per):
     assert plan.num_dropped_tokens == pytest.approx(found.achieved * counts_WE.sum())
 
 
-@given(step=steps(), split=st.sampled_from(["flow", "local", "even"]))
+@given(step=steps(), split=st.sampled_from(["balanced", "local_first", "uniform"]))
 @settings(max_examples=200, deadline=None)
 def test_nothing_is_more_even_than_its_bounds(step, split):
     counts_WE, placement = step

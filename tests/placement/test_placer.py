@@ -10,7 +10,7 @@ W, S, E = 4, 3, 6
 
 
 def observe(popularity, placement):
-    """What a layer would have done with these token-choices."""
+    """What a layer would have done with these assignments."""
     counts_WE = np.zeros((W, E), dtype=np.int64)
     counts_WE[0] = popularity
     return ExpertLoad.of(counts_WE, plan_dispatch(counts_WE, placement), placement)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from swiftmoe_lightning import Placement
 from swiftmoe_lightning.placement import Forecast, make_policy
-from swiftmoe_lightning.placement.shares import even_shares, flow_shares
+from swiftmoe_lightning.placement.shares import balanced_shares, uniform_shares
 from swiftmoe_lightning.placement.token_split import sum_by_host
 from tests.placement.cases import most_served, placements
 
@@ -14,17 +14,17 @@ def loads(placement, share_D):
     return sum_by_host(share_D, placement)
 
 
-def test_flow_passes_load_along_a_chain():
+def test_balanced_shares_passes_load_along_a_chain():
     # Rank 0: experts 0, 1; rank 1: 1, 2; rank 2: 2, 3. Only passing 1 and 2 on evens out what 0 brings.
     placement = Placement([0, 1, 1, 2, 2, 3], 4, 3)
     load_E = np.array([600, 300, 300, 300])
-    assert loads(placement, even_shares(load_E, placement)).tolist() == [750, 300, 450]
-    assert abs(loads(placement, flow_shares(load_E, placement)) - [600, 450, 450]).max() <= 9
+    assert loads(placement, uniform_shares(load_E, placement)).tolist() == [750, 300, 450]
+    assert abs(loads(placement, balanced_shares(load_E, placement)) - [600, 450, 450]).max() <= 9
 
 
-def test_flow_evens_out_what_it_can_where_one_expert_is_too_much_for_its_rank():
+def test_balanced_shares_evens_out_what_it_can_where_one_expert_is_too_much_for_its_rank():
     placement = Placement([0, 1, 2, 1, 2, 3], 4, 3)
-    found = loads(placement, flow_shares(np.array([1000, 200, 200, 200]), placement))
+    found = loads(placement, balanced_shares(np.array([1000, 200, 200, 200]), placement))
     # Rank 0 keeps its hot expert; the rest shares 600 evenly over the other two.
     assert found[0] == pytest.approx(1000, abs=5)
     assert abs(found[1:] - 300).max() <= 5
@@ -38,7 +38,7 @@ def cases(draw, most=3000):
     return placement, load_E
 
 
-@pytest.mark.parametrize("shares", [even_shares, flow_shares])
+@pytest.mark.parametrize("shares", [uniform_shares, balanced_shares])
 @given(case=cases())
 @settings(max_examples=150, deadline=None)
 def test_an_experts_parts_are_whole_and_add_up_to_its_load(shares, case):
@@ -50,9 +50,9 @@ def test_an_experts_parts_are_whole_and_add_up_to_its_load(shares, case):
 
 @given(case=cases())
 @settings(max_examples=200, deadline=None)
-def test_flow_is_never_far_from_the_best_that_any_split_can_do(case):
+def test_balanced_shares_is_never_far_from_the_best_that_any_split_can_do(case):
     placement, load_E = case
-    found_W = loads(placement, flow_shares(load_E, placement))
+    found_W = loads(placement, balanced_shares(load_E, placement))
     total, rounding = int(load_E.sum()), len(placement.pair_host_D) + 1
     even = -(-total // placement.world_size)
     served = np.minimum(found_W, even).sum()
@@ -61,14 +61,14 @@ def test_flow_is_never_far_from_the_best_that_any_split_can_do(case):
     assert most_served(load_E, placement, int(found_W.max())) == total
 
 
-def test_flow_needs_no_tokens():
+def test_balanced_shares_needs_no_tokens():
     placement = Placement([0, 1, 1, 0], 2, 2)
-    assert flow_shares(np.zeros(2, dtype=np.int64), placement).tolist() == [0] * 4
+    assert balanced_shares(np.zeros(2, dtype=np.int64), placement).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("policy", ["static", "symi", "packed", "balanced"])
 @pytest.mark.parametrize("slots", [2, 4, 8])
-def test_flow_serves_within_a_percent_of_the_optimum_on_skewed_moving_loads(policy, slots):
+def test_balanced_shares_serves_within_a_percent_of_the_optimum_on_skewed_moving_loads(policy, slots):
     rng = np.random.default_rng(slots)
     popularity = rng.dirichlet(np.full(16, 0.4))
     policy = make_policy(policy, 16, slots)
@@ -80,7 +80,7 @@ def test_flow_serves_within_a_percent_of_the_optimum_on_skewed_moving_loads(poli
         load_E = rng.multinomial(8192, popularity)
         (placement,) = policy.place(Forecast.of(before[None]))
         even = -(-8192 // 16)
-        served += np.minimum(loads(placement, flow_shares(load_E, placement)), even).sum()
+        served += np.minimum(loads(placement, balanced_shares(load_E, placement)), even).sum()
         best += most_served(load_E, placement, even)
         total += 8192
     assert best - served <= 0.01 * total

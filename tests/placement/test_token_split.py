@@ -47,7 +47,7 @@ COUNTS_WE = np.array([[6, 0, 1], [0, 5, 1], [3, 2, 0]])
 
 def test_even_split_cuts_each_experts_line_into_equal_shares_a_slot():
     # Expert 0: 9 choices of ranks 0,0,0,0,0,0,2,2,2; one slot of rank 0 takes 3 and two slots of rank 1 take 6.
-    assert split_tokens(COUNTS_WE, PLACEMENT, "even").tolist() == [
+    assert split_tokens(COUNTS_WE, PLACEMENT, "uniform").tolist() == [
         [3, 0, 3, 0, 1],
         [0, 3, 0, 2, 1],
         [0, 0, 3, 2, 0],
@@ -57,7 +57,7 @@ def test_even_split_cuts_each_experts_line_into_equal_shares_a_slot():
 def test_local_split_serves_a_ranks_own_tokens_first_within_the_same_shares():
     counts_WE = np.array([[2, 0, 0], [4, 6, 0], [3, 1, 1]])
     # Shares of expert 0: 3, 6; of expert 1: 3, 4. Rank 0 keeps its 2, rank 1 its 4; rank 2 fills what is left.
-    assert split_tokens(counts_WE, PLACEMENT, "local").tolist() == [
+    assert split_tokens(counts_WE, PLACEMENT, "local_first").tolist() == [
         [2, 0, 0, 0, 0],
         [0, 3, 4, 3, 0],
         [1, 0, 2, 1, 1],
@@ -68,7 +68,7 @@ def test_local_split_prefers_the_same_node_to_another():
     # Four ranks, one expert everywhere, nodes of two. Rank 1's surplus goes to rank 0, rank 2's to rank 3.
     placement = Placement([0, 0, 0, 0], 1, 4)
     counts_WE = np.array([[1], [3], [4], [0]])
-    assert split_tokens(counts_WE, placement, "local", ranks_per_node=2).tolist() == [
+    assert split_tokens(counts_WE, placement, "local_first", ranks_per_node=2).tolist() == [
         [1, 0, 0, 0],
         [1, 2, 0, 0],
         [0, 0, 2, 2],
@@ -79,7 +79,7 @@ def test_local_split_prefers_the_same_node_to_another():
 def test_rank_budget_is_pooled_over_a_ranks_experts():
     placement = Placement([0, 1, 2, 3], 4, 2)
     counts_WE = np.array([[4, 1, 0, 1], [3, 0, 1, 2]])
-    plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "rank"))
+    plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(1.0, "rank"))
     assert sent_WD(plan).tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
     # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
     assert kept_WB(plan).tolist() == [[3, 1], [3, 3]]
@@ -90,7 +90,7 @@ def test_rank_budget_is_pooled_over_a_ranks_experts():
 def test_slot_budget_is_each_slots_own():
     placement = Placement([0, 0, 1, 2], 3, 2)
     counts_WE = np.array([[5, 4, 0], [5, 2, 0]])
-    plan = plan_dispatch(counts_WE, placement, "even", Capacity(1.0, "slot"))
+    plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(1.0, "slot"))
     # 16 choices on 4 slots: 4 a slot. Expert 0 has 8 for its 10 choices, expert 1 has 4 for its 6.
     assert kept_WB(plan).tolist() == [[4, 2, 0], [4, 2, 0]]
     assert rows_WW(plan).tolist() == [[4, 2], [4, 2]]
@@ -106,7 +106,7 @@ def test_capacity_factors_that_are_no_positive_number_are_refused(factor):
 def test_unknown_capacity_and_split_are_refused():
     with pytest.raises(ValueError, match="capacity must be one of 'rank', 'slot', got 'expert'"):
         Capacity(1.0, "expert")
-    with pytest.raises(ValueError, match="token_split must be one of 'flow', 'local', 'even', got 'best'"):
+    with pytest.raises(ValueError, match="token_split must be one of 'balanced', 'local_first', 'uniform', got 'best'"):
         plan_dispatch(COUNTS_WE, PLACEMENT, "best")
 
 
@@ -116,7 +116,7 @@ def cases(draw):
     return placement, draw(counts_of(placement)), draw(st.integers(1, 4))
 
 
-@given(cases(), st.sampled_from(["even", "local"]))
+@given(cases(), st.sampled_from(["uniform", "local_first"]))
 @settings(max_examples=120, deadline=None)
 def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, split):
     placement, counts_WE, ranks_per_node = case
@@ -128,7 +128,7 @@ def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, spl
     assert total_WE.tolist() == counts_WE.tolist()
 
 
-@given(cases(), st.sampled_from(["even", "local"]))
+@given(cases(), st.sampled_from(["uniform", "local_first"]))
 @settings(max_examples=80, deadline=None)
 def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
     placement, counts_WE, ranks_per_node = case
@@ -142,8 +142,8 @@ def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
 @settings(max_examples=80, deadline=None)
 def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_even(case):
     placement, counts_WE, ranks_per_node = case
-    even_WD = split_tokens(counts_WE, placement, "even")
-    local_WD = split_tokens(counts_WE, placement, "local", ranks_per_node)
+    even_WD = split_tokens(counts_WE, placement, "uniform")
+    local_WD = split_tokens(counts_WE, placement, "local_first", ranks_per_node)
     assert local_WD.sum(0).tolist() == even_WD.sum(0).tolist()
     for d, (host, expert) in enumerate(pairs_of(placement)):
         assert local_WD[host, d] == min(counts_WE[host, expert], even_WD[:, d].sum())
@@ -154,7 +154,7 @@ def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_ev
 @settings(max_examples=150, deadline=None)
 def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case, factor, per):
     placement, counts_WE, _ = case
-    plan = plan_dispatch(counts_WE, placement, "local", Capacity(factor, per))
+    plan = plan_dispatch(counts_WE, placement, "local_first", Capacity(factor, per))
     parts = placement.world_size if per == "rank" else placement.slot_to_expert_S.size
     budget = math.ceil(factor * counts_WE.sum() / parts)
     wanted_WB = np.zeros_like(kept_WB(plan))
@@ -171,7 +171,7 @@ def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case,
 @settings(max_examples=60, deadline=None)
 def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case):
     placement, counts_WE, _ = case
-    plan = plan_dispatch(counts_WE, placement, "even", Capacity(0.5, "rank"))
+    plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(0.5, "rank"))
     wanted_WB = np.zeros_like(kept_WB(plan))
     np.add.at(wanted_WB.T, plan.budget_of_pair_D, sent_WD(plan).T)
     total_B = wanted_WB.sum(0)
@@ -183,6 +183,6 @@ def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case)
 @settings(max_examples=40, deadline=None)
 def test_without_a_capacity_nothing_is_dropped(case):
     placement, counts_WE, _ = case
-    plan = plan_dispatch(counts_WE, placement, "local")
+    plan = plan_dispatch(counts_WE, placement, "local_first")
     assert plan.num_dropped_tokens == 0
     assert rows_WW(plan).sum(1).tolist() == counts_WE.sum(1).tolist()

@@ -22,9 +22,9 @@ class ShadowingPolicy(PlacementPolicy):
     Every expert has a home for ever. Each step the k hottest ones are copied to all ranks, for that step: one more
     shadow as long as the predicted time falls, which is, for the hottest expert left,
 
-        its token-choices * (3 * compute + 4 * transfer) + k * copy
+        its assignments * (3 * compute + 4 * transfer) + k * copy
 
-    with the seconds to compute a token-choice (forward; backward is two more), to send it once (there and back, twice)
+    with the seconds to compute an assignment (forward; backward is two more), to send it once (there and back, twice)
     and to copy an expert's weights. All three are proportional to the model dim, so it is no parameter.
 
     FasterMoE copies into memory of its own, so these are our own: k shadows and the experts at home must fit into
@@ -49,7 +49,7 @@ class ShadowingPolicy(PlacementPolicy):
         compute = 2 * _MATRICES * hidden_dim / flops_per_second
         transfer = _BYTES / bytes_per_second
         copy = _MATRICES * _BYTES * hidden_dim / bytes_per_second
-        # Token-choices that take as long as a copy.
+        # Assignments that take as long as a copy.
         self._copy_tokens = copy / (3 * compute + 4 * transfer)
 
     @override

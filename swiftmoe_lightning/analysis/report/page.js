@@ -54,7 +54,7 @@ function drawLines() {
   at("survival").hidden = data.dropless;
   if (!data.dropless) {
     const low = Math.floor(Math.min(extreme(lines.survival, Math.min), 0.98) * 20) * 5;
-    const left = { low, high: 100, title: "token-choices computed, %" };
+    const left = { low, high: 100, title: "assignments computed, %" };
     const text = (mean, worst) => `${mean.toFixed(1)} % (worst ${worst.toFixed(1)})`;
     const series = seriesOf(lines.survival, left, 100, text);
     lineChart(at("survival"), { columns: lines, series, left, label: `Token survival over steps, ${where}` });
@@ -124,7 +124,7 @@ function drawExpert({ popularity, replicas, packed, expert, policy, name }) {
   const counts = replicas && cut(replicas);
   const slots = packed ? packed.slots : 1;
   const high = Math.max(...share, ...(counts ? counts.map((count) => (100 * count) / slots) : []), 1) * 1.05;
-  const left = { low: 0, high, title: "popularity, % of token-choices", colour: colourOf(0) };
+  const left = { low: 0, high, title: "popularity, % of assignments", colour: colourOf(0) };
   const read = (value) => `${value.toFixed(2)} %`;
   const series = [{ name: "popularity", values: share, scale: left, colour: colourOf(0), text: read }];
   let right;

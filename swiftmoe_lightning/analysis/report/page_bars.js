@@ -115,7 +115,7 @@ function lossBars(figure, { policies, lossTerms, dropless }) {
     picture.append(...texts, svg("text", { x: x + 6, y: y + 33 }, `${sums[row].toFixed(2)} %`));
     y += 46;
   });
-  const title = dropless ? "busiest rank's load over the mean, % above it" : "% of token-choices dropped";
+  const title = dropless ? "busiest rank's load over the mean, % above it" : "% of assignments dropped";
   bottomAxis(picture, { left: 0, width: room, y, top: most, title });
   finish(figure, picture, width, y + 36);
 }

@@ -18,15 +18,15 @@ class PolicySeries:
     name: "balanced", "symi", "static", "recorded", ...
     label: how it is judged: "pooled rank budget", "slot budget", "re-implementation", ...
     replicas_SLE: [S, L, E] slots of each expert, or None when they are not known.
-    dropped_SL: [S, L] token-choices over capacity; all 0 when dropless.
-    load_SLW: [S, L, W] token-choices that each rank computed.
+    dropped_SL: [S, L] assignments over capacity; all 0 when dropless.
+    load_SLW: [S, L, W] assignments that each rank computed.
     moved_SL: [S, L] (rank, expert) pairs that became hosts.
     bytes_gradients, bytes_weights: what the two weight phases send, mean of a step over all layers and ranks; None
         when not counted. Likewise the other two.
     bytes_paper: gradients and weights together, if they were sent the paper's way.
     bytes_state_moved: optimizer state that is sent because replicas moved.
     losses: what was lost to "split", "placement", "prediction", "floor" and "rounding". They add up to the dropped
-        share of token-choices, or, when dropless, to mean imbalance - 1. May be empty.
+        share of assignments, or, when dropless, to mean imbalance - 1. May be empty.
     """
 
     name: str

@@ -66,7 +66,7 @@ def pack(values: np.ndarray, low: float, high: float, num_bytes: int) -> dict[st
 
 
 def dropped_share(dropped_x: np.ndarray, total_x: np.ndarray) -> np.ndarray:
-    """Dropped token-choices over all; 0 where there were none."""
+    """Dropped assignments over all; 0 where there were none."""
     return dropped_x / np.maximum(total_x, 1)
 
 

@@ -32,13 +32,13 @@ def summary(data: PageData) -> str:
         rest = [f"{value:.2f} x with {name}" for value, name in ranked[1:]]
     else:
         ranked = sorted((dropped(policy, data), policy.name) for policy in data.policies)
-        first = f"{ranked[0][1]} drops {_percent(ranked[0][0])} of token-choices"
+        first = f"{ranked[0][1]} drops {_percent(ranked[0][0])} of assignments"
         rest = [f"{name} {_percent(value)}" for value, name in ranked[1:]]
     return f"{'; '.join([first, ', '.join(rest)] if rest else [first])} ({size})."
 
 
 def dropped(policy: PolicySeries, data: PageData) -> float:
-    """Token-choices over capacity over all, all steps and layers."""
+    """Assignments over capacity over all, all steps and layers."""
     return float(dropped_share(policy.dropped_SL.sum(), data.counts_SLE.sum()))
 
 
@@ -50,7 +50,7 @@ def policy_table(data: PageData) -> str:
     if not data.policies:
         return "<p>No policy was compared.</p>"
     head = (
-        '<thead><tr><th rowspan="2" scope="col">policy</th><th colspan="2" scope="colgroup">token-choices, %</th>'
+        '<thead><tr><th rowspan="2" scope="col">policy</th><th colspan="2" scope="colgroup">assignments, %</th>'
         '<th colspan="2" scope="colgroup">imbalance</th><th colspan="4" scope="colgroup">bytes a step</th>'
         '<th rowspan="2" scope="col">replicas moved a step</th></tr>'
         + _row("th", "dropped", "survived", "mean", "max", "gradients", "weights", "paper's way", "state moved")
@@ -97,7 +97,7 @@ def notes(data: PageData) -> str:
         return ""
     capacity = "Nothing is dropped: no capacity is set. "
     if data.capacity_factor is not None:
-        capacity = f"Dropped: token-choices over capacity, factor {data.capacity_factor:g}. "
+        capacity = f"Dropped: assignments over capacity, factor {data.capacity_factor:g}. "
     return escape(
         capacity + "Imbalance: load of the busiest rank over the mean rank's, after drops; 1 is perfect. Gradients, "
         "weights: what the two weight phases send, all ranks together. Paper's way: both, sent as the paper sends "

@@ -88,11 +88,11 @@ def _draw_heat_maps(
 
 
 def _draw_lines(axes: np.ndarray, recording: Mapping[str, np.ndarray]) -> None:
-    """Left the imbalance of the ranks' loads, right the dropped token-choices; thin lines for single layers."""
+    """Left the imbalance of the ranks' loads, right the dropped assignments; thin lines for single layers."""
     dropped_SL = 100 * recording["dropped"] / np.maximum(recording["counts"].sum((1, 3)), 1)
     for axis, values_SL, title in (
         (axes[0], imbalance(recording["loads"]), "imbalance: load of the busiest rank / mean rank"),
-        (axes[1], dropped_SL, "dropped token-choices, %"),
+        (axes[1], dropped_SL, "dropped assignments, %"),
     ):
         axis.plot(recording["step"], values_SL, color="#8da0b6", linewidth=0.6)[0].set_label("one layer")
         axis.plot(recording["step"], values_SL.mean(1), color="#00224e", linewidth=1.6, label="mean of all layers")

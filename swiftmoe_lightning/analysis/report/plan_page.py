@@ -31,7 +31,7 @@ def _series(name: str, outcome: Outcome) -> PolicySeries:
     found = outcome.replay
     return PolicySeries(
         name=name,
-        label=outcome.contender.label,
+        label=outcome.candidate.label,
         replicas_SLE=found.replicas_SLE,
         dropped_SL=found.dropped_SL,
         load_SLW=found.load_SLW,

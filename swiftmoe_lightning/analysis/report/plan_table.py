@@ -74,7 +74,7 @@ def _cells(values: dict[str, Any]) -> dict[str, str | None]:
     step, paper = (None if s is None else f"{1000 * s:.3g} ms" for s in seconds)
     state = values["bytes_state_moved"]
     texts = (
-        f"{values['dropped']:.2%}" if values["judged_by"] else None,
+        f"{values['dropped']:.2%}" if values["capacity_per"] else None,
         f"{values['imbalance']:.3f}",
         bytes_text(values["bytes_gradients"] + values["bytes_weights"]),
         bytes_text(values["bytes_paper"]),

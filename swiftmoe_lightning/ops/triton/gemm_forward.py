@@ -31,7 +31,7 @@ def up(
 ) -> tuple[Tensor | None, Tensor]:
     """act(W @ x), with x [T, D] gathered by `rows.choice_R` on the way in, or [R, D].
 
-    Returns Z [R, O], before the activation and only if asked for, and A [R, F]. Nobody's rows are not written.
+    Returns Z [R, O], before the activation and only if asked for, and A [R, F]. Unassigned rows are not written.
     """
     (num_slots, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
     gates = 2 if activation == "swiglu" else 1
@@ -67,7 +67,7 @@ def up(
 def grouped_product(
     x_RI: Tensor, weight: Tensor, bias_sO: Tensor | None, rows: Rows, tile: Tile, transposed: bool = False
 ) -> Tensor:
-    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Nobody's rows are not
+    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Unassigned rows are not
     written."""
     out_features = weight.shape[2 if transposed else 1]
     y_RO = torch.empty(rows.num_rows, out_features, dtype=x_RI.dtype, device=x_RI.device)

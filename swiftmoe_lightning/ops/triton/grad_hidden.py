@@ -34,7 +34,7 @@ def hidden_gradient(
     """From dY [R, D], or with `scores_TK` from dO [T, D], gathered and weighted on the way in.
 
     Returns dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
-    parts of each row's <dO, Y>, which is its score's gradient. Nobody's rows are not written.
+    parts of each row's <dO, Y>, which is its score's gradient. Unassigned rows are not written.
     """
     (num_slots, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
     weight = tiles_of(weight_sDF, (1, tile.depth, tile.cols))
@@ -210,12 +210,12 @@ def hidden_gradient_kernel(
 
 
 @triton.jit
-def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_choices, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_assignments, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     # [BLOCK]
     choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(p_rows + choices, mask=choices < num_choices, other=-1).to(tl.int64)
+    rows = tl.load(p_rows + choices, mask=choices < num_assignments, other=-1).to(tl.int64)
     b_grad = tl.zeros([BLOCK], dtype=tl.float32)
     for _ in range(PARTS):
         b_grad += tl.load(p_parts + rows, mask=rows >= 0, other=0.0)
         p_parts += num_rows
-    tl.store(p_grad + choices, b_grad.to(p_grad.dtype.element_ty), mask=choices < num_choices)
+    tl.store(p_grad + choices, b_grad.to(p_grad.dtype.element_ty), mask=choices < num_assignments)

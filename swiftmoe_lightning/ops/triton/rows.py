@@ -1,7 +1,7 @@
 """Tokens to rows and back.
 
 T tokens, D model dim, K top-k, R rows. `rows` [T, K] holds the row of each choice, -1 if it has none; `choice` [R] is
-its inverse, -1 where a row is nobody's. A program takes a token, so each token is read once for its K rows. What
+its inverse, -1 where a row is unassigned. A program takes a token, so each token is read once for its K rows. What
 does not exist is D = 0 columns wide (and not a mask of its own: Triton 3.9's interpreter cannot spread a scalar one).
 """
 
@@ -122,7 +122,7 @@ def permute_kernel(
     for k in tl.static_range(K):
         row = tl.load(p_rows + token * K + k, mask=is_token, other=-1).to(tl.int64)
         tl.store(p_out + row * D + b_d, b_x, mask=b_d < tl.where(row >= 0, D, 0))
-        # Program t also clears those of the rows t * K + k that are nobody's: no token writes them.
+        # Program t also clears those of the rows t * K + k that are unassigned: no token writes them.
         spare = token * K + k
         is_spare = tl.load(p_choice + spare, mask=spare < num_rows, other=0) < 0
         tl.store(p_out + spare * D + b_d, tl.zeros_like(b_x), mask=b_d < tl.where(is_spare, D, 0))
@@ -185,12 +185,12 @@ def combine_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    num_choices = tl.where(token < num_tokens, K, 0)
+    num_assignments = tl.where(token < num_tokens, K, 0)
     b_k = tl.arange(0, BLOCK_K)
     # [BLOCK_K]
-    b_row = tl.load(p_rows + token * K + b_k, mask=b_k < num_choices, other=-1).to(tl.int64)
+    b_row = tl.load(p_rows + token * K + b_k, mask=b_k < num_assignments, other=-1).to(tl.int64)
     b_weight = tl.load(p_weights + token * K + b_k, mask=b_row >= 0, other=0.0).to(tl.float32)
-    # As in `permute_kernel`: the rows t * K + k that are nobody's.
+    # As in `permute_kernel`: the rows t * K + k that are unassigned.
     b_spare = token * K + b_k
     is_spare = tl.load(p_choice + b_spare, mask=(b_k < K) & (b_spare < num_rows), other=0) < 0
     # [BLOCK_K, BLOCK_D]
@@ -207,4 +207,4 @@ def combine_backward_kernel(
         tl.store(p_grad_y + b_at, b_weight[:, None] * b_grad, mask=m_row)
         m_spare = (b_d < D)[None, :] & is_spare[:, None]
         tl.store(p_grad_y + b_spare[:, None] * D + b_d[None, :], tl.zeros_like(b_dot), mask=m_spare)
-    tl.store(p_grad_weights + token * K + b_k, tl.sum(b_dot, axis=1), mask=b_k < num_choices)
+    tl.store(p_grad_weights + token * K + b_k, tl.sum(b_dot, axis=1), mask=b_k < num_assignments)

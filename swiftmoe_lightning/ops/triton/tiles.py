@@ -105,7 +105,7 @@ class Rows:
     """Where the rows come from, whose they are and how they are cut.
 
     choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
-    ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are nobody's.
+    ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are unassigned.
     slot_B: [B] int32, the slot of each row tile; s: no tile.
     first_row_B: [B] int32.
     num_tiles: [1] int32, how many of the B there are. All are on the device, and the host waits for none.

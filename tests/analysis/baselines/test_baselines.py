@@ -7,7 +7,7 @@ from swiftmoe_lightning.placement import Forecast
 from swiftmoe_lightning.placement.policy import check_placements
 from tests.analysis.baselines.cases import histories
 
-BASELINES = {name: contender.make for name, contender in CANDIDATES.items() if contender.label == "re-implementation"}
+BASELINES = {name: candidate.make for name, candidate in CANDIDATES.items() if candidate.label == "re-implementation"}
 
 
 def test_other_systems_are_named_and_judged_as_their_authors_do():
@@ -21,7 +21,7 @@ def test_other_systems_are_named_and_judged_as_their_authors_do():
         "lpt",
     ]
     slot_budget = ["symi", "static", "flexmoe-10", "flexmoe-50", "flexmoe-100"]
-    assert [name for name, c in CANDIDATES.items() if c.per == "slot"] == slot_budget
+    assert [name for name, c in CANDIDATES.items() if c.capacity_per == "slot"] == slot_budget
 
 
 def replay(name, steps_NLE, world_size, slots_per_rank):

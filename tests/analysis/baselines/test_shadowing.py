@@ -3,7 +3,7 @@ import numpy as np
 from swiftmoe_lightning.analysis.baselines import ShadowingPolicy
 from swiftmoe_lightning.placement import Forecast
 
-# With F = 4096, 1e12 FLOP/s and 8e9 bytes/s a copy takes 80 token-choices' time:
+# With F = 4096, 1e12 FLOP/s and 8e9 bytes/s a copy takes 80 assignments' time:
 # copy 4.096e-6, compute 1.6384e-8, transfer 5e-10; 4.096e-6 / (3 * 1.6384e-8 + 4 * 5e-10) = 80.07.
 RATES = {"hidden_dim": 4096, "flops_per_second": 1e12, "bytes_per_second": 8e9}
 

@@ -72,7 +72,7 @@ class Tags(HTMLParser):
 
 
 def test_the_sentence_names_what_is_dropped_best_policy_first() -> None:
-    wanted = "balanced drops 1.2 % of token-choices; symi 21 % (5 steps, 2 layers, 4 experts)."
+    wanted = "balanced drops 1.2 % of assignments; symi 21 % (5 steps, 2 layers, 4 experts)."
     assert summary(page()) == wanted
 
 
@@ -86,14 +86,14 @@ def test_the_sentence_of_a_dropless_run_is_about_imbalance() -> None:
 def test_the_sentence_of_a_single_policy_and_of_none() -> None:
     data = page(steps=1, layers=1, experts=1)
     alone = replace(data, policies=data.policies[:1])
-    assert summary(alone) == "symi drops 21 % of token-choices (1 step, 1 layer, 1 expert)."
+    assert summary(alone) == "symi drops 21 % of assignments (1 step, 1 layer, 1 expert)."
     assert summary(replace(data, policies=())) == "Popularity over 1 step, 1 layer, 1 expert."
 
 
 def test_small_drops_are_not_called_none() -> None:
     data = page()
     few = replace(data, policies=(policy(data.counts_SLE, "balanced", 1e-5), policy(data.counts_SLE, "packed")))
-    assert summary(few).startswith("packed drops 0.0 % of token-choices; balanced less than 0.1 %")
+    assert summary(few).startswith("packed drops 0.0 % of assignments; balanced less than 0.1 %")
 
 
 def test_the_table_has_every_policys_numbers(tmp_path: Path) -> None:
