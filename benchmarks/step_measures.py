@@ -108,8 +108,8 @@ def check_bytes(trainee: Trainee, steps: int) -> dict[str, Any]:
     Raises AssertionError where they differ. W must divide the rows of an expert's tensors.
     """
     engine, rank, world_size = trainee.engine, dist.get_rank(), dist.get_world_size()
-    masters = engine.layers[0].experts.expert_parameters().values()
-    row_elements, size = [(m.shape[1], m.shape[2:].numel()) for m in masters], torch.float32.itemsize
+    parameters = engine.layers[0].experts.expert_parameters().values()
+    row_elements, size = [(m.shape[1], m.shape[2:].numel()) for m in parameters], torch.float32.itemsize
     elements = sum(rows * columns for rows, columns in row_elements)
     plans = {"collect": plan_collection, "distribute": plan_distribution}
     trainee.adapt(every_step=True)
@@ -139,7 +139,7 @@ def check_bytes(trainee: Trainee, steps: int) -> dict[str, Any]:
 
 
 def time_update(sizes: Sizes, fused: bool | None, repeats: int) -> dict[str, Any]:
-    """`step()` of a prepared AdamW over masters and dense parameters, without placing and distributing, over that of
+    """`step()` of a prepared AdamW over sharded and dense parameters, without placing and distributing, over that of
     stock AdamW on plain tensors of the same local shapes, values and gradients. Rank 0 measures; the others wait."""
     trainee = Trainee(sizes, fused=fused)
     trainee.forward().backward()

@@ -42,7 +42,7 @@ def prepare(
     `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
     returned as Accelerate prepares it.
 
-    optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' masters.
+    optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' sharded parameters.
     rest: data loaders, schedulers and more optimizers, in any order.
     config: None takes the defaults.
     ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
@@ -174,7 +174,7 @@ def gather_state_dicts(accelerator: Accelerator) -> None:
 
 
 def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftMoEEngine) -> None:
-    """Let `save_state` keep where the experts of `prepared` were, and `load_state` read weights into masters.
+    """Let `save_state` keep where the experts of `prepared` were, and `load_state` read sharded weights.
 
     The user's own hooks may take weights out of the folder, and give them back: those of all models, or of none.
     """
@@ -198,8 +198,8 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 
 
 def _load_models(models: list[nn.Module], folder: Path) -> None:
-    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, which masters do
-    not show. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
+    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, which DTensors do not
+    show. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
     found = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
     if not found:
         return

@@ -25,15 +25,15 @@ class SwiftMoEConfig:
         layer as it is while its loads are even and no fewer hosts would do.
     token_split: how an expert's tokens are shared by its hosts: "balanced" (so that the loads of all ranks are as even
         as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal shares a
-        slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as the
-        shares allow.
+        slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as
+        the shares allow.
     dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by DistributedDataParallel),
         or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by `fully_shard`, weights gathered
         block by block for use; all of them for evaluation).
-    param_dtype: dtype of the experts' working weights and of their exchange; None means the masters' own.
+    param_dtype: dtype of the experts' working weights and of their exchange; None means the sharded parameters' own.
     reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in float32
         or wider.
-    offload_optimizer: keep masters and optimizer state in host memory. Needs a process group that also serves the
+    offload_optimizer: keep experts and optimizer state in host memory. Needs a process group that also serves the
         CPU ("cpu:gloo,cuda:nccl").
     """
 
@@ -67,7 +67,7 @@ class SwiftMoEConfig:
             )
         if self.dense == "fsdp2" and self.offload_optimizer:
             raise ValueError(
-                "offload_optimizer=True keeps masters in host memory, and dense='fsdp2' needs all parameters on one "
+                "offload_optimizer=True keeps experts in host memory, and dense='fsdp2' needs all parameters on one "
                 "kind of device. Leave one of them out."
             )
         if self.param_dtype is not None:

@@ -83,7 +83,7 @@ def test_config_cannot_change_once_made():
         SwiftMoEConfig().slots_per_rank = 2
 
 
-def test_cut_dense_parameters_and_masters_in_host_memory_are_refused_together():
+def test_cut_dense_parameters_and_experts_in_host_memory_are_refused_together():
     with pytest.raises(ValueError, match="Leave one of them out"):
         SwiftMoEConfig(dense="fsdp2", offload_optimizer=True)
 

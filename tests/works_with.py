@@ -32,8 +32,8 @@ ROWS: Final = (
     Row(
         "Precision",
         "32-true, 64-true, bf16-mixed, bf16-true, 16-mixed",
-        "masters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire",
-        ("strategies/test_precision_and_compile: 64_bit 16_bit 16_mixed keeps_masters narrower skip_the_step",),
+        "sharded parameters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire",
+        ("strategies/test_precision_and_compile: 64_bit 16_bit 16_mixed keeps_parameters narrower skip_the_step",),
     ),
     Row(
         "Optimization",

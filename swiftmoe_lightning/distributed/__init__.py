@@ -1,4 +1,4 @@
-"""torch.distributed in one place: the group of ranks, its exchanges, and row-sharded masters."""
+"""torch.distributed in one place: the group of ranks, its exchanges, and row-sharded parameters."""
 
 from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
 from swiftmoe_lightning.distributed.meeting import meet

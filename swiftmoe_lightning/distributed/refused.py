@@ -28,7 +28,7 @@ _COLLECTIVES = (
 
 
 def refuse_parts() -> None:
-    """Let pickles (`torch.save`) of masters, and collectives on any DTensor, say what to do instead."""
+    """Let pickles (`torch.save`) of sharded parameters, and collectives on any DTensor, say what to do instead."""
     DTensor.__reduce_ex__ = _reduce  # type: ignore[assignment]
     handle(_collective, *(getattr(torch.ops.c10d, name).default for name in _COLLECTIVES))
 

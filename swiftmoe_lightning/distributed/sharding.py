@@ -1,4 +1,4 @@
-"""Masters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
+"""Sharded parameters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
 
 FSDP2's parameters, which are cut along their first dimension, are handled alike.
 """
@@ -23,7 +23,7 @@ def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
 
 
 def sharded_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
-    """This rank's rows as a piece of the master of global `shape`. No communication."""
+    """This rank's rows as a piece of the sharded parameter of global `shape`. No communication."""
     return _from_local(local, shape, group.mesh, [Shard(1)])
 
 
@@ -67,7 +67,7 @@ def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
 
 
 def first_row(value: Tensor) -> int:
-    """The row that a master's part here begins with; 0 of any other tensor."""
+    """The row that a sharded parameter's part here begins with; 0 of any other tensor."""
     if not isinstance(value, DTensor):
         return 0
     return shard_rows(value.shape[1], value.device_mesh.size())[value.device_mesh.get_local_rank()][0]

@@ -1,4 +1,4 @@
-"""Stock code that knows plain tensors alone, on masters."""
+"""Stock code that knows plain tensors alone, on sharded parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swiftmoe_lightning.distributed.writes import count_all_writes
 
 @functools.cache
 def serve_stock_code() -> ExitStack:
-    """For the rest of the process, let masters stand where plain tensors do, with the same result.
+    """For the rest of the process, let sharded parameters stand where plain tensors do, with the same result.
 
     In one list with plain tensors, which are equal on all ranks, so they count as replicated: averaged weights,
     `torch.nn.utils.clip_grad_norm_`, norms to log. Numbers are of the whole tensor, draws are as on one process,

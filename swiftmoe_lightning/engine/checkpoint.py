@@ -35,9 +35,9 @@ _TO_WRITE: Final = "Make room, choose another folder, or leave out what cannot b
 
 
 def full_state(value: Any, keep: bool) -> Any:
-    """`value` (tensors in dicts, lists and tuples) with every master gathered whole, on the CPU. A collective.
+    """`value` (tensors in dicts, lists and tuples) with every sharded tensor gathered whole, on the CPU. A collective.
 
-    keep: False drops what was gathered, master by master (it becomes None), so that only the rank that writes
+    keep: False drops what was gathered, one by one (it becomes None), so that only the rank that writes
         holds it all.
     """
     if isinstance(value, dict):

@@ -70,6 +70,6 @@ class GradientCollector:
             self.collect()
 
     def collect(self) -> None:
-        """The gradients that wait in the slots -> `.grad` of the masters, averaged over ranks. A collective."""
+        """The gradients that wait in the slots -> `.grad` of the parameters, averaged over ranks. A collective."""
         layers, self._waiting = list(self._waiting), {}
         collect_gradients([layer for layer in layers if layer.holds_gradients()])

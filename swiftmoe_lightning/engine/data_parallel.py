@@ -19,7 +19,7 @@ _UNFINISHED: Final = "Expected to have finished reduction"
 
 
 class ExpertDataParallel(DistributedDataParallel):
-    """DDP that leaves masters and router biases to the engine, and whose `no_sync()` also pauses collection."""
+    """DDP that leaves experts and router biases to the engine, and whose `no_sync()` also pauses collection."""
 
     def __init__(self, module: nn.Module, engine: SwiftMoEEngine, **ddp_options: Any) -> None:
         ignore_expert_parameters(module)
@@ -55,7 +55,7 @@ class ExpertDataParallel(DistributedDataParallel):
 
 
 def ignore_expert_parameters(module: nn.Module) -> None:
-    """Tell DDP, and Lightning's own broadcast, to leave masters alone, and the router biases: ranks compute those
+    """Tell DDP, and Lightning's own broadcast, to leave experts alone, and the router biases: ranks compute those
     alike, and a broadcast in every forward would ask for as many evaluation batches on each rank."""
     names = [name for name, p in module.named_parameters() if is_sharded(p)]
     names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]

@@ -39,7 +39,7 @@ class SwiftMoEEngine:
     place        next placements from popularity; the same answer on every rank
     distribute   updated rows -> the experts' hosts in the next placements                       (all-to-all 2)
 
-    Construction is a collective: parameters of `Experts` become masters in place (rank 0's values). Run the module
+    Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
     through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
     group, or on one rank, the module stays a plain MoE and the engine keeps the books.
 
@@ -133,7 +133,7 @@ class SwiftMoEEngine:
             self.layers[0].handshake.call_dense(trains)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Let `optimizer` update masters at full speed, and every `step()` place and distribute. Returns it.
+        """Let `optimizer` update sharded parameters at full speed, and every `step()` place and distribute. Returns it.
 
         Raises ValueError when it holds parameters from before the engine or before `data_parallel()` cut them, or
         its update is not elementwise.
@@ -178,7 +178,7 @@ class SwiftMoEEngine:
             yield
 
     def collect(self) -> None:
-        """Phase 1: the gradients that wait in the slots -> `.grad` of the masters, averaged over ranks. A collective.
+        """Phase 1: the gradients that wait in the slots -> the parameters' `.grad`, averaged over ranks. A collective.
 
         Runs by itself at the end of backward.
         """
@@ -201,7 +201,7 @@ class SwiftMoEEngine:
         return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
-        """Phase 4: begin to send the masters' rows to their hosts; each layer's next forward waits for its own."""
+        """Phase 4: begin to send the parameters' rows to their hosts; each layer's next forward waits for its own."""
         for t in states:
             if t.sharded is None:
                 continue
@@ -212,7 +212,7 @@ class SwiftMoEEngine:
                 t.sharded.distribute(placements.get(t.index, t.sharded.placement))
 
     def mark_stale(self) -> None:
-        """Say that masters were written behind the engine's back (by EMA, or by hand): the next forward of each
+        """Say that parameters were written behind the engine's back (by EMA, or by hand): the next forward of each
         layer fetches its slots again. Call it on all ranks."""
         for layer in self.layers:
             layer.stale = True

@@ -1,4 +1,4 @@
-"""The dense part of a module, cut over the ranks by FSDP2 (`fully_shard`), on the mesh of the experts' masters."""
+"""The dense part of a module, cut over the ranks by FSDP2 (`fully_shard`), on the mesh of the experts' parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FullyShardedDense:
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
     def _shard(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
-        masters = {p for p in module.parameters() if is_sharded(p)}
+        parameters = {p for p in module.parameters() if is_sharded(p)}
         dense = [p for p in module.parameters() if not is_sharded(p)]
         for tensor in [*dense, *module.buffers()]:
             dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
@@ -48,7 +48,7 @@ class FullyShardedDense:
         doubles = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if doubles else wire_dtype)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:
-            fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=masters)
+            fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=parameters)
         # Evaluation may gather before the first forward, which would do this.
         _state_of(module)._lazy_init()
         for part in module.modules():

@@ -27,8 +27,8 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scale all gradients so that their total norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
-    Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows. A
-    collective when there are masters. Returns [] the norm before clipping, equal on all ranks.
+    Dense gradients are equal on all ranks and count once; of a sharded gradient each rank counts its rows. A
+    collective when there are sharded parameters. Returns [] the norm before clipping, equal on all ranks.
     """
     _check_limit("max_norm", max_norm)
     gradients = list(parameters)
@@ -43,7 +43,7 @@ def clip_grad_norm(
 def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, norm_type: float = 2.0) -> Tensor:
     """[] float32 or wider: the total norm of all gradients, equal on all ranks. A collective when there is a group.
 
-    Dense gradients are equal on all ranks and count once; of a master's gradient each rank counts its rows.
+    Dense gradients are equal on all ranks and count once; of a sharded parameter's gradient each rank counts its rows.
     """
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Give real storage to what is left on the meta device once masters are made."""
+"""Give real storage to what is left on the meta device once sharded parameters are made."""
 
 from __future__ import annotations
 

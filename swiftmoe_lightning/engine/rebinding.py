@@ -1,4 +1,4 @@
-"""Optimizers that were made before the engine: their groups go on with the masters."""
+"""Optimizers that were made before the engine: their groups go on with the sharded parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) 
         for i, parameter in enumerate(group["params"]):
             if parameter not in names:
                 continue
-            master = now[names[parameter]]
-            group["params"][i] = master
-            if master is not parameter and parameter in optimizer.state:
-                optimizer.state[master] = optimizer.state.pop(parameter)
+            sharded = now[names[parameter]]
+            group["params"][i] = sharded
+            if sharded is not parameter and parameter in optimizer.state:
+                optimizer.state[sharded] = optimizer.state.pop(parameter)

@@ -1,4 +1,4 @@
-"""One MoE layer whose experts are spread over the ranks: its masters, its slots, and its side of a forward.
+"""One MoE layer whose experts are spread over the ranks: its sharded parameters, its slots, and its side of a forward.
 
 W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 """
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 class ShardedLayer(ExpertParallelContext):
-    """An `Experts` module under an engine: registered parameters become masters, forward uses slots.
+    """An `Experts` module under an engine: registered parameters become sharded parameters, forward uses slots.
 
-    `stale` is True while the slots may differ from the masters (at first, after a load, after a write behind our
+    `stale` is True while the slots may differ from the parameters (at first, after a load, after a write behind our
     back); the next forward then fetches them, on all ranks if on any.
     """
 
@@ -100,9 +100,9 @@ class ShardedLayer(ExpertParallelContext):
         return rows.counts_WE(len(counts_E))
 
     def weights(self) -> Mapping[str, Tensor]:
-        # Freezing, toggling and fine-tuning schedules flip requires_grad on the masters alone.
-        for name, master in self.experts.expert_parameters().items():
-            self.slots.weights[name].requires_grad_(master.requires_grad)
+        # Freezing, toggling and fine-tuning schedules flip requires_grad on the sharded parameters alone.
+        for name, sharded in self.experts.expert_parameters().items():
+            self.slots.weights[name].requires_grad_(sharded.requires_grad)
         return self.slots.weights
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
@@ -112,7 +112,7 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
-        """Begin to send the masters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
+        """Begin to send the parameters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
         stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # Who was frozen between backward and step still has a gradient, and was updated.
         if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
@@ -129,17 +129,17 @@ class ShardedLayer(ExpertParallelContext):
         self.collector.on_backward(self)
 
     def announce_gradients(self) -> None:
-        """Put stand-ins in `.grad` of the masters before backward adds to the slots."""
+        """Put stand-ins in `.grad` of the sharded parameters before backward adds to the slots."""
         self.drop_discarded()
-        for name, master in self.experts.expert_parameters().items():
-            if master.requires_grad and name not in self._stand_ins:
-                self._stand_ins[name] = StandIn(master)
+        for name, sharded in self.experts.expert_parameters().items():
+            if sharded.requires_grad and name not in self._stand_ins:
+                self._stand_ins[name] = StandIn(sharded)
 
     def drop_discarded(self) -> None:
         """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
-        masters = self.experts.expert_parameters()
+        parameters = self.experts.expert_parameters()
         for name, stand_in in list(self._stand_ins.items()):
-            if stand_in.was_discarded(masters[name]):
+            if stand_in.was_discarded(parameters[name]):
                 self._stand_ins.pop(name).release()
                 self.slots.weights[name].grad = None
 
@@ -159,17 +159,17 @@ class ShardedLayer(ExpertParallelContext):
 
     @torch.no_grad()
     def add_to_master_gradients(self, collection: PendingCollection) -> None:
-        """Wait for the collected rows and add them to `.grad` of the masters, past the hooks of their owners."""
-        masters = self.experts.expert_parameters()
-        shards = {name: local_shard(masters[name]) for name in collection.names}
+        """Wait for the collected rows and add them to `.grad` of the parameters, past the hooks of their owners."""
+        parameters = self.experts.expert_parameters()
+        shards = {name: local_shard(parameters[name]) for name in collection.names}
         for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
             self._stand_ins.pop(name, None)
             # Contiguous, too: fused kernels do not look at strides.
-            accumulate_gradient(masters[name], total.to(shards[name]))
+            accumulate_gradient(parameters[name], total.to(shards[name]))
 
 
 def collect_gradients(layers: list[ShardedLayer]) -> None:
-    """The gradients in these layers' slots -> `.grad` of their masters. A collective."""
+    """The gradients in these layers' slots -> `.grad` of their sharded parameters. A collective."""
     under_way = None
     # One layer ahead: the next exchange is on the wire while this one's rows are summed.
     for layer in sorted(layers, key=lambda layer: layer.index):
@@ -181,25 +181,25 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
         under_way[0].add_to_master_gradients(under_way[1])
 
 
-def accumulate_gradient(master: nn.Parameter, shard: Tensor) -> None:
+def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
     """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf: tensor hooks first, which may replace
     the gradient, then the sum, then hooks that want the sum."""
-    gradient: Tensor = sharded_like(shard, master)
-    for hook in (master._backward_hooks or {}).values():
+    gradient: Tensor = sharded_like(shard, sharded)
+    for hook in (sharded._backward_hooks or {}).values():
         replaced = hook(gradient)
         gradient = gradient if replaced is None else replaced
-    if has_gradient(master):
-        assert master.grad is not None
-        local_shard(master.grad).add_(local_shard(gradient))
+    if has_gradient(sharded):
+        assert sharded.grad is not None
+        local_shard(sharded.grad).add_(local_shard(gradient))
     else:
-        master.grad = gradient
-    for hook in (getattr(master, "_post_accumulate_grad_hooks", None) or {}).values():
-        hook(master)
+        sharded.grad = gradient
+    for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(sharded)
 
 
 @torch.no_grad()
 def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
-    """Replace the module's parameters by masters, in place; masters stay as they are. A collective.
+    """Shard the module's parameters, in place; those that are sharded stay as they are. A collective.
 
     Rank 0's values win, as in DDP. Meta parameters are never made whole: each rank draws its own rows, with the
     values that `reset_parameters` would have given them.
@@ -213,10 +213,10 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
             shape = (parameter.shape[0], last - first, *parameter.shape[2:])
             local = torch.empty(shape, dtype=parameter.dtype, device=device)
             experts.initialize_rows(name, local, first, seed)
-            master = sharded_from_local(local, parameter.shape, group)
+            sharded = sharded_from_local(local, parameter.shape, group)
         else:
-            master = shard_from_rank_zero(parameter.to(device), group)
-        spread = nn.Parameter(master, requires_grad=parameter.requires_grad)
+            sharded = shard_from_rank_zero(parameter.to(device), group)
+        spread = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             setattr(spread, kind, getattr(parameter, kind, None))
         experts.register_parameter(name, spread)

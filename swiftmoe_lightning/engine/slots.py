@@ -1,4 +1,4 @@
-"""One layer's working weights on this rank, and the two exchanges that tie them to the masters.
+"""One layer's working weights on this rank, and the two exchanges that tie them to the sharded parameters.
 
     host side      [W destinations or sources] x [d hosted experts x the other rank's rows]
     owner side     [D hosted pairs, by (rank, expert)] x [this rank's rows]
@@ -23,21 +23,21 @@ class ExpertSlots:
 
     Their shape never changes: slots of one rank that hold the same expert share its row, and the rest is unused.
 
-    masters: gives name -> master [E, rows, ...] as they are now (dtype and device of a module may change).
-    param_dtype: dtype of the slots; None means the masters'. wire_dtype: dtype of gradients under way,
+    parameters: gives name -> sharded [E, rows, ...] as they are now (dtype and device of a module may change).
+    param_dtype: dtype of the slots; None means the sharded parameters'. wire_dtype: dtype of gradients under way,
         float64 ones excepted.
     """
 
     def __init__(
         self,
-        masters: Callable[[], Mapping[str, Tensor]],
+        parameters: Callable[[], Mapping[str, Tensor]],
         group: ExpertGroup,
         placement: Placement,
         device: torch.device,
         param_dtype: torch.dtype | None,
         wire_dtype: torch.dtype,
     ) -> None:
-        self._masters, self._group, self._device = masters, group, device
+        self._parameters, self._group, self._device = parameters, group, device
         self._param_dtype, self._wire_dtype = param_dtype, wire_dtype
         self.placement = placement
         self.weights: dict[str, Tensor] = {}
@@ -49,15 +49,15 @@ class ExpertSlots:
     def start_distribution(self, placement: Placement) -> None:
         """Begin to send this rank's rows of every expert to the experts' hosts in `placement`."""
         self.move_to(placement)
-        masters = self._masters()
-        self._sent_versions = _versions(masters)
-        self._match_slots(masters)
+        parameters = self._parameters()
+        self._sent_versions = _versions(parameters)
+        self._match_slots(parameters)
         dtype = next(iter(self.weights.values())).dtype
         # Every expert's rows once to the device and dtype they travel in; then once for each of its hosts.
-        rows_Ec = torch.cat([local_shard(m).flatten(1) for m in masters.values()], dim=1).to(self._device, dtype)
+        rows_Ec = torch.cat([local_shard(m).flatten(1) for m in parameters.values()], dim=1).to(self._device, dtype)
         expert_D = torch.from_numpy(placement.pair_expert_D).to(self._device)
         send = rows_Ec.index_select(0, expert_D).flatten()
-        plan = plan_distribution(placement, _row_elements(masters))
+        plan = plan_distribution(placement, _row_elements(parameters))
         rank = self._group.rank
         self._distribution = self._group.start_weight_exchange(send, plan.send_splits(rank), plan.receive_splits(rank))
         self.distribution_bytes += self._distribution.bytes_sent
@@ -84,8 +84,8 @@ class ExpertSlots:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether masters were written in place since they were last sent. Writes through `.data` do not show."""
-        return self._sent_versions != _versions(self._masters())
+        """Whether parameters were written in place since they were last sent. However they were written."""
+        return self._sent_versions != _versions(self._parameters())
 
     @property
     def has_gradients(self) -> bool:
@@ -134,17 +134,17 @@ class ExpertSlots:
                     own = slot[:num_local, first:last].unflatten(1, (len(peers), rows[name])).transpose(0, 1)
                     yield part.unflatten(2, own.shape[2:]), own
 
-    def _match_slots(self, masters: Mapping[str, Tensor]) -> None:
-        """Make the slots anew when the masters' dtype or sizes no longer fit them."""
-        for name, master in masters.items():
-            dtype = self._param_dtype or master.dtype
-            shape = (self.placement.slots_per_rank, *master.shape[1:])
+    def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
+        """Make the slots anew when the sharded parameters' dtype or sizes no longer fit them."""
+        for name, sharded in parameters.items():
+            dtype = self._param_dtype or sharded.dtype
+            shape = (self.placement.slots_per_rank, *sharded.shape[1:])
             slot = self.weights.get(name)
             if slot is None or slot.dtype != dtype or slot.shape != shape:
                 # Never an inference tensor, even when the first forward is a validation's.
                 with torch.inference_mode(False):
                     self.weights[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-            self.weights[name].requires_grad_(master.requires_grad)
+            self.weights[name].requires_grad_(sharded.requires_grad)
 
 
 class PendingCollection:
@@ -178,9 +178,9 @@ class PendingCollection:
         return totals
 
 
-def _versions(masters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     """Counts of writes: an operation on a DTensor counts on it alone, one on its shard on the shard."""
-    return [(m._version, local_shard(m)._version) for m in masters.values()]
+    return [(m._version, local_shard(m)._version) for m in parameters.values()]
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:

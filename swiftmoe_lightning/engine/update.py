@@ -1,7 +1,7 @@
 """The update runs on plain local shards, at the speed of plain tensors, and is saved as whole experts.
 
 Stock optimizers are slow or fail on lists that mix Tensor and DTensor (foreach, fused, the for-loop fallback). So
-while `optimizer.step()` updates, its groups hold this rank's shards; before and after they hold the masters.
+while `optimizer.step()` updates, its groups hold this rank's shards; before and after they hold the sharded parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swiftmoe_lightning.engine.waiting import has_gradient
 
 
 class ShardedUpdate:
-    """Hooks on one optimizer that swap masters for shards around the update and at its checkpoints.
+    """Hooks on one optimizer that swap sharded parameters for shards around the update and at its checkpoints.
 
     name_of: the parameter's name, for messages. after_step: called after every real or skipped `optimizer.step()`.
 
@@ -49,17 +49,17 @@ class ShardedUpdate:
         optimizer = self.optimizer
         added, self._num_groups = optimizer.param_groups[self._num_groups :], len(optimizer.param_groups)
         for param_group in added:
-            masters = [p for p in param_group["params"] if is_sharded(p)]
-            if masters:
-                check_elementwise(optimizer, param_group, masters[0])
-            for master in masters:
-                # What some optimizers (Adagrad) allocate where they are made is as large as the masters.
-                state = optimizer.state.get(master, {})
-                state.update({key: self._shard_value(master, key, v) for key, v in state.items()})
+            parameters = [p for p in param_group["params"] if is_sharded(p)]
+            if parameters:
+                check_elementwise(optimizer, param_group, parameters[0])
+            for sharded in parameters:
+                # What some optimizers (Adagrad) allocate where they are made is as large as the sharded parameters.
+                state = optimizer.state.get(sharded, {})
+                state.update({key: self._shard_value(sharded, key, v) for key, v in state.items()})
 
     @contextmanager
     def on_shards(self) -> Iterator[None]:
-        """The optimizer's groups hold shards, with gradients and state, inside; masters outside."""
+        """The optimizer's groups hold shards, with gradients and state, inside; sharded parameters outside."""
         self._put_in_shards()
         try:
             yield
@@ -67,7 +67,7 @@ class ShardedUpdate:
             self._take_out_shards()
 
     def _before_update(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Swap after the closure, not before: forward, backward and clipping inside it need the masters."""
+        """Swap after the closure, not before: forward, backward and clipping inside it need the sharded parameters."""
         self._take_in_groups()
         self._take_out_shards()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -91,25 +91,25 @@ class ShardedUpdate:
     def _put_in_shards(self) -> None:
         state = self.optimizer.state
         for param_group in self.optimizer.param_groups:
-            for i, master in enumerate(param_group["params"]):
-                if not is_sharded(master):
+            for i, sharded in enumerate(param_group["params"]):
+                if not is_sharded(sharded):
                     continue
-                shard = nn.Parameter(local_shard(master), requires_grad=master.requires_grad)
-                if has_gradient(master):
-                    assert master.grad is not None
-                    shard.grad = local_shard(master.grad)
+                shard = nn.Parameter(local_shard(sharded), requires_grad=sharded.requires_grad)
+                if has_gradient(sharded):
+                    assert sharded.grad is not None
+                    shard.grad = local_shard(sharded.grad)
                 param_group["params"][i] = shard
-                self._swapped.append((param_group, i, master))
-                if master in state:
-                    state[shard] = state.pop(master)
+                self._swapped.append((param_group, i, sharded))
+                if sharded in state:
+                    state[shard] = state.pop(sharded)
 
     def _take_out_shards(self) -> None:
         state = self.optimizer.state
-        for param_group, i, master in self._swapped:
+        for param_group, i, sharded in self._swapped:
             shard = param_group["params"][i]
-            param_group["params"][i] = master
+            param_group["params"][i] = sharded
             if shard in state:
-                state[master] = state.pop(shard)
+                state[sharded] = state.pop(shard)
         self._swapped.clear()
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -117,16 +117,16 @@ class ShardedUpdate:
         return [p for param_group in self.optimizer.param_groups for p in param_group["params"]]
 
     def _wrap_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Local state -> DTensors beside the masters, so that savers see whole experts."""
+        """Local state -> DTensors beside the sharded parameters, so that savers see whole experts."""
         parameters = self._parameters()
         state = {}
         for index, values in state_dict["state"].items():
-            master = parameters[index]
+            sharded = parameters[index]
             state[index] = values
-            if is_sharded(master):
-                local = local_shard(master).shape
+            if is_sharded(sharded):
+                local = local_shard(sharded).shape
                 state[index] = {
-                    key: sharded_like(v, master)
+                    key: sharded_like(v, sharded)
                     if isinstance(v, Tensor) and v.shape == local and not is_sharded(v)
                     else v
                     for key, v in values.items()
@@ -139,44 +139,46 @@ class ShardedUpdate:
         As torch does, it goes by position in the groups: keys may be numbers or names.
         """
         saved_keys = [key for param_group in state_dict["param_groups"] for key in param_group["params"]]
-        masters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_sharded(p)}
+        parameters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_sharded(p)}
         state = {
-            key: {k: self._shard_value(masters[key], k, v) for k, v in values.items()} if key in masters else values
+            key: {k: self._shard_value(parameters[key], k, v) for k, v in values.items()}
+            if key in parameters
+            else values
             for key, values in state_dict["state"].items()
         }
         return {**state_dict, "state": state}
 
-    def _shard_value(self, master: nn.Parameter, key: str, value: Any) -> Any:
+    def _shard_value(self, sharded: nn.Parameter, key: str, value: Any) -> Any:
         value = local_shard(value) if isinstance(value, Tensor) else value
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        if value.shape == master.shape:
-            return local_part(value, master).clone()
-        if value.shape != local_shard(master).shape:
+        if value.shape == sharded.shape:
+            return local_part(value, sharded).clone()
+        if value.shape != local_shard(sharded).shape:
             raise ValueError(
-                f"optimizer state {key!r} of {self._name_of(master)!r} has shape {list(value.shape)} in the "
-                f"checkpoint, and the parameter has {list(master.shape)}: it belongs to another model. Build the "
+                f"optimizer state {key!r} of {self._name_of(sharded)!r} has shape {list(value.shape)} in the "
+                f"checkpoint, and the parameter has {list(sharded.shape)}: it belongs to another model. Build the "
                 "model with the checkpoint's num_experts, dim and hidden_dim."
             )
         return value
 
 
-def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], master: nn.Parameter) -> None:
+def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter) -> None:
     """Raise ValueError unless updating a tensor in two pieces gives what updating it whole does.
 
     The optimizer's own class and settings run two steps on a small tensor and on its pieces, on the device and in
-    the dtype of `master`'s shard: this judges optimizers that we have never heard of, too.
+    the dtype of `sharded`'s shard: this judges optimizers that we have never heard of, too.
     """
     name = type(optimizer).__name__
     fix = (
         "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks; "
         "others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
     )
-    like = local_shard(master)
+    like = local_shard(sharded)
     whole = torch.linspace(-1, 1, 24, dtype=like.dtype, device=like.device).view(2, 3, 4)
     try:
         together, *apart = (
-            _try_steps(optimizer, param_group, master, start) for start in (whole, whole[:, :1], whole[:, 1:])
+            _try_steps(optimizer, param_group, sharded, start) for start in (whole, whole[:, :1], whole[:, 1:])
         )
     except Exception as error:
         raise ValueError(
@@ -190,8 +192,8 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], master:
         )
 
 
-def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], master: nn.Parameter, start: Tensor) -> Tensor:
-    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`, as if it were `master`."""
+def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter, start: Tensor) -> Tensor:
+    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`, as if it were `sharded`."""
     stand_in = object.__new__(type(optimizer))
     stand_in.__dict__.update(optimizer.__dict__)
     parameter = nn.Parameter(start.detach().clone())
@@ -200,10 +202,10 @@ def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], master: nn.Par
         # A warm-up may start at zero, where every optimizer looks elementwise.
         settings["lr"] = 0.1
     # Some allocate their state where they are made, and look for it in their step: Adagrad of torch 2.11.
-    shapes = (master.shape, local_shard(master).shape)
+    shapes = (sharded.shape, local_shard(sharded).shape)
     found = {
         key: torch.ones_like(parameter) if isinstance(value, Tensor) and value.shape in shapes else copy.deepcopy(value)
-        for key, value in optimizer.state.get(master, {}).items()
+        for key, value in optimizer.state.get(sharded, {}).items()
     }
     stand_in.__dict__.update(
         param_groups=[{**settings, "params": [parameter]}],

@@ -1,8 +1,8 @@
-"""Gradients that wait in the slots, as the user's API sees them: through `.grad` of the masters.
+"""Gradients that wait in the slots, as the user's API sees them: through `.grad` of the sharded parameters.
 
 Between a backward without synchronisation (accumulation), or one that an exception ended, and the collection, a
 layer's gradients are in its slots, which nobody outside sees. `zero_grad()` and `p.grad = None` must discard them all
-the same. So a stand-in waits in `.grad` of each master, and what became of it says what to do.
+the same. So a stand-in waits in `.grad` of each sharded parameter, and what became of it says what to do.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _MARK: Final = "_swiftmoe_stand_in"
 
 
 class StandIn:
-    """What stands in `.grad` of `master` while its gradient waits in the slots: the gradient that was there, or one of
+    """What stands in `.grad` of `sharded` while its gradient waits in the slots: the gradient that was there, or one of
     zeros with a trace of life, which scaling keeps and zeroing does not."""
 
-    def __init__(self, master: nn.Parameter) -> None:
-        if master.grad is None:
-            shard = torch.zeros_like(local_shard(master))
+    def __init__(self, sharded: nn.Parameter) -> None:
+        if sharded.grad is None:
+            shard = torch.zeros_like(local_shard(sharded))
             shard.view(-1)[:1] = max(torch.finfo(shard.dtype).tiny, 2.0**-100)
-            master.grad = sharded_like(shard, master)
-            setattr(master.grad, _MARK, self)
-        self._gradient = master.grad
+            sharded.grad = sharded_like(shard, sharded)
+            setattr(sharded.grad, _MARK, self)
+        self._gradient = sharded.grad
         self._versions = _versions(self._gradient)
 
-    def was_discarded(self, master: nn.Parameter) -> bool:
+    def was_discarded(self, sharded: nn.Parameter) -> bool:
         """Whether the user has zeroed it or taken it away."""
-        return master.grad is None or self.was_zeroed(master.grad)
+        return sharded.grad is None or self.was_zeroed(sharded.grad)
 
     def release(self) -> None:
         """Let what stood in be a gradient like any other, as its owner wrote it."""

@@ -121,7 +121,7 @@ class SwiftMoETrainer(Trainer):
         return data_parallel(self.accelerator, self.engine, wrapped)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
-        # Accelerate's own clipping then takes masters and plain tensors together. The Trainer's, for those that cannot
+        # Accelerate's own clipping then takes DTensors and plain tensors together. The Trainer's, for those that cannot
         # be mixed, does not undo a loss scale.
         return False
 

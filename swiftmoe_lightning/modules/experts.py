@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
     Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`, and with `bias=True`
     `..._bias [E, 2F or F]`, `down_proj_bias [E, D]`. On one device this is a plain MoE. Under an engine the same
-    names are masters, cut by rows over the ranks, and forward computes with the slots of this rank.
+    names are sharded parameters, cut by rows over the ranks, and forward computes with the slots of this rank.
 
     capacity: None computes every choice.
 
@@ -110,7 +110,7 @@ class Experts(nn.Module):
         return any(p.is_meta for p in self.parameters())
 
     def expert_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Name -> parameter [E, rows, ...]; on masters the global tensors."""
+        """Name -> parameter [E, rows, ...]; on sharded parameters the global tensors."""
         return dict(self.named_parameters(recurse=False))
 
     def load_cursor(self) -> LoadCursor:

@@ -167,8 +167,8 @@ def plan_dispatch(
     counts_WE: [W, E] int64, assignments of each rank for each expert.
     split: "uniform" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
         [0, load): overlaps say who sends what. "local_first" takes the same parts, but first lets every rank serve
-        itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the same with parts that
-        make the loads of all ranks as even as the placement allows.
+        itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the same with parts
+        that make the loads of all ranks as even as the placement allows.
     capacity: None drops nothing.
     """
     check_choice("token_split", split, TOKEN_SPLITS)

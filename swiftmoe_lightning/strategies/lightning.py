@@ -93,7 +93,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        # Before the setup hooks: callbacks that copy the module there (EMA) then copy masters.
+        # Before the setup hooks: callbacks that copy the module there (EMA) then copy sharded parameters.
         self._attach()
 
     @override
@@ -107,7 +107,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     @override
     def model_to_device(self) -> None:
         super().model_to_device()
-        # Again: configure_model may have added layers, and the precision plugin may have cast masters.
+        # Again: configure_model may have added layers, and the precision plugin may have cast sharded parameters.
         self._attach()
 
     @override
@@ -194,7 +194,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         return self.lightning_module
 
     def _enter(self, evaluating: bool) -> None:
-        """EMA and the like write masters between training and evaluation: slots are fetched again at each change."""
+        """EMA and the like write parameters between training and evaluation: slots are fetched again at each change."""
         if self._evaluating is not None and self._evaluating != evaluating:
             self.engine.mark_stale()
         if self.engine.dense is not None:
@@ -270,7 +270,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         if self._engine is None or self._engine.group is None:
             super().teardown()
             return
-        # As ModelParallelStrategy: masters stay on their mesh's device, or they could not be gathered after fit.
+        # As ModelParallelStrategy: parameters stay on their mesh's device, or they could not be gathered after fit.
         if self._layer_sync and self.model is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
             self._layer_sync.revert(self._module)
         self.model = self._module

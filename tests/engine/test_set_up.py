@@ -194,7 +194,7 @@ def test_a_rank_that_died_is_an_error_on_the_others_that_points_there() -> None:
 
 
 def copied() -> tuple[Tensor, Tensor]:
-    """A deep copy under an engine holds masters, and loads and gathers like the original."""
+    """A deep copy under an engine holds sharded parameters, and loads and gathers like the original."""
     torch.manual_seed(0)
     model = sml.MoE(DIM, 4, E)
     engine = sml.SwiftMoEEngine(model)
@@ -209,7 +209,7 @@ def copied() -> tuple[Tensor, Tensor]:
     return out.detach(), engine.full_state_dict()["experts.down_proj"]
 
 
-def test_copies_hold_masters_and_their_whole_state_loads_back() -> None:
+def test_copies_hold_shards_and_their_whole_state_loads_back() -> None:
     torch.manual_seed(0)
     model = sml.MoE(DIM, 4, E)
     with torch.no_grad():

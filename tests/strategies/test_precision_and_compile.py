@@ -65,23 +65,23 @@ def test_16_mixed_scales_and_skips_as_under_ddp() -> None:
 
 
 def dtypes(precision: str) -> dict[str, torch.dtype]:
-    """Dtypes of masters, slots, wire and optimizer state after a step."""
+    """Dtypes of parameters, slots, wire and optimizer state after a step."""
     model = Cast()
     runner = trainer(2, precision=precision, max_steps=1, max_epochs=-1)
     runner.fit(model, loader(2), loader(2, GLOBAL_BATCH))
     (layer,) = runner.strategy.engine.layers  # type: ignore[attr-defined]
     state = next(iter(runner.optimizers[0].state.values()))
     return {
-        "masters": model.moe.experts.down_proj.dtype,
+        "parameters": model.moe.experts.down_proj.dtype,
         "slots": layer.slots.weights["down_proj"].dtype,
         "state": state["momentum_buffer"].dtype,
     }
 
 
-def test_mixed_precision_keeps_masters_in_full_and_true_precision_does_not() -> None:
+def test_mixed_precision_keeps_parameters_in_full_and_true_precision_does_not() -> None:
     full, half = torch.float32, torch.bfloat16
-    assert run_ranks(dtypes, 2, "bf16-mixed", init=False)[0] == {"masters": full, "slots": full, "state": full}
-    assert run_ranks(dtypes, 2, "bf16-true", init=False)[0] == {"masters": half, "slots": half, "state": half}
+    assert run_ranks(dtypes, 2, "bf16-mixed", init=False)[0] == {"parameters": full, "slots": full, "state": full}
+    assert run_ranks(dtypes, 2, "bf16-true", init=False)[0] == {"parameters": half, "slots": half, "state": half}
 
 
 def train_with_half_slots() -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def train_with_half_slots() -> dict[str, Tensor]:
     return engine.full_state_dict()
 
 
-def test_slots_and_wire_may_be_narrower_than_the_masters() -> None:
+def test_slots_and_wire_may_be_narrower_than_the_parameters() -> None:
     torch.manual_seed(0)
     model = sml.MoE(8, 16, 4)
     start = {name: value.clone() for name, value in model.state_dict().items()}
