@@ -106,7 +106,7 @@ ROWS: Final = (
         ("engine/test_set_up: adapter", "huggingface/test_convert: adapters"),
     ),
     Row(
-        "Quantised experts",
+        "Quantized experts",
         "refused",
         "keep them in float32, bfloat16 or float16",
         ("engine/test_set_up: quantized", "huggingface/test_convert: named"),

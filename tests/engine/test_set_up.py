@@ -258,7 +258,7 @@ def quantize_experts(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "named"), [("int8", "int8"), ("float8", "float8_e4m3fn"), ("tensor", "Scaled")])
-def test_quantised_experts_are_refused_with_the_fix(kind: str, named: str) -> None:
+def test_quantized_experts_are_refused_with_the_fix(kind: str, named: str) -> None:
     for error in rank_errors(quantize_experts, 2, kind):
         assert f"gate_up_proj of the experts '1.experts' is quantized ({named}" in error.replace("torch.", "")
         assert "leave them out of quantization" in error

@@ -23,7 +23,7 @@ def router(**options: Any) -> sml.TopKRouter:
 X_TD = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_picks_the_k_best_scores_and_renormalises_them() -> None:
+def test_it_picks_the_k_best_scores_and_renormalizes_them() -> None:
     made = router()
     out = made(X_TD)
     for x, ids, weights in zip(X_TD, out.expert_ids_TK.tolist(), out.weights_TK, strict=True):
@@ -33,7 +33,7 @@ def test_it_picks_the_k_best_scores_and_renormalises_them() -> None:
         torch.testing.assert_close(weights, scores[ids] / scores[ids].sum())
 
 
-def test_without_renormalising_weights_are_the_scores() -> None:
+def test_without_renormalizing_weights_are_the_scores() -> None:
     out = router(renormalize=False)(X_TD)
     torch.testing.assert_close(out.weights_TK, out.logits_TE.softmax(1).gather(1, out.expert_ids_TK))
     assert (out.weights_TK.sum(1) < 1).all()
