@@ -198,8 +198,8 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 
 
 def _load_models(models: list[nn.Module], folder: Path) -> None:
-    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, which DTensors do
-    not show. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
+    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, and DTensors do
+    not show any. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
     found = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
     if not found:
         return
