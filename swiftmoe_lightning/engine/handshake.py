@@ -1,13 +1,13 @@
 """Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
 
-W ranks, E experts. A row is [layer, _DENSE, _EPOCH or _DONE, training, dtype, stale, finite, stop, updates] and then
-[E] counts, padded to the widest layer, so that a rank which has left its evaluation loop can answer without knowing
-which layer others are in.
+W ranks, E experts. A rank sends one row of whole numbers: a `Header`, and then [E] counts, padded to the widest layer,
+so that a rank which has left its evaluation loop can answer without knowing which layer others are in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Final
 
 import numpy as np
@@ -17,16 +17,41 @@ from torch import Tensor
 from swiftmoe_lightning.distributed import ExpertGroup
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
-_HEADER: Final = 7
-_DONE: Final = -1
-_DENSE: Final = -2
-_EPOCH: Final = -3
 _SAME_STEPS: Final = (
     "every rank must run the same MoE layers in the same order, as many times, in evaluation and in hooks, too (no "
     "forward under `if rank == 0:`): give all ranks equally many training batches (drop_last=True, or "
     "limit_train_batches)."
 )
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Header(IntEnum):
+    """What stands where in front of a row's counts.
+
+    CALL: the index of the layer that is about to run, or a `Call`. TRAINS: whether gradients are wanted.
+    DTYPE: of the rows to come, as an index of `DTYPES`. STALE: whether this rank's slots must be filled again.
+    FINITE: whether the router's scores are. STOP: whether this rank wants to stop. UPDATES: optimizer steps made.
+    """
+
+    CALL = 0
+    TRAINS = 1
+    DTYPE = 2
+    STALE = 3
+    FINITE = 4
+    STOP = 5
+    UPDATES = 6
+
+
+class Call(IntEnum):
+    """What a rank does instead of running a layer.
+
+    DONE: it has no more batches to evaluate. DENSE: it gathers the weights of the dense part. EPOCH: it begins to train
+    an epoch.
+    """
+
+    DONE = -1
+    DENSE = -2
+    EPOCH = -3
 
 
 class ForwardHandshake:
@@ -51,31 +76,33 @@ class ForwardHandshake:
         Raises RuntimeError when ranks are in different calls or have made different numbers of optimizer steps,
         FloatingPointError for non-finite scores; on all ranks.
         """
-        head = [layer, int(torch.is_grad_enabled()), DTYPES.index(dtype), int(stale)]
-        padding = counts_E.new_zeros(self._max_experts - len(counts_E))
-        flags = [scores_finite.view(1).to(torch.int64), counts_E.new_tensor([int(self.wants_stop), self.num_updates])]
-        row = torch.cat([counts_E.new_tensor(head), *flags, counts_E, padding])
+        header = torch.zeros(len(Header), dtype=torch.int64, device=counts_E.device)
+        header[: Header.STALE + 1] = torch.tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
+        header[Header.FINITE] = scores_finite
+        header[Header.STOP :] = torch.tensor([self.wants_stop, self.num_updates])
+        row = torch.cat([header, counts_E, counts_E.new_zeros(self._max_experts - len(counts_E))])
         return self._gather(row)
 
     def done(self) -> HandshakeRows:
         """Say that this rank has no more batches, and hear what the others are about to do."""
-        return self._gather(self._row_without_counts(_DONE, trains=False))
+        return self._gather(self._row_without_counts(Call.DONE, trains=False))
 
     def call_dense(self, trains: bool) -> None:
         """Say that this rank is about to gather the weights of the dense part. Raises RuntimeError as `call` does."""
-        self._gather(self._row_without_counts(_DENSE, trains))
+        self._gather(self._row_without_counts(Call.DENSE, trains))
 
     def begin_epoch(self, num_batches: int) -> list[int]:
         """Say that this rank begins to train that many batches. Returns what all say. Raises RuntimeError as `call`."""
-        row = self._row_without_counts(_EPOCH, trains=True)
-        row[_HEADER] = num_batches
-        told: list[int] = self._gather(row).table[:, _HEADER].tolist()
+        row = self._row_without_counts(Call.EPOCH, trains=True)
+        row[len(Header)] = num_batches
+        told: list[int] = self._gather(row).table[:, len(Header)].tolist()
         return told
 
-    def _row_without_counts(self, call: int, trains: bool) -> Tensor:
-        row = torch.zeros(_HEADER + self._max_experts, dtype=torch.int64, device=self._device)
-        row[:_HEADER] = torch.tensor([call, int(trains), 0, 0, 1, 0, self.num_updates])
-        return row
+    def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
+        row = torch.zeros(len(Header) + self._max_experts, dtype=torch.int64)
+        row[Header.CALL], row[Header.TRAINS], row[Header.FINITE] = call, trains, True
+        row[Header.UPDATES] = self.num_updates
+        return row.to(self._device)
 
     def _gather(self, row: Tensor) -> HandshakeRows:
         try:
@@ -90,61 +117,63 @@ class ForwardHandshake:
         return rows
 
     def _check(self, rows: HandshakeRows) -> None:
-        calls = {tuple(head) for head in rows.active[:, :3].tolist()}
+        calls = {tuple(head) for head in rows.active[:, : Header.DTYPE + 1].tolist()}
         has_left = len(rows.active) < len(rows.table)
-        if len(calls) > 1 or (has_left and any(training or call == _DENSE for call, training, _ in calls)):
+        if len(calls) > 1 or (has_left and any(training or call == Call.DENSE for call, training, _ in calls)):
             raise RuntimeError(
                 "ranks are in different forward passes: "
                 + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
                 + f"; {_SAME_STEPS}"
             )
-        updates_W = rows.table[:, 6].tolist()
+        updates_W = rows.table[:, Header.UPDATES].tolist()
         if len(set(updates_W)) > 1:
             raise RuntimeError(
                 f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), "
                 "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
                 "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
             )
-        bad_ranks = np.flatnonzero(rows.table[:, 4] == 0).tolist()
+        bad_ranks = np.flatnonzero(rows.table[:, Header.FINITE] == 0).tolist()
         if bad_ranks:
             where = f"layer {self._names[rows.layer]!r} on rank{'s' * (len(bad_ranks) > 1)} {bad_ranks}"
             raise FloatingPointError(NON_FINITE_SCORES.format(where=where))
 
     def _describe(self, row: np.ndarray) -> str:
-        if row[0] == _DONE:
-            return "has no more batches"
-        verb = "trains" if row[1] else "evaluates"
-        if row[0] == _EPOCH:
-            return "begins a training epoch"
-        if row[0] == _DENSE:
-            return f"{verb} and gathers the dense weights"
-        return f"{verb} layer {self._names[row[0]]!r} in {DTYPES[row[2]]}"
+        verb = "trains" if row[Header.TRAINS] else "evaluates"
+        match row[Header.CALL]:
+            case Call.DONE:
+                return "has no more batches"
+            case Call.EPOCH:
+                return "begins a training epoch"
+            case Call.DENSE:
+                return f"{verb} and gathers the dense weights"
+            case layer:
+                return f"{verb} layer {self._names[layer]!r} in {DTYPES[row[Header.DTYPE]]}"
 
 
 class HandshakeRows:
-    """table: [W, header + E] int64, what every rank said."""
+    """What every rank said. table: [W, header + E] int64; active: the rows of those that are not done."""
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table
-        self.active = table[table[:, 0] != _DONE]
+        self.active = table[table[:, Header.CALL] != Call.DONE]
 
     @property
     def layer(self) -> int:
-        return int(self.active[0, 0])
+        return int(self.active[0, Header.CALL])
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[int(self.active[0, 2])]
+        return DTYPES[int(self.active[0, Header.DTYPE])]
 
     @property
     def any_stale(self) -> bool:
-        return bool(self.table[:, 3].any())
+        return bool(self.table[:, Header.STALE].any())
 
     @property
     def any_stop(self) -> bool:
         """Whether a rank wants to stop, and all are in training."""
-        return bool(self.table[:, 1].all() and self.table[:, 5].any())
+        return bool(self.table[:, Header.TRAINS].all() and self.table[:, Header.STOP].any())
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
         """[W, E] int64."""
-        return self.table[:, _HEADER : _HEADER + num_experts]
+        return self.table[:, len(Header) : len(Header) + num_experts]

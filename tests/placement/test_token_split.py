@@ -104,7 +104,7 @@ def test_capacity_factors_that_are_no_positive_number_are_refused(factor):
 
 
 def test_unknown_capacity_and_split_are_refused():
-    with pytest.raises(ValueError, match="capacity must be one of 'rank', 'slot', got 'expert'"):
+    with pytest.raises(ValueError, match="capacity_per must be one of 'rank', 'slot', got 'expert'"):
         Capacity(1.0, "expert")
     with pytest.raises(ValueError, match="token_split must be one of 'balanced', 'local_first', 'uniform', got 'best'"):
         plan_dispatch(COUNTS_WE, PLACEMENT, "best")
