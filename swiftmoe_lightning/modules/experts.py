@@ -18,7 +18,7 @@ from swiftmoe_lightning.distributed import first_row, local_shard
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
-from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, OnceInBackward, TrainedLoad
+from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
 from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
@@ -180,7 +180,7 @@ class Experts(nn.Module):
             # At every backward: one forward may have several (retain_graph=True), which train each time.
             out_TD.register_hook(lambda _: context.on_backward(placement))
         popularity_E = torch.from_numpy(load.popularity_E)
-        out_TD = OnceInBackward(on_backward).mark(out_TD)
+        out_TD = run_once_in_backward(out_TD, on_backward)
         return ExpertsOutput(out_TD, popularity_E, placement.world_size, _in_backward())
 
     def _run_alone(
@@ -205,7 +205,7 @@ class Experts(nn.Module):
         def on_backward() -> None:
             self.trained_load.add_on_device(order.counts_G, scores_finite)
 
-        return ExpertsOutput(OnceInBackward(on_backward).mark(out_TD), order.counts_G, 1, _in_backward())
+        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), order.counts_G, 1, _in_backward())
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""

@@ -62,23 +62,20 @@ class LoadCursor:
         return total - seen if total.load_W.shape == seen.load_W.shape else total
 
 
-class OnceInBackward:
-    """Calls `action` the first time that backward reaches `mark(out)`.
+def run_once_in_backward(out: Tensor, action: Callable[[], None]) -> Tensor:
+    """`out` itself, whose first backward calls `action`.
 
-    Activation checkpointing runs forward twice, and validation never runs backward: so what is counted here is
+    Activation checkpointing runs forward twice, and validation never runs backward: so what is counted in here is
     counted once for each trained assignment.
     """
+    has_run = False
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action: Callable[[], None] | None = action
-
-    def mark(self, out: Tensor) -> Tensor:
-        """`out` itself, with the action tied to its gradient."""
-        if out.requires_grad:
-            out.register_hook(self._run)
-        return out
-
-    def _run(self, _: Any) -> None:
-        action, self._action = self._action, None
-        if action is not None:
+    def run(_: Any) -> None:
+        nonlocal has_run
+        if not has_run:
+            has_run = True
             action()
+
+    if out.requires_grad:
+        out.register_hook(run)
+    return out
