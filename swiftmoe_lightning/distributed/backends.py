@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def available_backends() -> list[str]:
-    """Their names; none where torch is built without `torch.distributed`."""
+    """The backends' names; none where torch is built without `torch.distributed`."""
     if not dist.is_available():
         return []
     checks = {

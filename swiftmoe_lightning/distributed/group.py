@@ -24,9 +24,13 @@ AXIS: Final = "expert"
 class ExpertGroup:
     """All ranks of the default process group, as one mesh axis named "expert".
 
-    ranks_per_node: neighbouring ranks that share a node; None asks torchrun's LOCAL_WORLD_SIZE, else takes one node.
+    Args:
+        device_type: of the mesh, and so of the parameters that are cut over it.
+        ranks_per_node: neighbouring ranks that share a node; None asks torchrun's LOCAL_WORLD_SIZE, else takes one
+            node.
 
-    Raises RuntimeError when no process group is initialized.
+    Raises:
+        RuntimeError: when no process group is initialized.
     """
 
     def __init__(self, device_type: str, ranks_per_node: int | None = None) -> None:
@@ -42,7 +46,14 @@ class ExpertGroup:
         _leave_cleanly()
 
     def all_gather(self, row: Tensor) -> Tensor:
-        """[n] of each rank -> [W, n], on the device of `row`."""
+        """Gather every rank's `row`.
+
+        Args:
+            row: [n], equally long on all ranks.
+
+        Returns:
+            [W, n], on the device of `row`.
+        """
         rows = row.new_empty(self.world_size * len(row))
         # torch 2.13 renames the call and warns at the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,23 +61,37 @@ class ExpertGroup:
         return rows.view(self.world_size, -1)
 
     def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce `value` over the ranks, in place."""
+        """Reduce `value` over the ranks, in place, by a `torch.distributed.ReduceOp`. Returns it."""
         dist.all_reduce(value, op=op, group=self.process_group)
         return value
 
     def broadcast_int(self, value: int, device: torch.device) -> int:
-        """Rank 0's whole number, on every rank."""
+        """Rank 0's whole number `value`, on every rank. It travels from `device` to `device`."""
         box = torch.tensor(value, device=device)
         dist.broadcast(box, group=self.process_group, group_src=0)
         return int(box.item())
 
     def start_weight_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
-        """`start_all_to_all` in a line of its own: counts and tokens do not queue behind weights, and a rank that
-        exchanges weights alone is heard of in the next count."""
+        """`start_all_to_all` in a line of its own.
+
+        Counts and tokens do not queue behind weights, and a rank that exchanges weights alone is heard of in the next
+        count.
+
+        Args:
+            send: [R, ...]; nothing may touch it before `wait()`.
+            send_splits: for each rank, how much of dim 0 goes there.
+            receive_splits: for each rank, how much comes from there.
+        """
         return self._start(send, send_splits, receive_splits, self._weights_group)
 
     def start_all_to_all(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
-        """Begin to send the i-th split of `send` (along dim 0) to rank i. Nothing may touch `send` before `wait()`."""
+        """Begin to send the i-th split of `send` (along dim 0) to rank i.
+
+        Args:
+            send: [R, ...]; nothing may touch it before `wait()`.
+            send_splits: for each rank, how much of dim 0 goes there.
+            receive_splits: for each rank, how much comes from there.
+        """
         return self._start(send, send_splits, receive_splits, self.process_group)
 
     def _start(
@@ -79,12 +104,25 @@ class ExpertGroup:
         return PendingExchange(work, send, received, num_sent * row_bytes)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Rows to their ranks; differentiable. Forward: all-to-all. Backward: the gradient, all-to-all, back."""
+        """Rows to their ranks; differentiable. Forward: all-to-all. Backward: the gradient, all-to-all, back.
+
+        Args:
+            rows_RD: [R, D], in the order of the ranks they go to.
+            send_splits: for each rank, how many rows go there.
+            receive_splits: for each rank, how many come from there.
+
+        Returns:
+            [rows that came, D], in the order of the ranks they come from.
+        """
         return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits)
 
 
 class PendingExchange:
-    """An all-to-all under way. `bytes_sent` counts what leaves this rank."""
+    """An all-to-all under way.
+
+    Attributes:
+        bytes_sent: what leaves this rank.
+    """
 
     def __init__(self, work: Any, send: Tensor, received: Tensor, bytes_sent: int) -> None:
         self._work, self._send, self._received = work, send, received

@@ -17,7 +17,13 @@ _POLL_S: Final = 0.02
 def meet(what: str, *, warn_after_s: float = 20, patience_s: float = 600) -> None:
     """Wait until every rank is here, in the launcher's store instead of a collective.
 
-    Raises RuntimeError, naming the ranks that are missing, when patience is over; says so in the log much earlier.
+    Args:
+        what: the call that waits, for messages.
+        warn_after_s: seconds until the log names the ranks that are missing.
+        patience_s: seconds until it is an error.
+
+    Raises:
+        RuntimeError: when patience is over, naming the ranks that are missing; the log says so much earlier.
     """
     if dist.get_world_size() == 1:
         return

@@ -18,7 +18,7 @@ def handle(handler: Handler, *operators: torch._ops.OpOverload) -> None:
 
 
 def by_default(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the operator would do if it had no handler. For handlers."""
+    """What the operator would do with `args` and `kwargs` if it had no handler. For handlers."""
     handler = _handlers().pop(operator, None)
     try:
         return operator(*args, **kwargs)

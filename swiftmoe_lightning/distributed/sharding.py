@@ -23,7 +23,7 @@ def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
 
 
 def sharded_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
-    """This rank's rows as a piece of the sharded parameter of global `shape`. No communication."""
+    """This rank's rows (`local`) as a piece of the sharded parameter of global `shape`. No communication."""
     return _from_local(local, shape, group.mesh, [Shard(1)])
 
 
@@ -46,7 +46,12 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
 def shard_whole_values(parameters: Mapping[str, Tensor], state: dict[str, Any], prefix: str) -> None:
     """Let `load_state_dict` take whole tensors for DTensors: in `state`, each becomes this rank's part of it.
 
-    parameters: by their name behind `prefix`; plain ones and other shapes are left alone. No communication.
+    No communication.
+
+    Args:
+        parameters: by their name behind `prefix`; plain ones and other shapes are left alone.
+        state: changed in place.
+        prefix: of the module that holds the parameters, in `state`.
     """
     for name, parameter in parameters.items():
         value = state.get(prefix + name)
@@ -62,7 +67,7 @@ def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: 
 
 
 def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
-    """First and last-plus-one row that this rank owns of an expert tensor of global `shape`."""
+    """First and last-plus-one row that this rank owns of an expert tensor of global `shape` [E, rows, ...]."""
     return shard_rows(shape[1], group.world_size)[group.rank]
 
 

@@ -21,7 +21,11 @@ class WholeFileIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Raises OSError where it cannot be written: what was there is still there, and nothing else."""
+        """Write the whole file or nothing.
+
+        Raises:
+            OSError: when it cannot be written: what was there is still there, and nothing else.
+        """
         file = _local(path)
         if file is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -31,7 +35,12 @@ class WholeFileIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Raises FileNotFoundError, and ValueError, naming the record, where it is damaged or of no such kind."""
+        """Check a local file, then read it.
+
+        Raises:
+            FileNotFoundError: when nothing is there.
+            ValueError: when it is damaged or of no such kind, naming the record.
+        """
         file = _local(path)
         if not get_filesystem(path).exists(path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -48,6 +57,7 @@ class WritesWholeFiles:
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads checkpoint files: the user's plugin, or `WholeFileIO`."""
         if self._checkpoint_io is None:
             self._checkpoint_io = WholeFileIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):

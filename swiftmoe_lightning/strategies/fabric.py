@@ -35,11 +35,14 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     `setup_optimizers`, `backward`, `no_backward_sync`, `clip_gradients`, `save` and `load` (files hold whole experts,
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
-    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
-        `SwiftMoEConfig`.
-    ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
+    Args:
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
+            `SwiftMoEConfig`.
+        **ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters,
+            ...).
 
-    Raises ValueError for a setting out of range.
+    Raises:
+        ValueError: for a setting out of range.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -75,7 +78,8 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     def engine(self) -> SwiftMoEEngine:
         """The engine of the model that was set up last.
 
-        Raises RuntimeError before `fabric.setup`.
+        Raises:
+            RuntimeError: before `fabric.setup`.
         """
         if not self._engines:
             raise RuntimeError("SwiftMoEFabricStrategy.engine exists once a model is set up: call fabric.setup first.")

@@ -90,7 +90,14 @@ class JoinRanks(Callback):
 
 
 def refuse_uneven_training(num_batches_W: list[int]) -> None:
-    """num_batches_W: each rank's training batches, -1 where they are not known. Raises ValueError if they differ."""
+    """Refuse to train where ranks have differently many batches.
+
+    Args:
+        num_batches_W: each rank's training batches, -1 where they are not known.
+
+    Raises:
+        ValueError: when they differ.
+    """
     if len(set(num_batches_W)) > 1:
         said = ("unknown" if n < 0 else str(n) for n in num_batches_W)
         raise ValueError(

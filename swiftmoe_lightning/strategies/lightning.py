@@ -38,13 +38,15 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
 
     Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
 
-    slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
-        `SwiftMoEConfig`.
-    save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
-        of one plain file. Either kind loads, whatever this is.
-    ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
+    Args:
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
+            `SwiftMoEConfig`.
+        save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
+            of one plain file. Either kind loads, whatever this is.
+        **ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
 
-    Raises ValueError for a setting out of range.
+    Raises:
+        ValueError: for a setting out of range.
     """
 
     strategy_name = "swiftmoe"
@@ -82,7 +84,8 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     def engine(self) -> SwiftMoEEngine:
         """The engine of the module being run.
 
-        Raises RuntimeError before `Trainer.fit`, `validate`, `test` or `predict` has set it up.
+        Raises:
+            RuntimeError: before `Trainer.fit`, `validate`, `test` or `predict` has set it up.
         """
         if self._engine is None:
             raise RuntimeError("SwiftMoEStrategy.engine exists once the Trainer runs a module: call trainer.fit first.")

@@ -16,7 +16,8 @@ _STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step"
 def shard_dense(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     """Cut the dense part of the trainer's module over the ranks, and let its steps stand for its forward. Repeatable.
 
-    Raises ValueError for callbacks that have copied the module before.
+    Raises:
+        ValueError: for callbacks that have copied the module before.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:

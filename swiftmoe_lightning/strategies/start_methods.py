@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def refuse_start_method(start_method: str) -> None:
-    """Raise ValueError for one that would have to bring expert shards back to the process that started the others."""
+    """Refuse one that would have to bring expert shards back to the process that started the others.
+
+    Raises:
+        ValueError: for any but "popen".
+    """
     if start_method != "popen":
         raise ValueError(
             f"strategy='swiftmoe' cannot start its processes with start_method={start_method!r}: expert shards do not "
