@@ -16,25 +16,30 @@ DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 class SwiftMoEConfig:
     """How experts are replicated, placed and exchanged. Every field is JSON-able (a policy class excepted).
 
-    slots_per_rank: slots (places for one expert's weights) on each rank, s. None picks
-        max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
-    placement: "balanced" (the fewest hosts that carry the load and its movement, so the fewest bytes), "packed" (a
-        replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous), "static"
-        (uniform, contiguous), or a subclass of `PlacementPolicy`.
-    replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves a
-        layer as it is while its loads are even and no fewer hosts would do.
-    token_split: how an expert's tokens are shared by its hosts: "balanced" (so that the loads of all ranks are as even
-        as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal shares a
-        slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its node, as far as
-        the shares allow.
-    dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by DistributedDataParallel),
-        or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by `fully_shard`, weights gathered
-        block by block for use; all of them for evaluation).
-    param_dtype: dtype of the experts' working weights and of their exchange; None means the sharded parameters' own.
-    reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in float32
-        or wider.
-    offload_optimizer: keep experts and optimizer state in host memory. Needs a process group that also serves the
-        CPU ("cpu:gloo,cuda:nccl").
+    Attributes:
+        slots_per_rank: slots (places for one expert's weights) on each rank, s. None picks
+            max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
+        placement: "balanced" (the fewest hosts that carry the load and its movement, so the fewest bytes), "packed" (a
+            replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous), "static"
+            (uniform, contiguous), or a subclass of `PlacementPolicy`.
+        replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves
+            a layer as it is while its loads are even and no fewer hosts would do.
+        token_split: how an expert's tokens are shared by its hosts: "balanced" (so that the loads of all ranks are as
+            even as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal
+            shares a slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its
+            node, as far as the shares allow.
+        dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by
+            DistributedDataParallel), or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by
+            `fully_shard`, weights gathered block by block for use; all of them for evaluation).
+        param_dtype: dtype of the experts' working weights and of their exchange; None means the sharded parameters'
+            own.
+        reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in
+            float32 or wider.
+        offload_optimizer: keep experts and optimizer state in host memory. Needs a process group that also serves the
+            CPU ("cpu:gloo,cuda:nccl").
+
+    Raises:
+        ValueError: for a value that a field cannot have, or fields that do not go together.
     """
 
     slots_per_rank: int | None = None
@@ -76,7 +81,12 @@ class SwiftMoEConfig:
     def resolve_slots_per_rank(self, num_experts: int, world_size: int) -> int:
         """Slots of each rank for a layer of E experts on W ranks.
 
-        Raises ValueError when the W * s slots cannot hold every expert once.
+        Args:
+            num_experts: E.
+            world_size: W.
+
+        Raises:
+            ValueError: when the W * s slots cannot hold every expert once.
         """
         if self.slots_per_rank is None:
             if world_size == 1:
@@ -93,7 +103,11 @@ class SwiftMoEConfig:
 
 
 def check_config(config: object) -> SwiftMoEConfig:
-    """The same config, or the default one for None. Raises ValueError for anything else."""
+    """The same config, or the default one for None.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if config is None:
         return SwiftMoEConfig()
     if not isinstance(config, SwiftMoEConfig):
@@ -105,20 +119,44 @@ def check_config(config: object) -> SwiftMoEConfig:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`, naming the setting and what it may be."""
+    """Make sure that a setting is one of its choices.
+
+    Args:
+        name: the setting's, for the message.
+        value: what it is set to.
+        choices: what it may be.
+
+    Raises:
+        ValueError: unless `value` is one of `choices`, naming the setting and what it may be.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_whole(minimum: int = 1, **values: int) -> None:
-    """Raise ValueError for a value that is not a whole number of `minimum` or more, by its name."""
+    """Make sure that values are whole numbers.
+
+    Args:
+        minimum: the least they may be.
+        **values: each by its name, for the message.
+
+    Raises:
+        ValueError: for a value that is not a whole number of `minimum` or more, by its name.
+    """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name} must be a whole number of {minimum} or more, got {value!r}.")
 
 
 def check_coefficient(**values: float) -> None:
-    """Raise ValueError for a value that is not a number of 0 or more, by its name."""
+    """Make sure that values are numbers of 0 or more.
+
+    Args:
+        **values: each by its name, for the message.
+
+    Raises:
+        ValueError: for a value that is not a number of 0 or more, by its name.
+    """
     for name, value in values.items():
         if not is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a number of 0 or more, got {value!r}.")

@@ -29,8 +29,12 @@ _SHAPES: Final = {
 
 
 def examine() -> dict[str, Any]:
-    """JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes. backends: names.
-    paths: one entry for each device, operation and dtype, with the path's name and the reason."""
+    """What is installed, which devices there are, and which path each operation takes on them.
+
+    Returns:
+        JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes. backends: names.
+        paths: one entry for each device, operation and dtype, with the path's name and the reason.
+    """
     devices = _devices()
     return {
         "versions": _versions(),
@@ -60,7 +64,15 @@ def print_findings(found: dict[str, Any]) -> None:
 
 
 def print_checkpoint(path: Path, as_json: bool) -> bool:
-    """One line for each file of a checkpoint, as it is read; or JSON, at the end. Returns whether none is bad."""
+    """Check a checkpoint: one line for each of its files, as it is read; or JSON, at the end.
+
+    Args:
+        path: the checkpoint's folder.
+        as_json: print JSON only.
+
+    Returns:
+        Whether no file is bad.
+    """
     is_good, found = True, []
     for finding in verify_checkpoint(path):
         is_good &= not finding.is_bad

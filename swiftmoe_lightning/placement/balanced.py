@@ -32,7 +32,11 @@ class BalancedPolicy(PlacementPolicy):
     E + W - 1 hosts carries the predicted loads exactly; expert e then gets spare hosts, until the load that it may
     come to, load + 3 * sqrt(spread * (load + 0.3)), is no more than a budget for each of its hosts.
 
-    ranks_per_node: neighbours on the chain are put on different nodes, so that an expert's hosts are near all tokens.
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        ranks_per_node: neighbours on the chain are put on different nodes, so that an expert's hosts are near all
+            tokens.
     """
 
     has_uniform_fallback = True
@@ -65,7 +69,13 @@ class BalancedPolicy(PlacementPolicy):
 
 @dataclass(frozen=True, eq=False)
 class HostList:
-    """Hosted pairs of one layer: rank_D[i] hosts expert_D[i] for `load_D[i]` of its load. No pair is there twice."""
+    """Hosted pairs of one layer. No pair is there twice.
+
+    Attributes:
+        rank_D: [D] int64, the rank of each pair.
+        expert_D: [D] int64, the expert that it hosts.
+        load_D: [D] float, budgets, the part of its load that goes there.
+    """
 
     rank_D: np.ndarray
     expert_D: np.ndarray
@@ -79,7 +89,10 @@ def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Hos
     on a line, and the ranks, each with what room it has left, cut it: neighbours share the expert at their cut, so
     that where a prediction is off, load can be passed along the chain.
 
-    load_E: [E] float, budgets, adding up to W.
+    Args:
+        load_E: [E] float, budgets, adding up to W.
+        world_size: W.
+        slots_per_rank: s, the most experts of a rank.
     """
     is_whole_E = load_E < _WHOLE
     order_E = np.argsort(-load_E, kind="stable")
@@ -152,8 +165,14 @@ def spare_hosts(
     An expert's spare hosts are spread evenly over the ranks, away from those it has, so that what it may need comes
     from parts of the chain that are far from one another.
 
-    upper_E: [E] float, budgets, the most that each expert may come to. Returns (rank_X, expert_X); a pair may be one
-    that is there already, where all other ranks are full.
+    Args:
+        hosts: the hosts that are there already.
+        upper_E: [E] float, budgets, the most that each expert may come to.
+        world_size: W.
+        slots_per_rank: s.
+
+    Returns:
+        (rank_X, expert_X), [X] int64 each; a pair may be one that is there already, where all other ranks are full.
     """
     num_experts = len(upper_E)
     num_E = np.bincount(hosts.expert_D, minlength=num_experts)

@@ -33,9 +33,10 @@ CAUSES: Final = ("split", "placement", "prediction", "floor", "rounding")
 class Certificate:
     """How far one layer's step was from the best possible.
 
-    achieved: what it came to: the share of assignments dropped, or max / mean load of a rank without a capacity.
-    bounds: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. Lower bounds: they
-        hold for certain; "split" and "floor" may be a little below what can be reached.
+    Attributes:
+        achieved: what it came to: the share of assignments dropped, or max / mean load of a rank without a capacity.
+        bounds: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. Lower bounds:
+            they hold for certain; "split" and "floor" may be a little below what can be reached.
     """
 
     achieved: float
@@ -58,7 +59,10 @@ def certify(load: ExpertLoad, capacity: Capacity | None) -> Certificate:
 def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: np.ndarray) -> Certificate:
     """The certificate of a step that dropped nothing, in max / mean load of a rank.
 
-    popularity_E: [E] int64 assignments. wanted_W: [W] int64, those that went to each rank.
+    Args:
+        popularity_E: [E] int64 assignments.
+        placement: where the experts were.
+        wanted_W: [W] int64, the assignments that went to each rank.
     """
     mean = popularity_E.sum() / placement.world_size
     if mean == 0:
@@ -80,8 +84,12 @@ def certify_drops(
 ) -> Certificate:
     """The certificate of a step with a capacity, in shares of all assignments.
 
-    popularity_E: [E] int64 assignments.
-    budget: assignments that a rank (per="rank") or a slot (per="slot") computes at the most.
+    Args:
+        popularity_E: [E] int64 assignments.
+        placement: where the experts were.
+        num_dropped_tokens: assignments over budget, all ranks.
+        budget: assignments that a rank (per="rank") or a slot (per="slot") computes at the most.
+        per: what has a budget, "rank" or "slot".
     """
     total = int(popularity_E.sum())
     if total == 0:

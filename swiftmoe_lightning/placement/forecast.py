@@ -21,8 +21,9 @@ _GUESS_STEPS: Final = 5.0
 class Forecast:
     """What is expected of the next step in L layers.
 
-    popularity_LE: [L, E] float, assignments.
-    spread_L: [L] float, how far loads may be from it: var(load) / load, in mean loads of a rank.
+    Attributes:
+        popularity_LE: [L, E] float, assignments.
+        spread_L: [L] float, how far loads may be from it: var(load) / load, in mean loads of a rank.
     """
 
     popularity_LE: np.ndarray
@@ -30,15 +31,26 @@ class Forecast:
 
     @classmethod
     def of(cls, popularity_LE: np.ndarray, spread: float = DEFAULT_SPREAD) -> Forecast:
-        """These loads, with one spread for all layers."""
+        """These loads, with one spread for all layers.
+
+        Args:
+            popularity_LE: [L, E] assignments.
+            spread: var(load) / load, in mean loads of a rank.
+        """
         return cls(popularity_LE, np.full(len(popularity_LE), spread))
 
     def loads(self, world_size: int, cold: float) -> tuple[np.ndarray, np.ndarray]:
-        """([L, E] expected loads, [L, E] what they may come to), float, in mean loads of a rank: rows of the first add
-        up to W. A layer of which nothing is known counts as uniform.
+        """Expected loads, and what they may come to, in mean loads of a rank.
 
-        The second is load + 3 * sqrt(spread * (load + cold)): three standard deviations more, where even an expert
-        without tokens counts as one of load `cold`, for it may become hot.
+        A layer of which nothing is known counts as uniform.
+
+        Args:
+            world_size: W.
+            cold: what an expert without tokens counts as, in mean loads of a rank, for it may become hot.
+
+        Returns:
+            ([L, E] expected loads, [L, E] what they may come to), float: rows of the first add up to W. The second is
+            load + 3 * sqrt(spread * (load + cold)): three standard deviations more.
         """
         popularity_LE = np.asarray(self.popularity_LE, dtype=np.float64)
         popularity_LE = np.where(popularity_LE.sum(1, keepdims=True) == 0, 1.0, popularity_LE)
@@ -50,6 +62,12 @@ class Forecaster:
     """Expects of each expert what it got last, and keeps count of how far that was off.
 
     On traces recorded step by step the last step alone was as good as any moving average, or better.
+
+    Args:
+        num_experts: E.
+
+    Attributes:
+        expected_E: [E] float, assignments of the next step; all 0 before the first one.
     """
 
     def __init__(self, num_experts: int) -> None:

@@ -15,11 +15,12 @@ from swiftmoe_lightning.placement.token_split import DispatchPlan
 class ExpertLoad:
     """Assignments of all ranks in one step or several: the same numbers on every rank.
 
-    placement: where the experts were, in the last of the steps.
-    counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
-    wanted_W: [W] int64, assignments that went to each rank.
-    load_W: [W] int64, those of them that it computed; the others were over capacity.
-    budget: assignments that a rank (or a slot) might have computed; 0 without a capacity.
+    Attributes:
+        placement: where the experts were, in the last of the steps.
+        counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
+        wanted_W: [W] int64, assignments that went to each rank.
+        load_W: [W] int64, those of them that it computed; the others were over capacity.
+        budget: assignments that a rank (or a slot) might have computed; 0 without a capacity.
     """
 
     placement: Placement
@@ -36,7 +37,13 @@ class ExpertLoad:
 
     @classmethod
     def of(cls, counts_WE: np.ndarray, plan: DispatchPlan, placement: Placement) -> ExpertLoad:
-        """One step's, by its plan."""
+        """One step's, by its plan.
+
+        Args:
+            counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
+            plan: how they were split and cut.
+            placement: where the experts were.
+        """
         return cls(placement, counts_WE, plan.wanted_W, plan.load_W, plan.budget)
 
     def __add__(self, later: ExpertLoad) -> ExpertLoad:
@@ -84,7 +91,13 @@ class ExpertLoad:
 
 
 def imbalance(load_W: np.ndarray) -> np.ndarray:
-    """[..., W] assignments that ranks computed -> [...] the most over the mean: 1.0 is perfect, and the value where
-    nothing was computed."""
+    """The most over the mean: 1.0 is perfect, and the value where nothing was computed.
+
+    Args:
+        load_W: [..., W] assignments that ranks computed.
+
+    Returns:
+        [...] float.
+    """
     total = load_W.sum(-1)
     return np.where(total > 0, load_W.max(-1) * load_W.shape[-1] / np.maximum(total, 1), 1.0)

@@ -17,11 +17,13 @@ from swiftmoe_lightning.placement.replication import uniform_replica_counts
 class Placement:
     """Slots -> experts. Slot i lives on rank i // s; several slots of one rank may hold the same expert.
 
-    slot_to_expert_S: [S] int64, the expert in each slot.
-    num_experts: E. Every expert is in at least one slot.
-    world_size: W; S is a multiple of it.
+    Attributes:
+        slot_to_expert_S: [S] int64, the expert in each slot.
+        num_experts: E. Every expert is in at least one slot.
+        world_size: W; S is a multiple of it.
 
-    Raises ValueError for a table that does not fit W, holds an unknown expert, or leaves an expert without a slot.
+    Raises:
+        ValueError: for a table that does not fit W, holds an unknown expert, or leaves an expert without a slot.
     """
 
     slot_to_expert_S: np.ndarray
@@ -47,12 +49,22 @@ class Placement:
 
     @classmethod
     def uniform(cls, num_experts: int, world_size: int, slots_per_rank: int) -> Placement:
-        """The same number of replicas for every expert (or one more, for the first ones), laid out expert by expert."""
+        """The same number of replicas for every expert (or one more, for the first ones), laid out expert by expert.
+
+        Args:
+            num_experts: E.
+            world_size: W.
+            slots_per_rank: s.
+
+        Raises:
+            ValueError: when the W * s slots cannot hold every expert once.
+        """
         counts_E = uniform_replica_counts(num_experts, world_size * slots_per_rank)
         return cls(np.repeat(np.arange(num_experts), counts_E), num_experts, world_size)
 
     @property
     def slots_per_rank(self) -> int:
+        """s = S / W."""
         return self.slot_to_expert_S.size // self.world_size
 
     @property
@@ -120,7 +132,11 @@ class Placement:
         return self._experts_of_rank[rank]
 
     def num_moved(self, later: Placement) -> int:
-        """Hosted pairs of `later` that are not hosted here: the replicas that arrive on a new rank."""
+        """Hosted pairs of `later` that are not hosted here: the replicas that arrive on a new rank.
+
+        Args:
+            later: a placement of the same experts on the same ranks.
+        """
         return int(np.isin(later._pairs[0], self._pairs[0], invert=True).sum())
 
     def __eq__(self, other: object) -> bool:

@@ -39,8 +39,13 @@ class Placer:
 
     Deterministic: every rank that is told the same finds the same placements.
 
-    make_policy: E -> the rule for layers of E experts; called once for each E.
-    report: called with one line whenever the guard steps in or out.
+    Args:
+        make_policy: E -> the rule for layers of E experts; called once for each E.
+        skip_when_balanced: see `cadence`.
+        report: called with one line whenever the guard steps in or out.
+
+    Attributes:
+        layers: layer name -> what is remembered of it.
     """
 
     def __init__(
@@ -57,7 +62,11 @@ class Placer:
     def planned(self, num_experts: Mapping[str, int]) -> dict[str, Placement]:
         """Layer name -> where its experts go by what is known so far; before its first step that is nothing.
 
-        num_experts: layer name -> its E.
+        Args:
+            num_experts: layer name -> its E.
+
+        Raises:
+            ValueError: when the policy's placements do not fit.
         """
         for name, number in num_experts.items():
             if name not in self.layers:
@@ -69,8 +78,11 @@ class Placer:
     def next_placements(self, loads: Mapping[str, ExpertLoad]) -> dict[str, Placement]:
         """Layer name -> its placement for the next step. A layer that saw no assignment stays as it is.
 
-        loads: layer name -> its load since it was placed last. Layers must have been `planned` before.
-        Raises ValueError when the policy's placements do not fit.
+        Args:
+            loads: layer name -> its load since it was placed last. Layers must have been `planned` before.
+
+        Raises:
+            ValueError: when the policy's placements do not fit.
         """
         for name, load in loads.items():
             self.layers[name].forecaster.update(load.popularity_E)
@@ -86,7 +98,12 @@ class Placer:
         return placements
 
     def expect(self, name: str, popularity_E: np.ndarray) -> None:
-        """Say what a layer got in a step that no placement of ours served: [E] assignments."""
+        """Say what a layer got in a step that no placement of ours served.
+
+        Args:
+            name: the layer's; it must have been `planned` before.
+            popularity_E: [E] assignments.
+        """
         self.layers[name].forecaster.update(popularity_E)
 
     def state_dict(self, name: str) -> dict[str, np.ndarray]:
@@ -96,7 +113,12 @@ class Placer:
         return {**memory.forecaster.state_dict(), "guard": guard}
 
     def load_state_dict(self, name: str, state: Mapping[str, np.ndarray]) -> None:
-        """Go on where `state` was saved, maybe at another number of ranks."""
+        """Go on where `state` was saved, maybe at another number of ranks.
+
+        Args:
+            name: the layer's; it must have been `planned` before.
+            state: what `state_dict` gave.
+        """
         memory = self.layers[name]
         memory.forecaster.load_state_dict(state)
         memory.gain, falls_back = map(float, state["guard"])
@@ -147,10 +169,13 @@ class Placer:
 class LayerMemory:
     """What a `Placer` remembers of a layer.
 
-    gain: by how much placements were more even than uniform ones, in shares of all choices; a fading mean, which
-    begins at 0. suspended_plan: the plan that uniform replicas stand in for, if they do.
-    num_placements, num_fallbacks: placements of a guarded policy here, and those of them that uniform replicas stood in
-        for.
+    Attributes:
+        forecaster: what the next step will bring.
+        gain: by how much placements were more even than uniform ones, in shares of all choices; a fading mean, which
+            begins at 0.
+        suspended_plan: the plan that uniform replicas stand in for, if they do.
+        num_placements: placements of a guarded policy here.
+        num_fallbacks: those of them that uniform replicas stood in for.
     """
 
     forecaster: Forecaster
@@ -166,6 +191,10 @@ def _may_stay(load: ExpertLoad, planned: Placement) -> bool:
 
 
 def excess(load_W: np.ndarray) -> float:
-    """Share of all choices that lies above the mean load of a rank: what a capacity factor of 1 would drop."""
+    """Share of all choices that lies above the mean load of a rank: what a capacity factor of 1 would drop.
+
+    Args:
+        load_W: [W] assignments of each rank.
+    """
     total = load_W.sum()
     return float(np.maximum(load_W - total / len(load_W), 0).sum() / total) if total else 0.0

@@ -105,9 +105,17 @@ _POLICIES: Final[dict[str, type[PlacementPolicy]]] = {
 def make_policy(
     placement: str | type[PlacementPolicy], world_size: int, slots_per_rank: int, ranks_per_node: int = 1
 ) -> PlacementPolicy:
-    """The policy of that name, or of that class, for W ranks of s slots, `ranks_per_node` neighbours on a node.
+    """The policy of that name, or of that class.
 
-    Raises ValueError for an unknown name, TypeError for anything that is neither a name nor a policy class.
+    Args:
+        placement: one of `PLACEMENTS`, or a policy class.
+        world_size: W.
+        slots_per_rank: s.
+        ranks_per_node: neighbours on a node.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything that is neither a name nor a policy class.
     """
     if isinstance(placement, str):
         check_choice("placement", placement, PLACEMENTS)

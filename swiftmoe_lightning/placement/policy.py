@@ -15,7 +15,9 @@ from swiftmoe_lightning.placement.placement import Placement
 class PlacementPolicy(ABC):
     """A rule for the next placements: deterministic and pure, so that every rank finds the same answer alone.
 
-    world_size, slots_per_rank: W and s, fixed for a run.
+    Args:
+        world_size: W, fixed for a run.
+        slots_per_rank: s, fixed for a run.
     """
 
     # Whether uniform replicas may take over where they would have done better (see `Placer`).
@@ -27,25 +29,45 @@ class PlacementPolicy(ABC):
 
     @property
     def num_slots(self) -> int:
+        """S = W * s."""
         return self.world_size * self.slots_per_rank
 
     @abstractmethod
     def place(self, forecast: Forecast) -> Sequence[Placement]:
         """One `Placement` a layer.
 
-        forecast: of the next step: `popularity_LE` [L, E] assignments, all ranks (zeros are allowed), and how far
-            loads may be from it.
+        Args:
+            forecast: of the next step: `popularity_LE` [L, E] assignments, all ranks (zeros are allowed), and how far
+                loads may be from it.
         """
 
     def placements_of(self, tables_LS: Sequence[np.ndarray] | np.ndarray, num_experts: int) -> list[Placement]:
-        """The expert of every slot of every layer, as placements for these ranks."""
+        """The expert of every slot of every layer, as placements for these ranks.
+
+        Args:
+            tables_LS: [L, S], the expert in each slot.
+            num_experts: E.
+
+        Raises:
+            ValueError: when a table is no `Placement` on these ranks.
+        """
         return [Placement(table_S, num_experts, self.world_size) for table_S in tables_LS]
 
 
 def check_placements(
     policy: PlacementPolicy, placements: Sequence[Placement], num_layers: int, num_experts: int
 ) -> None:
-    """Raise ValueError unless a policy's placements fit its ranks, its slots and the layers."""
+    """Make sure that a policy's placements fit its ranks, its slots and the layers.
+
+    Args:
+        policy: whose they are.
+        placements: what its `place` gave.
+        num_layers: L.
+        num_experts: E.
+
+    Raises:
+        ValueError: unless they fit.
+    """
     name = type(policy).__name__
     if len(placements) != num_layers:
         raise ValueError(f"{name}.place gave {len(placements)} placements for {num_layers} layers.")

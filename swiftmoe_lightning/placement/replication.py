@@ -6,7 +6,18 @@ import numpy as np
 
 
 def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
-    """[E] int64 summing to `num_slots`, any two of which differ by at most one; earlier experts get the extra one."""
+    """Replicas of which any two experts have numbers that differ by at most one; earlier experts get the extra one.
+
+    Args:
+        num_experts: E.
+        num_slots: S.
+
+    Returns:
+        [E] int64 summing to `num_slots`.
+
+    Raises:
+        ValueError: if num_slots < E.
+    """
     check_slots(num_experts, num_slots)
     return num_slots // num_experts + (np.arange(num_experts) < num_slots % num_experts)
 
@@ -14,9 +25,15 @@ def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
 def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray:
     """Replicas in proportion to popularity (SYMI, arXiv 2504.19925, Algorithm 1).
 
-    popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform (the paper would divide by 0).
-    Returns [L, E] int64, every entry >= 1, rows summing to `num_slots`.
-    Raises ValueError if num_slots < E (the paper's loop would not end).
+    Args:
+        popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform (the paper would divide by 0).
+        num_slots: S.
+
+    Returns:
+        [L, E] int64, every entry >= 1, rows summing to `num_slots`.
+
+    Raises:
+        ValueError: if num_slots < E (the paper's loop would not end).
     """
     num_layers, num_experts = popularity_LE.shape
     check_slots(num_experts, num_slots)
@@ -46,9 +63,16 @@ def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replica
     It is the divisor method: count = ceil(popularity / load) for the least `load` whose counts fit; the slots
     left over go, one by one, to the largest remaining popularity / count (as in EPLB's replication).
 
-    popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform.
-    max_replicas: the most an expert may have. E * max_replicas must reach num_slots.
-    Returns [L, E] int64, entries in 1..max_replicas, rows summing to `num_slots`.
+    Args:
+        popularity_LE: [L, E] int64 assignments. A layer without any counts as uniform.
+        num_slots: S.
+        max_replicas: the most an expert may have. E * max_replicas must reach num_slots.
+
+    Returns:
+        [L, E] int64, entries in 1..max_replicas, rows summing to `num_slots`.
+
+    Raises:
+        ValueError: if num_slots < E.
     """
     num_layers, num_experts = popularity_LE.shape
     check_slots(num_experts, num_slots)
@@ -80,6 +104,15 @@ def _positive_rows(popularity_LE: np.ndarray) -> np.ndarray:
 
 
 def check_slots(num_experts: int, num_slots: int) -> None:
+    """Make sure that the slots can hold every expert once.
+
+    Args:
+        num_experts: E.
+        num_slots: S.
+
+    Raises:
+        ValueError: if num_slots < E.
+    """
     if num_slots < num_experts:
         raise ValueError(
             f"{num_slots} slots cannot hold {num_experts} experts, and every expert keeps at least one replica. "

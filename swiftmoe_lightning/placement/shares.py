@@ -18,35 +18,62 @@ _EVEN: Final = 1.002
 
 
 def uniform_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[D] int64: an expert's load cut in equal parts a slot, at whole tokens; each expert's parts add up to its load.
+    """Cut an expert's load in equal parts a slot, at whole tokens.
 
-    load_E: [E] int64, assignments.
+    Args:
+        load_E: [E] int64, assignments.
+        placement: the slots.
+
+    Returns:
+        [D] int64; each expert's parts add up to its load.
     """
     slots_D = placement.pair_slots_D[placement.by_expert_D]
     return _cut_at_whole_tokens(load_E, slots_D, placement)
 
 
 def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
-    """[W] float: what every rank computes where each slot takes an equal part of its expert's popularity."""
+    """What every rank computes where each slot takes an equal part of its expert's popularity.
+
+    Args:
+        popularity_E: [E] assignments.
+        table_Ws: [W, s] int64, the expert in each slot of each rank.
+
+    Returns:
+        [W] float.
+    """
     counts_E = np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E))
     return (popularity_E / counts_E)[table_Ws].sum(1)
 
 
 def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[D] int64: parts that make the ranks' loads as even as the placement allows; parts add up as above.
+    """Cut the experts' loads in parts that make the ranks' loads as even as the placement allows.
 
     The most even loads have, at once, the least largest load and the least sum over any budget, so one split serves
     dropless and capacity alike. It is found by scaling a matrix (Sinkhorn, 1967): every rank has a weight, an expert's
     load is shared in proportion to its hosts' weights, and the weights of busy ranks fall until all are equally busy,
     or as near to it as can be.
+
+    Args:
+        load_E: [E] int64, assignments.
+        placement: the hosts.
+
+    Returns:
+        [D] int64; each expert's parts add up to its load.
     """
     weight_W = scaling_weights(load_E, placement)
     return _cut_at_whole_tokens(load_E, weight_W[placement.pair_host_D[placement.by_expert_D]], placement)
 
 
 def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[W] float: weights of the ranks that make their loads as even as can be; the lower, the busier a rank is bound
-    to be."""
+    """Weights of the ranks that make their loads as even as can be; the lower, the busier a rank is bound to be.
+
+    Args:
+        load_E: [E] assignments.
+        placement: the hosts.
+
+    Returns:
+        [W] float.
+    """
     host_D, expert_D, by_expert_D = placement.pair_host_D, placement.pair_expert_D, placement.by_expert_D
     first_E = placement.first_pair_E
     first_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W

@@ -27,11 +27,13 @@ _LARGEST_FACTOR: Final = 1000
 class Capacity:
     """How many assignments are computed at the most.
 
-    factor: budgets are `factor` times the mean load.
-    per: "rank", one budget of ceil(factor * N / W) for each rank, pooled over its slots; or "slot", the paper's
-        ceil(factor * N / S) for each slot, N being the assignments of all ranks.
+    Attributes:
+        factor: budgets are `factor` times the mean load.
+        per: "rank", one budget of ceil(factor * N / W) for each rank, pooled over its slots; or "slot", the paper's
+            ceil(factor * N / S) for each slot, N being the assignments of all ranks.
 
-    Raises ValueError for a factor that is not a number above 0, at most 1000, or an unknown `per`.
+    Raises:
+        ValueError: for a factor that is not a number above 0, at most 1000, or an unknown `per`.
     """
 
     factor: float
@@ -50,7 +52,12 @@ class Capacity:
         check_choice("capacity_per", self.per, ("rank", "slot"))
 
     def budget(self, num_assignments: int, placement: Placement) -> int:
-        """Assignments that one rank (or slot) computes at the most, of `num_assignments` in all."""
+        """Assignments that one rank (or slot) computes at the most.
+
+        Args:
+            num_assignments: N, in all.
+            placement: the ranks and slots.
+        """
         parts = placement.world_size if self.per == "rank" else placement.slot_to_expert_S.size
         return int(np.ceil(self.factor * num_assignments / parts))
 
@@ -59,11 +66,13 @@ class Capacity:
 class RankPlan:
     """One rank's side of a `DispatchPlan`.
 
-    sent_D: [D] int64, its choices for each hosted pair, before the cut at capacity.
-    kept_B: [B] int64, how many of them survive in each budget. Which ones (the highest router scores) only it can
-        tell, so that is not part of the plan.
-    received_Wd: [W, d] int64, what it gets from each source for each expert it hosts, before the cut.
-    send_splits, receive_splits: [W] surviving choices to each host and from each source.
+    Attributes:
+        sent_D: [D] int64, its choices for each hosted pair, before the cut at capacity.
+        kept_B: [B] int64, how many of them survive in each budget. Which ones (the highest router scores) only it can
+            tell, so that is not part of the plan.
+        received_Wd: [W, d] int64, what it gets from each source for each expert it hosts, before the cut.
+        send_splits: [W] surviving choices to each host.
+        receive_splits: [W] surviving choices from each source.
     """
 
     sent_D: np.ndarray
@@ -78,9 +87,16 @@ class DispatchPlan:
 
     Over budget, sources share the budget in proportion to what they send to it.
 
-    share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
-    budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
-    budget: assignments that a rank (or a slot) computes at the most; 0 without a capacity.
+    Args:
+        counts_WE: [W, E] int64, assignments of each rank for each expert.
+        placement: the hosts.
+        share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
+        capacity: None drops nothing.
+        ranks_per_node: 0 keeps no tokens on their rank and node.
+
+    Attributes:
+        budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
+        budget: assignments that a rank (or a slot) computes at the most; 0 without a capacity.
     """
 
     def __init__(
@@ -164,12 +180,18 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Share every expert's assignments over its hosts, say who sends them, and cut what is over budget.
 
-    counts_WE: [W, E] int64, assignments of each rank for each expert.
-    split: "uniform" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the line
-        [0, load): overlaps say who sends what. "local_first" takes the same parts, but first lets every rank serve
-        itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the same with parts
-        that make the loads of all ranks as even as the placement allows.
-    capacity: None drops nothing.
+    Args:
+        counts_WE: [W, E] int64, assignments of each rank for each expert.
+        placement: the hosts.
+        split: "uniform" cuts an expert's load in equal parts a slot, and lays sources and hosts side by side on the
+            line [0, load): overlaps say who sends what. "local_first" takes the same parts, but first lets every rank
+            serve itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the same
+            with parts that make the loads of all ranks as even as the placement allows.
+        capacity: None drops nothing.
+        ranks_per_node: neighbours on a node.
+
+    Raises:
+        ValueError: for an unknown `split`.
     """
     check_choice("token_split", split, TOKEN_SPLITS)
     # With a budget for each slot, equal parts a slot are the best there is.
