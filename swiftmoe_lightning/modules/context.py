@@ -33,8 +33,13 @@ class ExpertParallelContext(ABC):
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         """[E] int64 of this rank -> [W, E] int64 of all. Afterwards `weights` and `placement` are up to date.
 
-        scores_finite: [] bool, whether the router's scores are. dtype: of the rows to come.
-        Raises FloatingPointError, on every rank, if any rank's scores are not finite.
+        Args:
+            counts_E: choices of this rank's tokens for each expert.
+            scores_finite: [] bool, whether the router's scores are.
+            dtype: of the rows to come.
+
+        Raises:
+            FloatingPointError: on every rank, if any rank's scores are not finite.
         """
 
     @abstractmethod
@@ -43,7 +48,16 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Rows to their ranks, differentiable."""
+        """Rows to their ranks, differentiable.
+
+        Args:
+            rows_RD: [R, D], ordered by the rank they go to.
+            send_splits: [W] how many of them go to each rank.
+            receive_splits: [W] how many rows each rank sends here.
+
+        Returns:
+            [sum of receive_splits, D], ordered by the rank they come from.
+        """
 
     @abstractmethod
     def on_rewrite(self) -> None:
@@ -51,11 +65,19 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def on_backward(self, placement: Placement) -> None:
-        """Called whenever backward reaches the layer. placement: that of its forward."""
+        """Called whenever backward reaches the layer.
+
+        Args:
+            placement: that of its forward.
+        """
 
 
 class SingleDeviceContext(ExpertParallelContext):
-    """One device holds every expert: a plain MoE."""
+    """One device holds every expert: a plain MoE.
+
+    Args:
+        experts: the layer that this is the context of.
+    """
 
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
@@ -63,12 +85,27 @@ class SingleDeviceContext(ExpertParallelContext):
         self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        """[E] int64 -> [1, E] int64. Waits for the device.
+
+        Args:
+            counts_E: choices for each expert.
+            scores_finite: [] bool, whether the router's scores are.
+            dtype: not used.
+
+        Raises:
+            FloatingPointError: if the scores are not finite.
+        """
         numbers = torch.cat([counts_E, scores_finite.view(1)]).cpu().numpy()
         if not numbers[-1]:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
         return numbers[None, :-1]
 
     def weights(self) -> Mapping[str, Tensor]:
+        """The layer's own parameters.
+
+        Raises:
+            RuntimeError: when they are sharded: the layer is a copy of one that is spread over ranks.
+        """
         parameters = self._experts.expert_parameters()
         if any(is_sharded(p) for p in parameters.values()):
             raise RuntimeError(
@@ -79,10 +116,13 @@ class SingleDeviceContext(ExpertParallelContext):
         return parameters
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """`rows_RD` itself: there is no other rank."""
         return rows_RD
 
     def on_rewrite(self) -> None:
+        """Nothing to do: the parameters are what forward computes with."""
         pass
 
     def on_backward(self, placement: Placement) -> None:
+        """Nothing to do: gradients are where they belong."""
         pass

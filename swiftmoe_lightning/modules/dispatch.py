@@ -21,8 +21,10 @@ from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 class SourceRows:
     """The rows this rank sends, ordered by (host, expert), inside that by token.
 
-    choice_R: [R] int32, the choice t * K + k in each row; rows_TK: [T, K] int32, its inverse, -1 where dropped.
-    counts_D: [D] int64, rows for each hosted pair.
+    Attributes:
+        choice_R: [R] int32, the choice t * K + k in each row.
+        rows_TK: [T, K] int32, its inverse, -1 where dropped.
+        counts_D: [D] int64, rows for each hosted pair.
     """
 
     choice_R: Tensor
@@ -33,8 +35,12 @@ class SourceRows:
 def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
     """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
 
-    by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get no row
-        (Hugging Face marks foreign experts so).
+    Args:
+        by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get
+            no row (Hugging Face marks foreign experts so).
+        weights_TK: [T, K] floating, the router's scores of the choices.
+        plan: what all ranks send and drop.
+        side: this rank's part of it.
     """
     device = weights_TK.device
     order_D = plan.placement.by_expert_D
@@ -71,7 +77,14 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
 
 
 class TokenDispatcher:
-    """The way of one forward's tokens to their experts' hosts and back."""
+    """The way of one forward's tokens to their experts' hosts and back.
+
+    Args:
+        context: what carries the rows.
+        plan: what all ranks send and drop.
+        side: this rank's part of it.
+        source: the rows this rank sends.
+    """
 
     def __init__(self, context: ExpertParallelContext, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
         self._context, self._plan, self._side, self._source = context, plan, side, source
@@ -89,7 +102,12 @@ class TokenDispatcher:
         return arrived_MD, self._order
 
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero."""
+        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero.
+
+        Args:
+            y_MD: one row for each row that `dispatch` gave, in the order that it gave.
+            weights_TK: [T, K], what each choice counts in the token's sum.
+        """
         arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
         rows_RD = self._context.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
         return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)

@@ -27,10 +27,11 @@ from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 class ExpertsOutput:
     """What one forward found.
 
-    hidden_TD: [T, D], the experts' weighted sum for each token.
-    popularity_E: [E] int, assignments of all ranks in this forward, on the device where they are known.
-    world_size: ranks that took part.
-    recomputes: the forward ran inside backward (activation checkpointing).
+    Attributes:
+        hidden_TD: [T, D], the experts' weighted sum for each token.
+        popularity_E: [E] int, assignments of all ranks in this forward, on the device where they are known.
+        world_size: ranks that took part.
+        recomputes: the forward ran inside backward (activation checkpointing).
     """
 
     hidden_TD: Tensor
@@ -42,13 +43,21 @@ class ExpertsOutput:
 class Experts(nn.Module):
     """E feed-forward experts; each token's choices are computed where a replica lives and summed by router weight.
 
-    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`, and with `bias=True`
-    `..._bias [E, 2F or F]`, `down_proj_bias [E, D]`. On one device this is a plain MoE. Under an engine the same
-    names are sharded parameters, cut by rows over the ranks, and forward computes with the slots of this rank.
+    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`. On one device a plain
+    MoE. Under an engine the same names are sharded by rows over the ranks, and forward computes with this rank's slots.
 
-    capacity: None computes every choice.
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: "swiglu", "gelu" or "relu2" (squared ReLU).
+        bias: parameters `..._bias [E, 2F or F]` and `down_proj_bias [E, D]`, too.
+        capacity: None computes every choice.
+        device: of the parameters; on "meta" they stay without values.
+        dtype: of the parameters.
 
-    Raises ValueError for a size below 1, an unknown activation, or a capacity that is none.
+    Raises:
+        ValueError: for a size below 1, an unknown activation, or a capacity that is none.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -88,10 +97,12 @@ class Experts(nn.Module):
     def from_parameters(
         cls, parameters: Mapping[str, nn.Parameter], activation: Activation, transposed: bool = False
     ) -> Self:
-        """Experts that hold these very parameters, named as above.
+        """Experts that hold these very parameters.
 
-        activation: also a function of rows, [M, 2F] (or [M, F] with `up_proj`) -> [M, F].
-        transposed: weights are [E, in, out]: `gate_up_proj [E, D, 2F]`, `down_proj [E, F, D]`.
+        Args:
+            parameters: named as above.
+            activation: also a function of rows, [M, 2F] (or [M, F] with `up_proj`) -> [M, F].
+            transposed: weights are [E, in, out]: `gate_up_proj [E, D, 2F]`, `down_proj [E, F, D]`.
         """
         num_experts, dim, hidden_dim = parameters["down_proj"].shape
         if transposed:
@@ -107,6 +118,7 @@ class Experts(nn.Module):
 
     @property
     def is_meta(self) -> bool:
+        """Whether the parameters have no values yet."""
         return any(p.is_meta for p in self.parameters())
 
     def expert_parameters(self) -> Mapping[str, nn.Parameter]:
@@ -136,9 +148,11 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
 
-        Raises ValueError for an input whose last dim is not D and, on the CPU or under torch's anomaly detection, for
-        ids outside -1..E (-1 and E are unassigned), TypeError for ids that are no integers, FloatingPointError for
-        non-finite router weights.
+        Raises:
+            ValueError: for an input whose last dim is not D and, on the CPU or under torch's anomaly detection, for
+                ids outside -1..E (-1 and E are unassigned).
+            TypeError: for ids that are no integers.
+            FloatingPointError: for non-finite router weights.
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
 
@@ -149,7 +163,7 @@ class Experts(nn.Module):
     ) -> ExpertsOutput:
         """One forward, phase by phase: count, plan, dispatch, experts, combine.
 
-        scores_finite: [] bool; None looks at `weights_TK`.
+        Arguments and what it raises are those of `forward`; scores_finite is [] bool, and None looks at `weights_TK`.
         """
         self._check_input(x_TD, expert_ids_TK)
         context, out_dtype = self.context, x_TD.dtype
@@ -240,6 +254,7 @@ class Experts(nn.Module):
         self.trained_load = TrainedLoad(self.context.placement)
 
     def extra_repr(self) -> str:
+        """What `repr` says in the parentheses."""
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
 
@@ -270,7 +285,7 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
 
 
 def as_computed(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
-    """Experts' tensors in the rows' dtype and as [s, out, in]. transposed: they are [s, in, out]; biases are not."""
+    """Experts' tensors in the rows' dtype, as [s, out, in]; if `transposed` they are [s, in, out], biases are not."""
     cast = {name: w.to(dtype) for name, w in weights.items()}
     if transposed:
         cast = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in cast.items()}

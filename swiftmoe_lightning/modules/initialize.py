@@ -17,6 +17,12 @@ def fill_rows_uniform(rows: Tensor, first_row: int, seed: int, bound: float) -> 
     """Fill `rows` [E, r, ...] (in place) with U(-bound, bound), as rows first_row.. of the full tensor of this seed.
 
     Values depend on (seed, expert, row), the device type and the dtype; not on first_row and r.
+
+    Args:
+        rows: the part, [E, r, ...], of the full tensor, [E, all rows, ...].
+        first_row: where in the full tensor the part begins.
+        seed: of the full tensor, the same for each of its parts.
+        bound: the largest absolute value.
     """
     generator = torch.Generator(rows.device)
     last_row = first_row + rows.shape[1]

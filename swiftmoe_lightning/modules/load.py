@@ -17,7 +17,11 @@ NON_FINITE_SCORES = (
 
 
 class TrainedLoad:
-    """A layer's load since it was built, counted in backward. It only grows: `LoadCursor` takes differences."""
+    """A layer's load since it was built, counted in backward. It only grows: `LoadCursor` takes differences.
+
+    Args:
+        placement: where the experts are at the start.
+    """
 
     def __init__(self, placement: Placement) -> None:
         self._total = ExpertLoad.zero(placement)
@@ -26,9 +30,10 @@ class TrainedLoad:
 
     @property
     def total(self) -> ExpertLoad:
-        """Waits for the device if it has counted since.
+        """The load so far. Waits for the device if it has counted since.
 
-        Raises FloatingPointError if scores were not finite.
+        Raises:
+            FloatingPointError: if scores were not finite.
         """
         if self._on_device is not None:
             numbers = self._on_device.cpu().numpy()
@@ -41,16 +46,30 @@ class TrainedLoad:
         return self._total
 
     def add(self, load: ExpertLoad) -> None:
+        """Count a load that the host knows.
+
+        Raises:
+            FloatingPointError: if scores that the device has looked at before were not finite.
+        """
         self._total = self.total + load
 
     def add_on_device(self, counts_E: Tensor, scores_finite: Tensor) -> None:
-        """The load of a single device, without waiting for it."""
+        """Count the load of a single device, without waiting for it.
+
+        Args:
+            counts_E: [E] int, choices for each expert.
+            scores_finite: [] bool, whether the router's scores were; reading `total` raises if not.
+        """
         numbers = torch.cat([counts_E.to(torch.int64), scores_finite.logical_not().view(1).to(torch.int64)])
         self._on_device = numbers if self._on_device is None else self._on_device + numbers
 
 
 class LoadCursor:
-    """How far one reader has read a layer's load; readers do not disturb each other."""
+    """How far one reader has read a layer's load; readers do not disturb each other.
+
+    Args:
+        trained: gives the layer's load, which may be another object after its ranks have changed.
+    """
 
     def __init__(self, trained: Callable[[], TrainedLoad]) -> None:
         self._trained, self._seen = trained, trained().total
@@ -67,6 +86,10 @@ def run_once_in_backward(out: Tensor, action: Callable[[], None]) -> Tensor:
 
     Activation checkpointing runs forward twice, and validation never runs backward: so what is counted in here is
     counted once for each trained assignment.
+
+    Args:
+        out: what a forward gives; without a gradient it is left alone.
+        action: called once, whatever the number of backwards.
     """
     has_run = False
 

@@ -16,19 +16,27 @@ from swiftmoe_lightning.placement import Capacity
 class MoE(nn.Module):
     """Mixture-of-Experts feed-forward: [..., dim] -> [..., dim].
 
-    dim, hidden_dim: D, and the inner width F of each expert.
-    num_experts, top_k: E, and how many of them each token chooses.
-    activation: "swiglu", "gelu" or "relu2" (squared ReLU).
-    router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
-    capacity_factor: None computes every choice (dropless). Otherwise a budget of assignments, this many times
-        the mean load; over budget the lowest router scores go first, and a dropped choice adds zero.
-    capacity_per: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each slot.
-    num_shared_experts: experts that every token goes through, as one dense feed-forward of F * num_shared_experts.
-    aux_loss_coef, z_loss_coef: weights of the two router losses in `auxiliary_loss(module)`.
-    bias: give the routed experts biases.
+    Args:
+        dim: D.
+        hidden_dim: the inner width F of each expert.
+        num_experts: E.
+        top_k: K, how many experts each token chooses.
+        activation: "swiglu", "gelu" or "relu2" (squared ReLU).
+        router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
+        capacity_factor: None computes every choice (dropless). Otherwise a budget of assignments, this many times
+            the mean load; over budget the lowest router scores go first, and a dropped choice adds zero.
+        capacity_per: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each
+            slot.
+        num_shared_experts: experts that every token goes through, as one dense feed-forward of F * num_shared_experts.
+        aux_loss_coef: weight of the load-balancing loss in `auxiliary_loss(module)`.
+        z_loss_coef: weight of the z-loss there.
+        bias: give the routed experts biases.
+        device: of all parameters that are made here.
+        dtype: of all parameters that are made here.
 
-    Raises ValueError for sizes below 1, top_k outside 1..E, capacity_factor <= 0, negative coefficients, or an
-    unknown choice.
+    Raises:
+        ValueError: for sizes below 1, top_k outside 1..E, capacity_factor <= 0, negative coefficients, or an unknown
+            choice.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -75,8 +83,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D].
 
-        Raises ValueError for another last dim, FloatingPointError, on every rank, for non-finite router scores (on a
-        single GPU without a capacity when loads are next read, so as not to wait for it).
+        Raises:
+            ValueError: for another last dim.
+            FloatingPointError: on every rank, for non-finite router scores (on a single GPU without a capacity when
+                loads are next read, so as not to wait for it).
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
@@ -106,7 +116,15 @@ class MoE(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """A dense feed-forward with the experts' activation: what every token goes through (shared experts)."""
+    """A dense feed-forward with the experts' activation: what every token goes through (shared experts).
+
+    Args:
+        dim: D.
+        hidden_dim: the inner width, of all shared experts together.
+        activation: as of `MoE`.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     def __init__(
         self,
@@ -130,10 +148,15 @@ class DenseMLP(nn.Module):
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:
-    """[] float: the sum of all MoE blocks' own router losses of their forwards since it was last read, each already
-    weighted. A block that is called twice counts twice.
+    """The sum of all MoE blocks' own router losses of their forwards since it was last read, each already weighted.
 
-    Add it to the task loss. Zero where no block has one (no coefficient set, or in evaluation).
+    Add it to the task loss. A block that is called twice counts twice.
+
+    Args:
+        module: the whole model, or any part of it.
+
+    Returns:
+        [] float; zero where no block has a loss (no coefficient set, or in evaluation).
     """
     losses = [loss for m in module.modules() if isinstance(m, MoE) for loss in m.router_losses.read()]
     if losses:

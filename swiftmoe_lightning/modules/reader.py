@@ -15,8 +15,9 @@ from swiftmoe_lightning.placement import Capacity, Certificate, ExpertLoad, cert
 class LayerLoad(ExpertLoad):
     """What one MoE layer trained on between two reads; equal on all ranks.
 
-    num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
-    capacity: the layer's; None is dropless.
+    Attributes:
+        num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
+        capacity: the layer's; None is dropless.
     """
 
     num_moved: int
@@ -40,6 +41,9 @@ class LoadReader:
     """Reads the counters of all `Experts` layers of a module; readers do not disturb each other.
 
     Validation is not counted, and activation checkpointing counts once.
+
+    Args:
+        module: its layers are looked up once, here.
     """
 
     def __init__(self, module: nn.Module) -> None:

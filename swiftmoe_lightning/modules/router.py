@@ -26,12 +26,14 @@ _PATIENCE: Final = 1000
 class RouterOutput:
     """What a router decides. A router of your own returns this, too.
 
-    expert_ids_TK: [T, K] int64, different experts for each token.
-    weights_TK: [T, K] floating, what each choice counts in the token's sum.
-    logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
-    probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or
-    prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs: what `TopKRouter` gives.
-    square_sum: [] floating, the squared log-sum-exp of `logits_TE` summed over T (for the z-loss); None computes it.
+    Attributes:
+        expert_ids_TK: [T, K] int64, different experts for each token.
+        weights_TK: [T, K] floating, what each choice counts in the token's sum.
+        logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
+        probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or
+        prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs: what `TopKRouter` gives.
+        square_sum: [] floating, the squared log-sum-exp of `logits_TE` summed over T (for the z-loss); None computes
+            it.
     """
 
     expert_ids_TK: Tensor
@@ -42,7 +44,11 @@ class RouterOutput:
     square_sum: Tensor | None = None
 
     def load_balancing_loss(self, popularity_E: Tensor, world_size: int) -> Tensor:
-        """See `load_balancing_loss`."""
+        """See `load_balancing_loss`.
+
+        Raises:
+            ValueError: when the router gave neither `probs_TE` nor `prob_sums_E`.
+        """
         probs_TE = self.probs_TE if self.prob_sums_E is None else self.prob_sums_E.unsqueeze(0)
         if probs_TE is None:
             raise ValueError(
@@ -60,16 +66,23 @@ class RouterOutput:
 class TopKRouter(nn.Module):
     """Linear scores in float32, the K best experts of each token, their scores as weights.
 
-    score: "softmax" over the experts, or "sigmoid" of each.
-    renormalize: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
-        1, and the router would learn nothing from the task.)
-    bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the weights),
-        and every optimizer step moves it by this much towards less popular experts: balance without an auxiliary
-        loss (arXiv 2408.15664). The engine calls `update_bias`. Where nobody does in the first thousand forwards of
-        a training (compiled ones do not count), a warning says so.
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, how many experts each token chooses.
+        score: "softmax" over the experts, or "sigmoid" of each.
+        renormalize: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
+            1, and the router would learn nothing from the task.)
+        bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the
+            weights), and every optimizer step moves it by this much towards less popular experts: balance without an
+            auxiliary loss (arXiv 2408.15664). The engine calls `update_bias`. Where nobody does in the first thousand
+            forwards of a training (compiled ones do not count), a warning says so.
+        device: of the weight and the bias.
+        dtype: of the weight; the bias is float32.
 
-    Raises ValueError if top_k is not in 1..E, for an unknown score, for renormalize=True with top_k=1, or a
-    bias_update_rate that is not a number of 0 or more.
+    Raises:
+        ValueError: if top_k is not in 1..E, for a size below 1, an unknown score, for renormalize=True with top_k=1,
+            or a bias_update_rate that is not a number of 0 or more.
     """
 
     expert_bias: Tensor | None
@@ -153,7 +166,11 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, popularity_E: np.ndarray) -> None:
-        """Move `expert_bias` towards experts with less than the mean popularity. popularity_E: [E], one step."""
+        """Move `expert_bias` towards experts with less than the mean popularity.
+
+        Args:
+            popularity_E: [E], of one step.
+        """
         self._patience = None
         if self.expert_bias is not None:
             step_E = torch.from_numpy(np.sign(popularity_E.mean() - popularity_E))
@@ -166,7 +183,14 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
     f_e is expert e's share of the assignments of ALL ranks, P_e the mean share of its score. Ranks share the
     global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
 
-    probs_TE: [T, E] of this rank, or their sum as [1, E]. popularity_E: [E] int of all ranks.
+    Args:
+        probs_TE: [T, E] of this rank, or their sum as [1, E].
+        popularity_E: [E] int of all ranks.
+        world_size: ranks that took part.
+        top_k: K, choices of each token.
+
+    Returns:
+        [] floating.
     """
     popularity_E = popularity_E.to(probs_TE)
     num_assignments = popularity_E.sum().clamp(min=1)
@@ -178,6 +202,14 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
 def z_loss(logits_TE: Tensor, num_tokens: Tensor, world_size: int) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), over the tokens of all ranks.
 
-    num_tokens: [], of all ranks. The mean over ranks is the loss of the global batch, as above.
+    The mean over ranks is the loss of the global batch, as above.
+
+    Args:
+        logits_TE: [T, E] of this rank.
+        num_tokens: [], of all ranks.
+        world_size: ranks that took part.
+
+    Returns:
+        [] floating.
     """
     return logits_TE.logsumexp(-1).square().sum() * (world_size / num_tokens.clamp(min=1))

@@ -24,9 +24,15 @@ class RouterLosses:
     # Hooks on what is between two layers would not compile; the experts before it break the graph anyway.
     @torch.compiler.disable
     def hand_over(self, loss: Tensor | None, out: Tensor, recomputes: bool) -> Tensor:
-        """Take the loss of a forward, None where it has none. Returns `out`, to be used in its place.
+        """Take the loss of a forward.
 
-        recomputes: the forward runs inside backward.
+        Args:
+            loss: [], or None where the forward has none.
+            out: what the forward's experts gave.
+            recomputes: the forward runs inside backward.
+
+        Returns:
+            `out`, to be used in its place.
         """
         if recomputes:
             return out if loss is None or not loss.requires_grad else _Carry.apply(out, loss, self)
@@ -40,7 +46,7 @@ class RouterLosses:
         return out
 
     def read(self) -> list[Tensor]:
-        """Each []; the next forward begins anew."""
+        """The losses since the last read, each []; the next forward begins anew."""
         self._is_old = True
         with_graph = [loss for loss in self._losses if loss.requires_grad]
         without = [loss for loss in self._losses if not loss.requires_grad]
@@ -49,7 +55,7 @@ class RouterLosses:
         return with_graph + without
 
     def keep_gradient(self, gradient: Tensor) -> None:
-        """Of the losses that have no graph. Each backward begins anew."""
+        """Keep the gradient, [], of the losses that have no graph. Each backward begins anew."""
         backward = torch._C._current_graph_task_id()
         before = self._gradient if backward == self._backward else None
         self._gradient, self._backward = gradient if before is None else before + gradient, backward
