@@ -34,10 +34,13 @@ class PlacementRecorder(Callback):
     Works with any strategy; under `strategy="swiftmoe"` the numbers are those of all ranks. A fit without a single
     step writes nothing.
 
-    path: the file; its folder is made.
+    Args:
+        path: the file; its folder is made.
 
-    Raises OSError for a path that cannot be written, ImportError for a .parquet path without pyarrow; ValueError when
-    training starts, for a module without MoE layers or with layers of different E.
+    Raises:
+        OSError: for a path that cannot be written.
+        ImportError: for a .parquet path without pyarrow.
+        ValueError: when training starts, for a module without MoE layers or with layers of different E.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -49,10 +49,12 @@ class ExpertPopularityMonitor(Callback):
     <layer> is the name of the layer's `Experts` module. The first five are also in `trainer.callback_metrics` after
     every step, for that step, so that EarlyStopping or ModelCheckpoint can watch them.
 
-    max_keys: logs no more keys than this. Left out first, layer by layer from the last one, are the keys of single
-        experts, then those of layers.
+    Args:
+        max_keys: logs no more keys than this. Left out first, layer by layer from the last one, are the keys of single
+            experts, then those of layers.
 
-    Raises ValueError for max_keys below 10.
+    Raises:
+        ValueError: for max_keys below 10.
     """
 
     def __init__(self, max_keys: int = 500) -> None:

@@ -16,14 +16,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model) -> Model:
-    """Let `Experts` take the place of every experts module of a Hugging Face model. Returns `model`, changed in place.
+    """Let `Experts` take the place of every experts module of a Hugging Face model.
 
     Experts modules are found by structure: fused tensors `gate_up_proj` or `up_proj` and `down_proj` of all experts,
     with or without biases, in either layout. Parameters stay the same objects with the same names, so optimizers and
     checkpoints know no difference; router, shared experts and losses are not touched. Repeatable.
 
-    Warns, once, of experts that stay as they are, with the reasons.
-    Raises ValueError with the reasons when no experts could be taken over, or for what is no model.
+    Args:
+        model: any module that holds such experts modules.
+
+    Returns:
+        `model`, changed in place.
+
+    Warns:
+        UserWarning: once, of experts that stay as they are, with the reasons.
+
+    Raises:
+        ValueError: with the reasons when no experts could be taken over, or for what is no model.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert() takes a model, an nn.Module, got {model!r}. Load one first.")

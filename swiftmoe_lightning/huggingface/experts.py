@@ -21,7 +21,9 @@ def register_hf_experts() -> None:
     """Make `experts_implementation="swiftmoe"` known to transformers, as for `model.set_experts_implementation`.
 
     Repeatable. `import swiftmoe_lightning` does it when transformers was imported before.
-    Raises ImportError without transformers 5 or later.
+
+    Raises:
+        ImportError: without transformers 5 or later.
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,10 +35,13 @@ def register_hf_experts() -> None:
 
 
 def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """[T, D] -> [T, D]: the experts' sum, weighted by `top_k_weights` [T, K].
+    """[T, D] -> [T, D]: the experts' sum, weighted by `top_k_weights`.
 
-    module: with the flags and tensors that transformers' `use_experts_implementation` describes. Choices
-    `top_k_index` [T, K] int outside 0..E-1, as of experts on another rank, add nothing.
+    Args:
+        module: with the flags and tensors that transformers' `use_experts_implementation` describes.
+        hidden_states: [T, D].
+        top_k_index: [T, K] int. Choices outside 0..E-1, as of experts on another rank, add nothing.
+        top_k_weights: [T, K].
     """
     x_TD = hidden_states.to(compute_dtype(hidden_states))
     activation, weights = _activation_of(module), _weights_of(module, x_TD.dtype)

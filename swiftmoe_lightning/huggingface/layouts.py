@@ -32,7 +32,11 @@ class RepeatedExperts(Experts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[E * T, D], expert by expert -> [E * T, D].
 
-        Raises FloatingPointError for non-finite rows.
+        Args:
+            hidden_states: each token's row E times, times the weight of the expert, or zero where it is not chosen.
+
+        Raises:
+            FloatingPointError: for non-finite rows.
         """
         expert_R = torch.arange(self.num_experts, device=hidden_states.device)
         expert_R = expert_R.repeat_interleave(len(hidden_states) // self.num_experts)
@@ -45,7 +49,11 @@ class RepeatedExperts(Experts):
 def as_experts(module: nn.Module) -> Experts:
     """The parameters of `module`, in an `Experts` that computes what it computes, called as it is called.
 
-    Raises ValueError with the reason when there is no such `Experts`.
+    Args:
+        module: an experts module of the fused layout; it is left as it is.
+
+    Raises:
+        ValueError: with the reason when there is no such `Experts`.
     """
     parameters = _fused_parameters(module)
     # Below what picks another implementation of the same sums (grouped_mm, kernels).

@@ -62,11 +62,16 @@ class SwiftMoETrainer(Trainer):
 
     Experts are spread when training begins, and `engine` is None before. Call `save_model` on all processes.
 
-    model: a Hugging Face MoE model, whose experts `convert` takes over, or any module with `Experts`.
-    args and all others: as of `transformers.Trainer`. swiftmoe_config: None takes the defaults.
+    Args:
+        model: a Hugging Face MoE model, whose experts `convert` takes over, or any module with `Experts`.
+        args: as of `transformers.Trainer`.
+        *rest: as of `transformers.Trainer`.
+        swiftmoe_config: None takes the defaults.
+        **options: as of `transformers.Trainer`.
 
-    Raises ValueError for a model without such experts, and over several processes for arguments that cannot be
-    combined with spread experts.
+    Raises:
+        ValueError: for a model without such experts, and over several processes for arguments that cannot be combined
+            with spread experts.
     """
 
     def __init__(
@@ -169,7 +174,12 @@ class SwiftMoETrainer(Trainer):
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise ValueError, on every process, for what cannot be combined with spread experts."""
+    """Refuse what cannot be combined with spread experts.
+
+    Raises:
+        ValueError: on every process, for one process with several GPUs, and over several processes for another
+            parallelism, evaluation in another precision, or even_batches=False.
+    """
     if args.n_gpu > 1:
         raise ValueError(
             f"one process was started for {args.n_gpu} GPUs, and experts are spread over processes. Start one for each "
@@ -193,7 +203,12 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     The Trainer's own loader takes names as they are in the file, and many MoE families are written with a tensor for
     each expert: it would leave the experts as they are, with a warning. `from_pretrained` knows the names.
 
-    Raises ValueError, naming the keys, where the files and the model differ.
+    Args:
+        model: what is read into, in place.
+        folder: where `save_pretrained` wrote.
+
+    Raises:
+        ValueError: naming the keys, where the files and the model differ.
     """
     saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
