@@ -16,11 +16,13 @@ from swiftmoe_lightning.placement import PlacementPolicy, make_policy
 class Candidate:
     """A policy and how it is run.
 
-    make: (world_size, slots_per_rank) -> the policy. split: its token split.
-    capacity_per: what has a budget where there is a capacity: a "rank" or a "slot".
-    knows_the_step: plans a step from the step itself, whatever the lag.
-    moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
-    label: one or two words to set it apart.
+    Attributes:
+        make: (world_size, slots_per_rank) -> the policy.
+        split: its token split.
+        capacity_per: what has a budget where there is a capacity: a "rank" or a "slot".
+        knows_the_step: plans a step from the step itself, whatever the lag.
+        moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
+        label: one or two words to set it apart.
     """
 
     make: Callable[[int, int], PlacementPolicy]

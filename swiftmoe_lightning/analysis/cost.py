@@ -22,14 +22,20 @@ _MOST_BYTES: Final = 2**50
 class Machine:
     """The ranks that a trace is replayed on.
 
-    num_ranks, slots_per_rank: W and s.
-    expert_bytes: G. state_bytes: an expert's optimizer state; None takes 8 G, the paper's 16 bytes a parameter of 2.
-    link_bytes: bytes a second that a rank can send while it receives as many. flops: floating-point operations a
-        second of a rank. Without both no step times are modelled.
-    assignment_flops: operations of one assignment, forward and backward; None takes 3 G: 6 a parameter of 2 bytes.
-    assignment_bytes: bytes of one token's hidden state on the wire; it travels four times a step.
+    Without both `link_bytes` and `flops` no step times are modelled.
 
-    Raises ValueError for a value out of range.
+    Attributes:
+        num_ranks: W.
+        slots_per_rank: s.
+        expert_bytes: G.
+        state_bytes: an expert's optimizer state; None takes 8 G, the paper's 16 bytes a parameter of 2.
+        link_bytes: bytes a second that a rank can send while it receives as many.
+        flops: floating-point operations a second of a rank.
+        assignment_flops: operations of one assignment, forward and backward; None takes 3 G: 6 a parameter of 2 bytes.
+        assignment_bytes: bytes of one token's hidden state on the wire; it travels four times a step.
+
+    Raises:
+        ValueError: for a value out of range.
     """
 
     num_ranks: int
@@ -62,11 +68,17 @@ class Machine:
 
     @property
     def moved_state_bytes(self) -> int:
+        """Bytes of an expert's optimizer state, on its way to a new rank."""
         return 8 * self.expert_bytes if self.state_bytes is None else self.state_bytes
 
 
 def phase_bytes(num_hosted: float, machine: Machine) -> float:
-    """What collect, or distribute, puts on the wire in one layer, all ranks together: G (D - D / W)."""
+    """What collect, or distribute, puts on the wire in one layer, all ranks together: G (D - D / W).
+
+    Args:
+        num_hosted: D, or its mean.
+        machine: the ranks.
+    """
     return machine.expert_bytes * num_hosted * (1 - 1 / machine.num_ranks)
 
 
@@ -75,6 +87,14 @@ def paper_bytes(num_hosted: float, num_experts: int, machine: Machine) -> float:
 
     Gradients: an all-reduce over each expert's hosts and one fetch of every shard, G (2 D - E - D / W). Weights: point
     to point to every slot, G S (1 - 1 / W).
+
+    Args:
+        num_hosted: D, or its mean.
+        num_experts: E.
+        machine: the ranks.
+
+    Returns:
+        Bytes, all ranks together.
     """
     num_ranks = machine.num_ranks
     gradients = 2 * num_hosted - num_experts - num_hosted / num_ranks
@@ -94,8 +114,14 @@ def busiest_phase(placement: Placement) -> float:
 def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine) -> float | None:
     """One layer's part of a step, phases one after the other: nothing overlaps, latencies count as nothing.
 
-    max_load: assignments of the busiest rank. busiest: see `busiest_phase`. moved: experts whose optimizer state
-    moves to a new rank; they are received in parallel by all ranks.
+    Args:
+        max_load: assignments of the busiest rank.
+        busiest: see `busiest_phase`.
+        moved: experts whose optimizer state moves to a new rank; they are received in parallel by all ranks.
+        machine: the ranks.
+
+    Returns:
+        Seconds, or None without speeds.
     """
     if machine.flops is None or machine.link_bytes is None:
         return None
@@ -108,6 +134,14 @@ def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine
 
 
 def paper_step_seconds(max_load: float, machine: Machine) -> float | None:
-    """The same with the paper's bound for both phases: each rank moves (S - s) / W gradients and as many weights."""
+    """`step_seconds` with the paper's bound for both phases: each rank moves (S - s) / W gradients and as many weights.
+
+    Args:
+        max_load: assignments of the busiest rank.
+        machine: the ranks.
+
+    Returns:
+        Seconds, or None without speeds.
+    """
     num_ranks, slots = machine.num_ranks, machine.slots_per_rank
     return step_seconds(max_load, slots * (num_ranks - 1) / num_ranks, 0.0, machine)

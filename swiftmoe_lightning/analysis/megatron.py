@@ -60,9 +60,12 @@ def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trac
     evenly so; and in versions that write `block`, each pipeline stage numbers its layers from 0, so that the files of
     different stages must be read apart.
 
-    num_experts: E. None takes it from `logit_shape`; without that, it is the highest id found plus 1.
+    Args:
+        paths: the files.
+        num_experts: E. None takes it from `logit_shape`; without that, it is the highest id found plus 1.
 
-    Raises ValueError, with file and line, for what is not such a line, or does not agree with the lines before it.
+    Raises:
+        ValueError: with file and line, for what is not such a line, or does not agree with the lines before it.
     """
     calls = [call for path in paths for call in _calls_of(path)]
     if not calls:

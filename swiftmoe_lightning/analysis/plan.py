@@ -23,12 +23,15 @@ _MOST_SLOTS: Final = 2**20
 class PlanOptions:
     """What is asked of the policies.
 
-    policies: names of `CANDIDATES`. capacity_factor: None is dropless.
-    capacity_per: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
-    lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
-    replace_every: as in `SwiftMoEConfig`.
+    Attributes:
+        policies: names of `CANDIDATES`.
+        capacity_factor: None is dropless.
+        capacity_per: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
+        lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
+        replace_every: as in `SwiftMoEConfig`.
 
-    Raises ValueError for a value out of range.
+    Raises:
+        ValueError: for a value out of range.
     """
 
     policies: Sequence[str] = DEFAULT_POLICIES
@@ -67,8 +70,18 @@ class PlanOptions:
 class Outcome:
     """A candidate's replay, and what it costs on the machine.
 
-    Bytes are means of a step, all layers and ranks together. bytes_paper: both phases, the paper's way, with the same
-    placements. seconds: modelled, of a step; None without speeds. seconds_paper: the same, phases at the paper's bound.
+    Bytes are means of a step, all layers and ranks together.
+
+    Attributes:
+        candidate: the policy.
+        rules: how it was run.
+        replay: what it did.
+        bytes_gradients: collecting gradients.
+        bytes_weights: distributing weights.
+        bytes_paper: both phases, the paper's way, with the same placements.
+        bytes_state_moved: optimizer state and weights that go to new hosts, where the candidate moves them.
+        seconds: modelled, of a step; None without speeds.
+        seconds_paper: the same, phases at the paper's bound.
     """
 
     candidate: Candidate
@@ -86,7 +99,12 @@ class Outcome:
 class Plan:
     """Policies compared on a trace.
 
-    outcomes: by policy. bounds: the least share dropped, and max / mean load, of any placement that knows the step.
+    Attributes:
+        trace: what was replayed.
+        machine: on which ranks.
+        options: what was asked.
+        outcomes: by policy.
+        bounds: the least share "dropped", and max / mean load ("imbalance"), of any placement that knows the step.
     """
 
     trace: Trace
@@ -120,9 +138,14 @@ def make_plan(
 ) -> Plan:
     """Run every policy on the trace.
 
-    report: called with a policy's name before it is run.
+    Args:
+        trace: the assignments.
+        machine: the ranks to replay it on.
+        options: what is asked.
+        report: called with a policy's name before it is run.
 
-    Raises ValueError when the slots cannot hold the experts, or the replays would not fit the memory.
+    Raises:
+        ValueError: when the slots cannot hold the experts, or the replays would not fit the memory.
     """
     _check_size(trace, machine)
     popularity_SLE = trace.popularity_SLE

@@ -46,11 +46,15 @@ def read_trace(path: str | Path, num_experts: int | None = None) -> Trace:
     .jsonl: what Megatron-Core writes for `--moe-routing-trace-path`, one rank's file, or the folder with all ranks'
         (see `read_megatron`).
 
-    num_experts: E, for Megatron's files, which do not say it: None takes the highest expert that was chosen for the
-        last. Other files must agree with it.
+    Args:
+        path: the file, or Megatron's folder.
+        num_experts: E, for Megatron's files, which do not say it: None takes the highest expert that was chosen for
+            the last. Other files must agree with it.
 
-    Raises FileNotFoundError where there is nothing, ImportError for Parquet without pyarrow, and ValueError, one line
-    with the path, for all that is not a trace.
+    Raises:
+        FileNotFoundError: where there is nothing.
+        ImportError: for Parquet without pyarrow.
+        ValueError: one line with the path, for all that is not a trace.
     """
     path = Path(path)
     if num_experts is not None:

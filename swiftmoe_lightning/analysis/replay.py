@@ -36,10 +36,17 @@ _CERTIFIED_STEPS: Final = 200
 class Replay:
     """What a policy did on a trace.
 
-    replicas_SLE: slots of each expert. wanted_SLW, load_SLW: assignments that went to each rank, and that it
-    computed. hosted_SL: D. moved_SL: pairs that were not hosted a step before. busiest_SL: see `busiest_phase`.
-    losses, bounds: means of the certificates, by cause. achieved: of what they explain.
-    planning_seconds: mean time to place all layers and split their tokens, one step.
+    Attributes:
+        replicas_SLE: [S, L, E] int32, slots of each expert.
+        wanted_SLW: [S, L, W] int64, assignments that went to each rank.
+        load_SLW: [S, L, W] int64, those of them that it computed.
+        hosted_SL: [S, L] int64, D.
+        moved_SL: [S, L] int64, pairs that were not hosted a step before.
+        busiest_SL: [S, L] float, see `busiest_phase`.
+        achieved: mean of what the certificates explain.
+        losses: means of the certificates, by cause.
+        bounds: means of the certificates, by cause.
+        planning_seconds: mean time to place all layers and split their tokens, one step.
     """
 
     replicas_SLE: np.ndarray
@@ -68,10 +75,12 @@ class Replay:
 class Rules:
     """How a policy is run.
 
-    split: token split. capacity: None is dropless.
-    lag: a step is planned from the one this many rows before it; 1 is what training does. 0 is a clairvoyant's: the
-        policy alone, told of the very step that it serves.
-    interval: rows between two placements, or "auto". See `SwiftMoEConfig`.
+    Attributes:
+        split: token split.
+        capacity: None is dropless.
+        lag: a step is planned from the one this many rows before it; 1 is what training does. 0 is a clairvoyant's: the
+            policy alone, told of the very step that it serves.
+        interval: rows between two placements, or "auto". See `SwiftMoEConfig`.
     """
 
     split: str = "balanced"
@@ -83,7 +92,10 @@ class Rules:
 def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
     """Run `policy` on a trace, by the placer and the token split of training.
 
-    popularity_SLE: [S, L, E] int64 assignments, not all 0.
+    Args:
+        popularity_SLE: [S, L, E] int64 assignments, not all 0.
+        policy: a new one, where it remembers.
+        rules: how it is run.
     """
     num_steps, num_layers, num_experts = popularity_SLE.shape
     run = _Run(policy, rules, num_layers, num_experts)

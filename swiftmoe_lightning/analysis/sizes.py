@@ -14,7 +14,13 @@ _MOST: Final = 2**16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Ranks, slots and capacity to plan for. capacity_factor: None is dropless."""
+    """Ranks, slots and capacity to plan for.
+
+    Attributes:
+        num_ranks: W.
+        slots_per_rank: s.
+        capacity_factor: None is dropless.
+    """
 
     num_ranks: int
     slots_per_rank: int
@@ -24,10 +30,17 @@ class Sizes:
     def of(
         cls, trace: Trace, num_ranks: int | None, slots_per_rank: int | None, capacity_factor: float | None
     ) -> Sizes:
-        """What is given, else what the trace's own run had. A given capacity factor of 0 is dropless, too.
+        """What is given, else what the trace's own run had.
 
-        Raises ValueError for numbers too large for any machine, when neither says how many ranks or slots there are,
-        or the trace's metadata is damaged.
+        Args:
+            trace: its metadata says what its run had.
+            num_ranks: W; None takes the run's.
+            slots_per_rank: s; None takes the run's.
+            capacity_factor: None takes the run's; 0 is dropless, too.
+
+        Raises:
+            ValueError: for numbers too large for any machine, when neither says how many ranks or slots there are, or
+                the trace's metadata is damaged.
         """
 
         def known(name: str, given: int | None, key: str) -> int:

@@ -30,15 +30,17 @@ _MOST_BYTES: Final = 2**32
 class Trace:
     """Assignments that each source rank routed to each expert, in every step and layer.
 
-    counts_SWLE: [S, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
-    layers: L names; left out, "0", "1", ...
-    step_S: [S] rising whole numbers, the training step of each row; left out, 0, 1, ...
-    metadata: whatever else the file says about the run.
-    recorded: what the run itself did, if it is known: any of `replicas` [S, L, E], `loads` [S, L, ranks],
-        `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
+    Attributes:
+        counts_SWLE: [S, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
+        layers: L names; left out, "0", "1", ...
+        step_S: [S] rising whole numbers, the training step of each row; left out, 0, 1, ...
+        metadata: whatever else the file says about the run.
+        recorded: what the run itself did, if it is known: any of `replicas` [S, L, E], `loads` [S, L, ranks],
+            `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
 
-    Raises ValueError for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
-    expert, not a single assignment, other arrays that do not fit the counts, or more dropped than was there.
+    Raises:
+        ValueError: for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
+            expert, not a single assignment, other arrays that do not fit the counts, or more dropped than was there.
     """
 
     counts_SWLE: np.ndarray
@@ -73,18 +75,22 @@ class Trace:
 
     @property
     def num_steps(self) -> int:
+        """How many steps, S."""
         return self.counts_SWLE.shape[0]
 
     @property
     def num_sources(self) -> int:
+        """How many source ranks, W; 1 where ranks were not told apart."""
         return self.counts_SWLE.shape[1]
 
     @property
     def num_layers(self) -> int:
+        """How many layers, L."""
         return self.counts_SWLE.shape[2]
 
     @property
     def num_experts(self) -> int:
+        """How many experts, E."""
         return self.counts_SWLE.shape[3]
 
     @cached_property
@@ -93,12 +99,19 @@ class Trace:
         return self.counts_SWLE.sum(1)
 
     def counts_for(self, world_size: int) -> np.ndarray:
-        """[S, W, L, E] int64: the same assignments, as `world_size` ranks would have made them.
+        """The same assignments, as `world_size` ranks would have made them.
 
         The trace's own where it has as many source ranks. Else every sum over ranks, c, is cut into W whole parts that
         differ by 1 at the most: rank r gets floor((r + 1) c / W) - floor(r c / W).
 
-        Raises ValueError unless `world_size` is a whole number of 1 or more.
+        Args:
+            world_size: W.
+
+        Returns:
+            [S, W, L, E] int64.
+
+        Raises:
+            ValueError: unless `world_size` is a whole number of 1 or more.
         """
         check_whole(world_size=world_size)
         if world_size == self.num_sources:
@@ -169,7 +182,15 @@ class Trace:
 
 
 def check_bytes(what: str, num_bytes: int) -> None:
-    """Raise ValueError if it needs more memory than any trace does."""
+    """Make sure that something needs no more memory than any trace does.
+
+    Args:
+        what: its name, for the message.
+        num_bytes: what it needs.
+
+    Raises:
+        ValueError: if it needs more.
+    """
     if num_bytes > _MOST_BYTES:
         raise ValueError(
             f"{what} would take {num_bytes} bytes, more than {_MOST_BYTES}. Take fewer steps or ranks, or copy the "

@@ -21,7 +21,8 @@ TraceWriter = Callable[[Path, Mapping[str, np.ndarray], Mapping[str, Any]], None
 def writer_for(path: Path) -> TraceWriter:
     """`write_parquet` for a path that ends in .parquet, `write_npz` for any other.
 
-    Raises ImportError when Parquet is asked for and pyarrow is not installed.
+    Raises:
+        ImportError: when Parquet is asked for and pyarrow is not installed.
     """
     if path.suffix.lower() != ".parquet":
         return write_npz
@@ -30,7 +31,11 @@ def writer_for(path: Path) -> TraceWriter:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError, with the reason, if `path` cannot become a file: now, not at the end of a run. Writes nothing."""
+    """Make sure that `path` can become a file: now, not at the end of a run. Writes nothing.
+
+    Raises:
+        OSError: with the reason, if it cannot.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, and a file is to be written. Name a file in it.")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -42,7 +47,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """All arrays, and `metadata` as an array of its own, a JSON string. The file's folder is made."""
+    """All arrays, and `metadata` as an array of its own, a JSON string. The file's folder is made.
+
+    Args:
+        path: the file, whatever it ends in.
+        arrays: name -> array.
+        metadata: JSON-able.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # An open file: given a name, numpy would add .npz to one that ends otherwise.
     with path.open("wb") as file:
@@ -56,7 +67,13 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     with count 0 are left out, but for one in a step that has no others. The schema's metadata holds `metadata` under
     "swiftmoe.metadata" and [S, W, L, E] under "swiftmoe.shape", as JSON. The file's folder is made.
 
-    Raises ImportError when pyarrow is not installed.
+    Args:
+        path: the file.
+        arrays: `counts`, and `step` [S].
+        metadata: JSON-able.
+
+    Raises:
+        ImportError: when pyarrow is not installed.
     """
     pa, pq = import_parquet()
     counts_SWLE = arrays["counts"]
@@ -78,13 +95,21 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def parquet_schema(pa: Any) -> Any:
-    """The table's columns, none of which has gaps. pa: the pyarrow module."""
+    """The table's columns, none of which has gaps.
+
+    Args:
+        pa: the pyarrow module.
+    """
     types = {"step": pa.int64(), "layer": pa.int32(), "rank": pa.int32(), "expert": pa.int32(), "count": pa.int64()}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
 def import_parquet() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet. Raises ImportError when pyarrow is not installed."""
+    """The modules pyarrow and pyarrow.parquet.
+
+    Raises:
+        ImportError: when pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

@@ -22,9 +22,14 @@ class EPLBPolicy(PlacementPolicy):
     EPLB serves inference, so it has no say on optimizer states: none move here. Our own: a layer without any tokens
     counts as uniform (EPLB would give all spare slots to one expert).
 
-    num_groups, num_nodes: groups of neighbouring experts, nodes of neighbouring ranks.
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        num_groups: groups of neighbouring experts.
+        num_nodes: nodes of neighbouring ranks.
 
-    Raises ValueError unless nodes divide the ranks and groups divide the experts.
+    Raises:
+        ValueError: unless nodes divide the ranks and groups divide the experts.
     """
 
     def __init__(self, world_size: int, slots_per_rank: int, num_groups: int = 1, num_nodes: int = 1) -> None:
@@ -59,7 +64,15 @@ class EPLBPolicy(PlacementPolicy):
 
 
 def replicate_experts(load_E: np.ndarray, num_replicas: int) -> np.ndarray:
-    """[P] int64: the expert of each of P replicas: all experts once, then those that got another one, in order."""
+    """Give each spare replica to the expert with the most load a replica.
+
+    Args:
+        load_E: [E] assignments.
+        num_replicas: P.
+
+    Returns:
+        [P] int64, the expert of each replica: all experts once, then those that got another one, in order.
+    """
     counts = [1] * len(load_E)
     heap = [(-load, expert) for expert, load in enumerate(load_E.tolist())]
     heapq.heapify(heap)
@@ -73,7 +86,15 @@ def replicate_experts(load_E: np.ndarray, num_replicas: int) -> np.ndarray:
 
 
 def balanced_packing(weight_N: np.ndarray, num_packs: int) -> np.ndarray:
-    """[packs, N / packs] int64: items, packed by falling weight into the lightest pack that is not full."""
+    """Pack items by falling weight into the lightest pack that is not full.
+
+    Args:
+        weight_N: [N] each item's; the packs divide N.
+        num_packs: how many packs.
+
+    Returns:
+        [packs, N / packs] int64, the items of each.
+    """
     pack_size = len(weight_N) // num_packs
     # As EPLB does: one item a pack needs no order.
     if pack_size == 1:

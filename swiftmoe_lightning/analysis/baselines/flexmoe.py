@@ -30,8 +30,14 @@ class FlexMoEPolicy(RevisingPolicy):
     several ranks have the largest load, fewer of them count as a fall; a migration is judged by load, not by the
     all-reduce it shortens, and is the best of all swaps; at most S rounds, and the default `threshold`.
 
-    interval: calls between two revisions; SYMI's evaluation takes 10, 50 and 100.
-    threshold: largest load of a rank, in mean loads, that is left alone.
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        interval: calls between two revisions; SYMI's evaluation takes 10, 50 and 100.
+        threshold: largest load of a rank, in mean loads, that is left alone.
+
+    Raises:
+        ValueError: for a threshold below 1, and as `RevisingPolicy` does.
     """
 
     def __init__(self, world_size: int, slots_per_rank: int, interval: int = 50, threshold: float = 1.1) -> None:
@@ -41,9 +47,16 @@ class FlexMoEPolicy(RevisingPolicy):
         self.threshold = threshold
 
     def first_table(self, num_experts: int) -> np.ndarray:
+        """[W, s] int64: uniform replicas."""
         return Placement.uniform(num_experts, self.world_size, self.slots_per_rank).table_Ws
 
     def revised(self, table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
+        """[W, s] int64: one layer's slots after `table_Ws`, by rounds of expand and shrink, or else migrate.
+
+        Args:
+            table_Ws: [W, s] int64, the expert in each slot.
+            popularity_E: [E] float, assignments.
+        """
         accepted = popularity_E.sum() / self.world_size * self.threshold
         cost = _cost(table_Ws, popularity_E)
         for _ in range(self.num_slots):
@@ -74,7 +87,15 @@ def _is_less(cost: tuple[float, int], other: tuple[float, int]) -> bool:
 
 
 def expand_and_shrink(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
-    """[W, s]: one replica of the coldest expert that has several gives its slot to the hottest one, if any can."""
+    """One replica of the coldest expert that has several gives its slot to the hottest one, if any can.
+
+    Args:
+        table_Ws: [W, s] int64, the expert in each slot; it stays as it is.
+        popularity_E: [E] float, assignments.
+
+    Returns:
+        [W, s] int64.
+    """
     counts_E = np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E))
     share_E = popularity_E / counts_E
     hot = share_E.argmax()
@@ -89,7 +110,15 @@ def expand_and_shrink(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndar
 
 
 def migrate(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
-    """[W, s]: the swap of a slot of the most loaded rank that leaves the smaller largest load to the two ranks."""
+    """The swap of a slot of the most loaded rank that leaves the smaller largest load to the two ranks.
+
+    Args:
+        table_Ws: [W, s] int64, the expert in each slot; it stays as it is.
+        popularity_E: [E] float, assignments.
+
+    Returns:
+        [W, s] int64.
+    """
     num_slots = table_Ws.shape[1]
     share_Ws = (popularity_E / np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E)))[table_Ws]
     load_W = share_Ws.sum(1)

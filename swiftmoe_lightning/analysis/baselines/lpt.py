@@ -26,19 +26,29 @@ class LPTPolicy(RevisingPolicy):
     the ranks left over hold replicas of the hottest expert (at first: of the nearest one below), since a `Placement`
     leaves no slot empty; these replicas do share the load.
 
-    interval: calls between two revisions; SmartMoE's own experiments take 10 and more.
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        interval: calls between two revisions; SmartMoE's own experiments take 10 and more.
     """
 
     def __init__(self, world_size: int, slots_per_rank: int, interval: int = 1) -> None:
         super().__init__(world_size, slots_per_rank, interval)
 
     def first_table(self, num_experts: int) -> np.ndarray:
+        """[W, s] int64: neighbours on one rank."""
         home_E = home_ranks(num_experts, self.world_size)
         experts_W = [np.flatnonzero(home_E == rank).tolist() for rank in range(self.world_size)]
         nearest_W = np.searchsorted(home_E, np.arange(self.world_size), side="right") - 1
         return self._table([experts or [expert] for experts, expert in zip(experts_W, nearest_W.tolist(), strict=True)])
 
     def revised(self, table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
+        """[W, s] int64: one layer's slots after `table_Ws`: dealt anew, if the largest load of a rank falls.
+
+        Args:
+            table_Ws: [W, s] int64, the expert in each slot.
+            popularity_E: [E] float, assignments.
+        """
         hottest = int(popularity_E.argmax())
         next_Ws = self._table([experts or [hottest] for experts in self._deal(table_Ws, popularity_E)])
         cost, next_cost = (rank_loads(popularity_E, t_Ws).max() for t_Ws in (table_Ws, next_Ws))

@@ -18,7 +18,13 @@ class RevisingPolicy(PlacementPolicy):
     So the answer depends on all calls so far: the same history gives the same placements. A policy serves one set of
     layers. The first interval - 1 calls give the first placements.
 
-    Raises ValueError for an interval below 1, or when the layers or their experts change between calls.
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        interval: calls between two revisions.
+
+    Raises:
+        ValueError: for an interval below 1, or when the layers or their experts change between calls.
     """
 
     def __init__(self, world_size: int, slots_per_rank: int, interval: int) -> None:
@@ -51,8 +57,17 @@ class RevisingPolicy(PlacementPolicy):
 
     @abstractmethod
     def first_table(self, num_experts: int) -> np.ndarray:
-        """[W, s] int64: the expert of every slot before anything is known."""
+        """[W, s] int64: the expert of every slot before anything is known.
+
+        Args:
+            num_experts: E.
+        """
 
     @abstractmethod
     def revised(self, table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
-        """[W, s] int64: one layer's slots after `table_Ws`, which stays as it is."""
+        """[W, s] int64: one layer's slots after `table_Ws`, which stays as it is.
+
+        Args:
+            table_Ws: [W, s] int64, the expert in each slot.
+            popularity_E: [E] float, assignments.
+        """

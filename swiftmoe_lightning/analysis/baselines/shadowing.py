@@ -32,8 +32,14 @@ class ShadowingPolicy(PlacementPolicy):
     neither (fewer experts than ranks, no shadow) hold replicas of the hottest expert. As in FasterMoE's code, the
     formula looks at the load of an expert, not of a rank, and at the weights' way out, not at the gradients' way back.
 
-    hidden_dim: F of an expert of two matrices. flops_per_second: of a rank. bytes_per_second: of a rank's network.
-    Defaults are those of FasterMoE's code: model dim 2048 times 2, 11.5 TFLOP/s, 50 Gbit/s.
+    The defaults are those of FasterMoE's code: model dim 2048 times 2, 11.5 TFLOP/s, 50 Gbit/s.
+
+    Args:
+        world_size: W.
+        slots_per_rank: s.
+        hidden_dim: F of an expert of two matrices.
+        flops_per_second: of a rank.
+        bytes_per_second: of a rank's network.
     """
 
     def __init__(

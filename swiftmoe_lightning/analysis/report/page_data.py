@@ -15,18 +15,21 @@ import numpy as np
 class PolicySeries:
     """One policy replayed on the trace, or the recorded run itself.
 
-    name: "balanced", "symi", "static", "recorded", ...
-    label: how it is judged: "pooled rank budget", "slot budget", "re-implementation", ...
-    replicas_SLE: [S, L, E] slots of each expert, or None when they are not known.
-    dropped_SL: [S, L] assignments over capacity; all 0 when dropless.
-    load_SLW: [S, L, W] assignments that each rank computed.
-    moved_SL: [S, L] (rank, expert) pairs that became hosts.
-    bytes_gradients, bytes_weights: what the two weight phases send, mean of a step over all layers and ranks; None
-        when not counted. Likewise the other two.
-    bytes_paper: gradients and weights together, if they were sent the paper's way.
-    bytes_state_moved: optimizer state that is sent because replicas moved.
-    losses: what was lost to "split", "placement", "prediction", "floor" and "rounding". They add up to the dropped
-        share of assignments, or, when dropless, to mean imbalance - 1. May be empty.
+    Bytes are means of a step over all layers and ranks; None when not counted.
+
+    Attributes:
+        name: "balanced", "symi", "static", "recorded", ...
+        label: how it is judged: "pooled rank budget", "slot budget", "re-implementation", ...
+        replicas_SLE: [S, L, E] slots of each expert, or None when they are not known.
+        dropped_SL: [S, L] assignments over capacity; all 0 when dropless.
+        load_SLW: [S, L, W] assignments that each rank computed.
+        moved_SL: [S, L] (rank, expert) pairs that became hosts.
+        bytes_gradients: what the gradients' phase sends.
+        bytes_weights: what the weights' phase sends.
+        bytes_paper: gradients and weights together, if they were sent the paper's way.
+        bytes_state_moved: optimizer state that is sent because replicas moved.
+        losses: what was lost to "split", "placement", "prediction", "floor" and "rounding". They add up to the dropped
+            share of assignments, or, when dropless, to mean imbalance - 1. May be empty.
     """
 
     name: str
@@ -46,12 +49,17 @@ class PolicySeries:
 class PageData:
     """A run or a trace, and the policies to compare on it.
 
-    counts_SLE: [S, L, E] int64 popularity.
-    step_S: [S] the optimizer step of each row, ascending.
-    layers: L names.
-    capacity_factor: None when nothing is dropped.
+    Attributes:
+        title: the page's.
+        subtitle: the line below it.
+        counts_SLE: [S, L, E] int64 popularity.
+        step_S: [S] the optimizer step of each row, ascending.
+        layers: L names.
+        policies: in the order to show them.
+        capacity_factor: None when nothing is dropped.
 
-    Raises ValueError for arrays whose shapes do not fit each other, or that are empty.
+    Raises:
+        ValueError: for arrays whose shapes do not fit each other, or that are empty.
     """
 
     title: str

@@ -24,41 +24,74 @@ _ENOUGH_COLUMNS: Final = 200
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """S steps cut into C columns of neighbouring steps, of equal width up to one step."""
+    """S steps cut into C columns of neighbouring steps, of equal width up to one step.
+
+    Attributes:
+        starts_C: [C] int64, the first row of each column.
+        num_steps: S.
+    """
 
     starts_C: np.ndarray
     num_steps: int
 
     @classmethod
     def of(cls, num_steps: int, most: int) -> Columns:
+        """S steps in as many columns as there are steps, but no more than `most`.
+
+        Args:
+            num_steps: S.
+            most: the largest C.
+        """
         num_columns = max(min(num_steps, most), 1)
         return cls(np.arange(num_columns) * num_steps // num_columns, num_steps)
 
     @property
     def widths_C(self) -> np.ndarray:
+        """[C] int64: steps of each column."""
         return np.diff(self.starts_C, append=self.num_steps)
 
     def sum(self, values_Sx: np.ndarray) -> np.ndarray:
+        """[S, ...] -> [C, ...]: the sum of each column's steps."""
         return np.add.reduceat(values_Sx, self.starts_C, axis=0)
 
     def mean(self, values_Sx: np.ndarray) -> np.ndarray:
+        """[S, ...] -> [C, ...]: the mean of each column's steps."""
         return self.sum(values_Sx) / self.widths_C.reshape(-1, *[1] * (values_Sx.ndim - 1))
 
     def least(self, values_Sx: np.ndarray) -> np.ndarray:
+        """[S, ...] -> [C, ...]: the smallest of each column's steps."""
         return np.minimum.reduceat(values_Sx, self.starts_C, axis=0)
 
     def most(self, values_Sx: np.ndarray) -> np.ndarray:
+        """[S, ...] -> [C, ...]: the largest of each column's steps."""
         return np.maximum.reduceat(values_Sx, self.starts_C, axis=0)
 
     def edges(self, step_S: np.ndarray) -> dict[str, Any]:
-        """First and last step of each column, and the rows in the widest."""
+        """First and last step of each column, and the rows in the widest.
+
+        Args:
+            step_S: [S] the optimizer step of each row.
+
+        Returns:
+            JSON-able: "first" and "last" C numbers, "widest" one.
+        """
         first_C = step_S[self.starts_C]
         last_C = step_S[self.starts_C + self.widths_C - 1]
         return {"first": first_C.tolist(), "last": last_C.tolist(), "widest": int(self.widths_C.max())}
 
 
 def pack(values: np.ndarray, low: float, high: float, num_bytes: int) -> dict[str, Any]:
-    """Values in low..high as whole numbers of 1 or 2 bytes (low byte first), in base64; at most half a unit off."""
+    """Values as whole numbers of 1 or 2 bytes (low byte first), in base64; at most half a unit off.
+
+    Args:
+        values: in low..high.
+        low: what 0 stands for.
+        high: what the largest whole number stands for.
+        num_bytes: 1 or 2.
+
+    Returns:
+        JSON-able: "low", "unit" (the value of 1), "bytes" and "data".
+    """
     top = 256**num_bytes - 1
     unit = (high - low) / top or 1.0
     whole = np.clip(np.rint((values - low) / unit), 0, top).astype(f"<u{num_bytes}")
@@ -66,7 +99,12 @@ def pack(values: np.ndarray, low: float, high: float, num_bytes: int) -> dict[st
 
 
 def dropped_share(dropped_x: np.ndarray, total_x: np.ndarray) -> np.ndarray:
-    """Dropped assignments over all; 0 where there were none."""
+    """Dropped assignments over all; 0 where there were none.
+
+    Args:
+        dropped_x: [...] dropped assignments.
+        total_x: [...] all assignments.
+    """
     return dropped_x / np.maximum(total_x, 1)
 
 

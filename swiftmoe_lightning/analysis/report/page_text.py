@@ -43,10 +43,12 @@ def dropped(policy: PolicySeries, data: PageData) -> float:
 
 
 def mean_imbalance(policy: PolicySeries) -> float:
+    """Load of the busiest rank over the mean rank's, mean of all steps and layers."""
     return float(imbalance(policy.load_SLW).mean())
 
 
 def policy_table(data: PageData) -> str:
+    """The HTML table of what each policy dropped, how even it was and what it sent; a sentence without policies."""
     if not data.policies:
         return "<p>No policy was compared.</p>"
     head = (
@@ -78,6 +80,7 @@ def loss_terms(data: PageData) -> list[str]:
 
 
 def loss_table(data: PageData) -> str:
+    """The HTML table of what each policy lost to which cause; a sentence without certificates."""
     terms = loss_terms(data)
     judged = [policy for policy in data.policies if policy.losses]
     if not terms:
@@ -106,6 +109,7 @@ def notes(data: PageData) -> str:
 
 
 def bytes_text(value: float) -> str:
+    """Bytes in the unit that fits, "B" to "TB", by powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
             return f"{value:.3g} {unit}"
@@ -120,6 +124,12 @@ def _percent(share: float) -> str:
 
 
 def many(number: int, thing: str) -> str:
+    """A number and its noun: "1 step", "1,000 steps".
+
+    Args:
+        number: how many.
+        thing: of what, in the singular; its plural ends in s.
+    """
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 

@@ -16,11 +16,15 @@ _MOST_COLOURS: Final = 12
 
 
 def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
-    """Draw popularity, replicas, imbalance and drops over the steps into the file `path` (.png, .svg, .pdf).
+    """Draw popularity, replicas, imbalance and drops over the steps into a file.
 
-    recording: the arrays that `PlacementRecorder` writes. Of more than 6 layers, 6 are shown, first to last.
+    Args:
+        recording: the arrays that `PlacementRecorder` writes. Of more than 6 layers, 6 are shown, first to last.
+        path: the file (.png, .svg, .pdf).
+        title: the picture's.
 
-    Raises ImportError when matplotlib is not installed.
+    Raises:
+        ImportError: when matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -11,7 +11,12 @@ from swiftmoe_lightning.analysis.trace import Trace
 
 
 def plan_page(plan: Plan, title: str) -> PageData:
-    """The data of the page for `plan`; a trace that holds what its own run did shows that first."""
+    """The data of the page for `plan`; a trace that holds what its own run did shows that first.
+
+    Args:
+        plan: the policies, replayed.
+        title: the page's.
+    """
     machine, options, trace = plan.machine, plan.options, plan.trace
     series = [_series(name, outcome) for name, outcome in plan.outcomes.items()]
     if {"loads", "dropped", "moved"} <= trace.recorded.keys():
