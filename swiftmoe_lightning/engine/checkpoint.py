@@ -35,10 +35,12 @@ _TO_WRITE: Final = "Make room, choose another folder, or leave out what cannot b
 
 
 def full_state(value: Any, keep: bool) -> Any:
-    """`value` (tensors in dicts, lists and tuples) with every sharded tensor gathered whole, on the CPU. A collective.
+    """`value` with every sharded tensor gathered whole, on the CPU. A collective.
 
-    keep: False drops what was gathered, one by one (it becomes None), so that only the rank that writes
-        holds it all.
+    Args:
+        value: tensors in dicts, lists and tuples.
+        keep: False drops what was gathered, one by one (it becomes None), so that only the rank that writes
+            holds it all.
     """
     if isinstance(value, dict):
         return type(value)((k, full_state(v, keep)) for k, v in value.items())
@@ -58,7 +60,8 @@ def is_checkpoint_directory(path: str | os.PathLike[str]) -> bool:
 def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.PathLike[str], *rest: Any) -> None:
     """`write(state, path, *rest)`, of a plain file, on rank 0. A collective.
 
-    Raises OSError, on all ranks, where it cannot be written.
+    Raises:
+        OSError: when it cannot be written, on all ranks.
     """
     try:
         _on_rank_zero(lambda: write(state, path, *rest))
@@ -69,15 +72,19 @@ def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.
 def save_directory(
     path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer], meta: dict[str, Any]
 ) -> None:
-    """Write a DCP directory, each rank its own shards, and `meta` (plain types and tensors) beside it. A collective.
+    """Write a DCP directory, each rank its own shards, and `meta` beside it. A collective.
 
     It is written beside `path` and takes its place when it is whole: whenever the run is killed, one of them is. The
     one that was there stands as "<name>-previous" meanwhile, where `ckpt_path="last"` finds it, too.
 
-    The model stands under "model", where Lightning's `consolidate_checkpoint` looks for it, and the i-th optimizer
-    under "optimizer_i", by parameter name.
+    Args:
+        path: of the directory.
+        module: stands under "model", where Lightning's `consolidate_checkpoint` looks for it.
+        optimizers: the i-th stands under "optimizer_i", by parameter name.
+        meta: plain types and tensors.
 
-    Raises OSError, on all ranks, where it cannot be written; what was there is still there.
+    Raises:
+        OSError: when it cannot be written, on all ranks; what was there is still there.
     """
     whole = Path(path)
     partial, previous = partial_path(whole), whole.with_name(f"{whole.stem}-previous{whole.suffix}")
@@ -154,7 +161,8 @@ def expected_index_sum(path: str | os.PathLike[str]) -> str | None:
 def read_file(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote (plain types and tensors), on the CPU.
 
-    Raises ValueError for a file that cannot be read or is damaged, naming the record.
+    Raises:
+        ValueError: for a file that cannot be read or is damaged, naming the record.
     """
     with reading(path):
         check_file(Path(path))
@@ -164,7 +172,8 @@ def read_file(path: str | os.PathLike[str]) -> Any:
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The `meta` of a directory.
 
-    Raises ValueError for one that was never finished, and where it or DCP's index is damaged.
+    Raises:
+        ValueError: for one that was never finished, and when it or DCP's index is damaged.
     """
     file = Path(path) / META_FILE
     with reading(path):
@@ -184,7 +193,8 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_model(path: str | os.PathLike[str], module: nn.Module) -> None:
     """Read the model of a directory, written at any world size. A collective.
 
-    Raises ValueError, naming the key, where a shape differs.
+    Raises:
+        ValueError: when a shape differs, naming the key, or the directory cannot be read.
     """
     state = {"model": get_model_state_dict(module)}
     saved = _read_metadata(path).state_dict_metadata
@@ -197,7 +207,11 @@ def load_model(path: str | os.PathLike[str], module: nn.Module) -> None:
 
 
 def load_optimizers(path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Read the optimizers of a directory, written at any world size. A collective."""
+    """Read the optimizers of a directory, written at any world size. A collective.
+
+    Raises:
+        ValueError: when the directory cannot be read.
+    """
     for i, optimizer in enumerate(optimizers):
         state = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
         _load(path, state)
@@ -218,7 +232,11 @@ def _read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever is raised inside becomes a ValueError that names the checkpoint and says what to do."""
+    """Name the checkpoint, and say what to do, in whatever is raised inside.
+
+    Raises:
+        ValueError: in place of any other exception.
+    """
     try:
         yield
     # Of a damaged pickle anything may come.
@@ -228,7 +246,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def unreadable(path: str | os.PathLike[str], reason: str) -> str:
-    """What to say of a checkpoint that cannot be read."""
+    """What to say of a checkpoint that cannot be read, and of the `reason`."""
     return (
         f"cannot read the checkpoint {str(path)!r} ({reason}). It may be missing, cut off or corrupt, or hold objects "
         "that need Trainer.fit(..., weights_only=False): check the path, or use an older one."

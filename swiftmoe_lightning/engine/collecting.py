@@ -37,7 +37,11 @@ class GradientCollector:
             self._syncs = before
 
     def refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Raise RuntimeError for a step inside `no_sync()` of an optimizer whose experts wait for their gradients."""
+        """Refuse a step inside `no_sync()` of an optimizer whose experts wait for their gradients.
+
+        Raises:
+            RuntimeError: for such a step.
+        """
         if self._syncs or not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
             return
         if any(layer.holds_gradients() for layer in self._waiting):

@@ -19,7 +19,13 @@ _UNFINISHED: Final = "Expected to have finished reduction"
 
 
 class ExpertDataParallel(DistributedDataParallel):
-    """DDP that leaves experts and router biases to the engine, and whose `no_sync()` also pauses collection."""
+    """DDP that leaves experts and router biases to the engine, and whose `no_sync()` also pauses collection.
+
+    Args:
+        module: the dense part is averaged over the ranks.
+        engine: of the module's experts; None in a copy.
+        **ddp_options: anything `DistributedDataParallel` takes.
+    """
 
     def __init__(self, module: nn.Module, engine: SwiftMoEEngine, **ddp_options: Any) -> None:
         ignore_expert_parameters(module)
@@ -31,6 +37,12 @@ class ExpertDataParallel(DistributedDataParallel):
         return {**super().__getstate__(), "engine": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """DDP's forward.
+
+        Raises:
+            ValueError: inside torch's `Join`, where ranks have uneven inputs.
+            RuntimeError: when the backward before it did not reach every dense parameter.
+        """
         if self._join_config.enable and self.engine is not None and self.engine.layers:
             raise ValueError(
                 "ranks with spread experts need equally many training batches, and cannot join uneven inputs. Leave "
@@ -50,13 +62,16 @@ class ExpertDataParallel(DistributedDataParallel):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
+        """Inside, backward neither averages dense gradients nor collects experts'."""
         with super().no_sync(), nullcontext() if self.engine is None else self.engine.no_sync():
             yield
 
 
 def ignore_expert_parameters(module: nn.Module) -> None:
-    """Tell DDP, and Lightning's own broadcast, to leave experts alone, and the router biases: ranks compute those
-    alike, and a broadcast in every forward would ask for as many evaluation batches on each rank."""
+    """Tell DDP, and Lightning's own broadcast, to leave experts alone, and the router biases.
+
+    Ranks compute those alike, and a broadcast in every forward would ask for as many evaluation batches on each rank.
+    """
     names = [name for name, p in module.named_parameters() if is_sharded(p)]
     names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

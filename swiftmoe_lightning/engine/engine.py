@@ -43,11 +43,14 @@ class SwiftMoEEngine:
     through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
     group, or on one rank, the module stays a plain MoE and the engine keeps the books.
 
-    module: its `Experts` layers are found by type. config: None takes the defaults.
-    device: where the slots live; None takes the module's own, or the CPU for a module on meta.
-    ranks_per_node: for the "local_first" token split; None asks the launcher.
+    Args:
+        module: its `Experts` layers are found by type.
+        config: None takes the defaults.
+        device: where the slots live; None takes the module's own, or the CPU for a module on meta.
+        ranks_per_node: for the "local_first" token split; None asks the launcher.
 
-    Raises ValueError when the slots cannot hold the experts, or for a config or ranks_per_node that is none.
+    Raises:
+        ValueError: when the slots cannot hold the experts, or for a config or ranks_per_node that is none.
     """
 
     def __init__(
@@ -91,8 +94,7 @@ class SwiftMoEEngine:
         }
 
     def attach(self, module: nn.Module) -> None:
-        """Find the module's MoE layers and spread those that are not yet. Repeatable: layers may be added, moved
-        or cast in between. A collective."""
+        """Spread the module's MoE layers that are not yet. Repeatable after adding, moving or casting. A collective."""
         self.module = module
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
@@ -108,10 +110,13 @@ class SwiftMoEEngine:
             gather_to_save(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module, with its dense gradients averaged over ranks: in DistributedDataParallel, or itself, cut in place
-        (dense="fsdp2"). Use it for forward and `no_sync()`; its `engine` is this one. On one rank, it is left alone.
+        """The module, averaging dense gradients over ranks: in DDP, or itself, cut in place (dense="fsdp2").
 
-        module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
+        Use it for forward and `no_sync()`; its `engine` is this one. On one rank, it is left alone.
+
+        Args:
+            module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
+            **ddp_options: anything `DistributedDataParallel` takes.
         """
         module = self.module if module is None else module
         if self.group is None:
@@ -135,8 +140,9 @@ class SwiftMoEEngine:
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let `optimizer` update sharded parameters at full speed, and every `step()` place and distribute. Returns it.
 
-        Raises ValueError when it holds parameters from before the engine or before `data_parallel()` cut them, or
-        its update is not elementwise.
+        Raises:
+            ValueError: when it holds parameters from before the engine or before `data_parallel()` cut them, none of
+                the module's, or its update is not elementwise.
         """
         self._refuse_replaced(optimizer)
         if self._states:
@@ -178,10 +184,7 @@ class SwiftMoEEngine:
             yield
 
     def collect(self) -> None:
-        """Phase 1: the gradients that wait in the slots -> the parameters' `.grad`, averaged over ranks. A collective.
-
-        Runs by itself at the end of backward.
-        """
+        """Phase 1: gradients in slots -> `.grad`, averaged over ranks. A collective. The end of backward calls it."""
         self._collector.collect()
 
     def after_update(self, states: list[LayerState] | None = None) -> None:
@@ -212,8 +215,7 @@ class SwiftMoEEngine:
                 t.sharded.distribute(placements.get(t.index, t.sharded.placement))
 
     def mark_stale(self) -> None:
-        """Say that parameters were written behind the engine's back (by EMA, or by hand): the next forward of each
-        layer fetches its slots again. Call it on all ranks."""
+        """After writes behind the engine's back (EMA, by hand): next forwards fetch slots again. Call on all ranks."""
         for layer in self.layers:
             layer.stale = True
         if self.dense is not None:

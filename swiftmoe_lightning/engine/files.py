@@ -46,7 +46,10 @@ def sync_folder(folder: Path) -> None:
 def save_whole(value: Any, path: Path) -> None:
     """`torch.save`, whose file takes its place when it is whole and on disk: a kill leaves the former one.
 
-    Raises OSError where it cannot be written, and whatever pickling raises; nothing of it is left then.
+    Whatever pickling raises comes through; nothing of it is left then.
+
+    Raises:
+        OSError: when it cannot be written; nothing of it is left then.
     """
     partial = partial_path(path)
     discard(partial)
@@ -69,11 +72,16 @@ def save_whole(value: Any, path: Path) -> None:
 def check_records(stream: BinaryIO, name: str) -> bool:
     """Compare all that `torch.save` wrote with the CRC32s that it wrote along, which torch's own reader does not.
 
-    name: what to call the file in errors.
+    Args:
+        stream: of the whole file, at any position.
+        name: what to call the file in errors.
 
-    Returns whether there were any: torch's legacy format has none, nor has what is saved after
-    `torch.serialization.set_crc32_options(False)`.
-    Raises ValueError, naming the record that is damaged.
+    Returns:
+        Whether there were any: torch's legacy format has none, nor has what is saved after
+        `torch.serialization.set_crc32_options(False)`.
+
+    Raises:
+        ValueError: for a damaged record, naming it.
     """
     stream.seek(0)
     if stream.read(len(ZIP_START)) != ZIP_START:
@@ -108,20 +116,25 @@ class FileSlice(io.RawIOBase):
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def seekable(self) -> bool:
+        """Always."""
         return True
 
     def tell(self) -> int:
+        """The position, in bytes from the slice's start."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move by `offset` bytes from the slice's start, the position or the slice's end. Returns the new position."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         self._at = max(0, start + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as the slice reaches. Returns how many bytes were read."""
         self._file.seek(self._offset + self._at)
         view = memoryview(buffer)[: max(0, self._length - self._at)]
         # As `file` says: it is a buffered one.

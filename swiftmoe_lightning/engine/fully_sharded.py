@@ -21,10 +21,15 @@ class FullyShardedDense:
     In training FSDP2 gathers a block's weights before its forward and its backward. Evaluation gathers all of them
     once, so that ranks may then have differently many batches, and drops them when training goes on.
 
-    module: cut in place, rank 0's values. Each child of an outermost `nn.ModuleList` is gathered by itself, the rest
-        together. Cut already: taken as it is. A collective.
-    wire_dtype: dtype of gradients under way, float64 ones excepted.
-    agree: a collective that raises on all ranks unless all have come to the same gather; given whether they train.
+    Args:
+        module: cut in place, rank 0's values. Each child of an outermost `nn.ModuleList` is gathered by itself, the
+            rest together. Cut already: taken as it is. A collective.
+        group: on whose mesh it is cut.
+        wire_dtype: dtype of gradients under way, float64 ones excepted.
+        agree: a collective that raises on all ranks unless all have come to the same gather; given whether they train.
+
+    Attributes:
+        stale_parameters: those from before the cut.
     """
 
     def __init__(
@@ -61,7 +66,11 @@ class FullyShardedDense:
     def begin_forward(self, evaluates: bool) -> None:
         """Hold the weights as this forward needs them. A collective, but for evaluations after the first in a row.
 
-        Raises RuntimeError, on all ranks, when others are elsewhere: in FSDP2's gathers they would wait for ever.
+        Args:
+            evaluates: without gradients, and the weights may stay whole until training goes on.
+
+        Raises:
+            RuntimeError: when other ranks are elsewhere, on all: in FSDP2's gathers they would wait for ever.
         """
         if not (evaluates and self._whole):
             self._agree(not evaluates)

@@ -28,7 +28,19 @@ def clip_grad_norm(
     """Scale all gradients so that their total norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
     Dense gradients are equal on all ranks and count once; of a sharded gradient each rank counts its rows. A
-    collective when there are sharded parameters. Returns [] the norm before clipping, equal on all ranks.
+    collective when there are sharded parameters.
+
+    Args:
+        parameters: those without a gradient do not count.
+        max_norm: 0 or more; inf limits nothing.
+        group: the ranks; None for one rank alone.
+        norm_type: the order of the norm; may be inf.
+
+    Returns:
+        [] the norm before clipping, equal on all ranks.
+
+    Raises:
+        ValueError: for a max_norm below 0, or that is no number.
     """
     _check_limit("max_norm", max_norm)
     gradients = list(parameters)
@@ -41,9 +53,17 @@ def clip_grad_norm(
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, norm_type: float = 2.0) -> Tensor:
-    """[] float32 or wider: the total norm of all gradients, equal on all ranks. A collective when there is a group.
+    """The total norm of all gradients. A collective when there is a group.
 
     Dense gradients are equal on all ranks and count once; of a sharded parameter's gradient each rank counts its rows.
+
+    Args:
+        parameters: those without a gradient do not count.
+        group: the ranks; None for one rank alone.
+        norm_type: the order of the norm; may be inf.
+
+    Returns:
+        [] float32 or wider, equal on all ranks.
     """
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
@@ -70,7 +90,11 @@ def _norm(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tens
 
 @torch.no_grad()
 def clip_grad_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
-    """Clamp every gradient's elements to +-clip_value. No communication."""
+    """Clamp every gradient's elements to +-clip_value. No communication.
+
+    Raises:
+        ValueError: for a clip_value below 0, or that is no number.
+    """
     _check_limit("clip_value", clip_value)
     dense, shards = _split_gradients(parameters)
     for gradient in dense + shards:
@@ -98,6 +122,12 @@ class ShardedGradScaler(torch.amp.GradScaler):
     """A GradScaler that looks at local shards, and whose ranks agree: an inf on one rank skips the step on all.
 
     Make it with `engine.grad_scaler(...)`.
+
+    Args:
+        group: the ranks that agree.
+        updates: of the optimizers that the engine prepared, by their id.
+        device: type of the device, as `torch.amp.GradScaler` takes it.
+        **options: anything else that it takes.
     """
 
     def __init__(self, group: ExpertGroup, updates: dict[int, ShardedUpdate], device: str, **options: Any) -> None:

@@ -28,9 +28,14 @@ DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Header(IntEnum):
     """What stands where in front of a row's counts.
 
-    CALL: the index of the layer that is about to run, or a `Call`. TRAINS: whether gradients are wanted.
-    DTYPE: of the rows to come, as an index of `DTYPES`. STALE: whether this rank's slots must be filled again.
-    FINITE: whether the router's scores are. STOP: whether this rank wants to stop. UPDATES: optimizer steps made.
+    Attributes:
+        CALL: the index of the layer that is about to run, or a `Call`.
+        TRAINS: whether gradients are wanted.
+        DTYPE: of the rows to come, as an index of `DTYPES`.
+        STALE: whether this rank's slots must be filled again.
+        FINITE: whether the router's scores are.
+        STOP: whether this rank wants to stop.
+        UPDATES: optimizer steps made.
     """
 
     CALL = 0
@@ -45,8 +50,10 @@ class Header(IntEnum):
 class Call(IntEnum):
     """What a rank does instead of running a layer.
 
-    DONE: it has no more batches to evaluate. DENSE: it gathers the weights of the dense part. EPOCH: it begins to train
-    an epoch.
+    Attributes:
+        DONE: it has no more batches to evaluate.
+        DENSE: it gathers the weights of the dense part.
+        EPOCH: it begins to train an epoch.
     """
 
     DONE = -1
@@ -57,10 +64,16 @@ class Call(IntEnum):
 class ForwardHandshake:
     """What the ranks tell each other at the start of a layer's forward.
 
-    layer_names: of all MoE layers, in the same order on every rank. max_experts: the widest layer's E.
+    Args:
+        group: the ranks that call.
+        layer_names: of all MoE layers, in the same order on every rank.
+        max_experts: the widest layer's E.
+        device: on which rows are gathered.
 
-    num_updates: optimizer steps that this rank has made; ranks that differ would train different models.
-    wants_stop: set it on any rank, at any time; `stops` is then True on all ranks after the same training forward.
+    Attributes:
+        num_updates: optimizer steps that this rank has made; ranks that differ would train different models.
+        wants_stop: set it on any rank, at any time.
+        stops: True on all ranks after the same training forward, once one of them wants to stop.
     """
 
     def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
@@ -71,10 +84,21 @@ class ForwardHandshake:
     def call(
         self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
     ) -> HandshakeRows:
-        """Say what this rank is about to do. Returns what all do, checked.
+        """Say what this rank is about to do. Whatever is raised is raised on all ranks.
 
-        Raises RuntimeError when ranks are in different calls or have made different numbers of optimizer steps,
-        FloatingPointError for non-finite scores; on all ranks.
+        Args:
+            layer: its index.
+            counts_E: [E] int64, this rank's choices for each expert.
+            scores_finite: [] bool, whether the router's scores are.
+            dtype: of the rows to come.
+            stale: whether this rank's slots must be filled again.
+
+        Returns:
+            What all do, checked.
+
+        Raises:
+            RuntimeError: when ranks are in different calls or have made different numbers of optimizer steps.
+            FloatingPointError: for non-finite scores.
         """
         header = torch.zeros(len(Header), dtype=torch.int64, device=counts_E.device)
         header[: Header.STALE + 1] = torch.tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
@@ -84,15 +108,31 @@ class ForwardHandshake:
         return self._gather(row)
 
     def done(self) -> HandshakeRows:
-        """Say that this rank has no more batches, and hear what the others are about to do."""
+        """Say that this rank has no more batches, and hear what the others are about to do.
+
+        Raises:
+            RuntimeError: as `call` does.
+            FloatingPointError: as `call` does.
+        """
         return self._gather(self._row_without_counts(Call.DONE, trains=False))
 
     def call_dense(self, trains: bool) -> None:
-        """Say that this rank is about to gather the weights of the dense part. Raises RuntimeError as `call` does."""
+        """Say that this rank is about to gather the weights of the dense part.
+
+        Raises:
+            RuntimeError: as `call` does.
+        """
         self._gather(self._row_without_counts(Call.DENSE, trains))
 
     def begin_epoch(self, num_batches: int) -> list[int]:
-        """Say that this rank begins to train that many batches. Returns what all say. Raises RuntimeError as `call`."""
+        """Say that this rank begins to train that many batches.
+
+        Returns:
+            What all say, by rank.
+
+        Raises:
+            RuntimeError: as `call` does.
+        """
         row = self._row_without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = num_batches
         told: list[int] = self._gather(row).table[:, len(Header)].tolist()
@@ -151,7 +191,12 @@ class ForwardHandshake:
 
 
 class HandshakeRows:
-    """What every rank said. table: [W, header + E] int64; active: the rows of those that are not done."""
+    """What every rank said.
+
+    Attributes:
+        table: [W, header + E] int64.
+        active: the rows of those that are not done.
+    """
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table
@@ -159,14 +204,17 @@ class HandshakeRows:
 
     @property
     def layer(self) -> int:
+        """The index of the layer that the active ranks are about to run."""
         return int(self.active[0, Header.CALL])
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the rows to come."""
         return DTYPES[int(self.active[0, Header.DTYPE])]
 
     @property
     def any_stale(self) -> bool:
+        """Whether a rank's slots must be filled again."""
         return bool(self.table[:, Header.STALE].any())
 
     @property
@@ -175,5 +223,5 @@ class HandshakeRows:
         return bool(self.table[:, Header.TRAINS].all() and self.table[:, Header.STOP].any())
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
-        """[W, E] int64."""
+        """[W, E] int64, E = `num_experts`: each rank's choices for each expert."""
         return self.table[:, len(Header) : len(Header) + num_experts]

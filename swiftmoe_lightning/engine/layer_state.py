@@ -25,7 +25,19 @@ _SAVED: Final = ("popularity", "slot_to_expert", "world_size", "num_steps", "pla
 
 
 class LayerState:
-    """An `Experts` module with its counters, and its `ShardedLayer` when it is spread over ranks."""
+    """An `Experts` module with its counters, and its `ShardedLayer` when it is spread over ranks.
+
+    Args:
+        index: its place among the module's layers.
+        name: of the `Experts` module.
+        experts: the module itself.
+        router: of the block that it is in, if any.
+
+    Attributes:
+        sharded: None on one rank.
+        num_steps: training steps that have trained it.
+        stale_parameters: those that sharded ones have taken the place of.
+    """
 
     def __init__(self, index: int, name: str, experts: Experts, router: nn.Module | None) -> None:
         self.index, self.name, self.experts, self.router = index, name, experts, router
@@ -78,7 +90,8 @@ class LayerState:
     def state_dict(self, placer: Placer | None) -> dict[str, Any]:
         """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size.
 
-        placer: None on one rank.
+        Args:
+            placer: None on one rank.
         """
         placement = self.experts.context.placement
         popularity_E = self._step.popularity_E if self._step else np.zeros(placement.num_experts, np.int64)
@@ -91,7 +104,15 @@ class LayerState:
         }
 
     def load_state_dict(self, state: dict[str, Any], placer: Placer | None) -> None:
-        """Take up the saved placement if it fits these ranks and slots, else one from what was known of its loads."""
+        """Take up the saved placement if it fits these ranks and slots, else one from what was known of its loads.
+
+        Args:
+            state: of `state_dict`, at any world size.
+            placer: None on one rank.
+
+        Raises:
+            ValueError: when something is missing in `state`.
+        """
         missing = [key for key in _SAVED if key not in state]
         if missing:
             raise ValueError(
@@ -159,9 +180,16 @@ def update_layer_states(
 ) -> list[LayerState]:
     """One `LayerState` for every `Experts` module, in the module's order; those in `known` go on. A collective.
 
-    placer: None on one rank.
+    Args:
+        module: whose layers they are.
+        group: None on one rank.
+        config: the engine's.
+        device: where the slots live.
+        known: the states so far.
+        placer: None on one rank.
 
-    Raises ValueError for experts inside an adapter, quantized, or under two routers.
+    Raises:
+        ValueError: for experts inside an adapter, quantized, or under two routers.
     """
     router_of = _routers(module)
     known_by_id = {id(t.experts): t for t in known}

@@ -10,7 +10,8 @@ from torch import nn
 def materialize_dense(module: nn.Module, device: torch.device) -> None:
     """Allocate and initialize all meta parameters and buffers, each by its own module's `reset_parameters`.
 
-    Raises TypeError for a module that has meta tensors and no `reset_parameters`.
+    Raises:
+        TypeError: for a module that has meta tensors and no `reset_parameters`.
     """
     for name, child in module.named_modules():
         own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]

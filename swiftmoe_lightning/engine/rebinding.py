@@ -15,7 +15,15 @@ def names_of(module: nn.Module) -> WeakIdKeyDictionary:
 
 
 def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
-    """Raise ValueError for an optimizer whose state is of whole experts already; `fix` ends the message."""
+    """Refuse an optimizer whose state is of whole experts already.
+
+    Args:
+        optimizer: made before the engine.
+        fix: ends the message.
+
+    Raises:
+        ValueError: when it has stepped.
+    """
     if any(_is_of_a_step(state) for state in optimizer.state.values()):
         raise ValueError(f"the optimizer has stepped already, and its state would not fit the experts' shards. {fix}")
 
@@ -30,7 +38,10 @@ def _is_of_a_step(state: dict[str, Any]) -> bool:
 def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
     """Let the optimizer's groups hold what the engine put in place of their parameters.
 
-    names: `names_of` the module before the engine; other parameters are left alone.
+    Args:
+        optimizer: changed in place, with its state.
+        module: as the engine has left it.
+        names: `names_of` the module before the engine; other parameters are left alone.
     """
     now = dict(module.named_parameters())
     for group in optimizer.param_groups:

@@ -45,11 +45,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of a directory, whose `.metadata` may hold DCP's own classes alone, and whose shards must be what
-    was written."""
+    """DCP's reader of a directory that runs nothing and checks what it reads.
+
+    Its `.metadata` may hold DCP's own classes alone, and its shards must be what was written.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises UnpicklingError, naming what else it holds."""
+        """DCP's index.
+
+        Raises:
+            UnpicklingError: when it holds anything else, naming that.
+        """
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
@@ -59,7 +65,11 @@ class SafeReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Raises ValueError, naming file and record, for what this rank reads and is damaged."""
+        """Read what `plan` asks of this rank.
+
+        Raises:
+            ValueError: when any of it is damaged, naming file and record.
+        """
         for item in plan.items:
             # One by one: what has been checked is then read from memory.
             check_slice(self.path, item.storage_index.fqn, self.storage_data[item.storage_index])
@@ -70,9 +80,15 @@ class SafeReader(FileSystemReader):
 
 
 def check_slice(folder: str | os.PathLike[str], name: str, place: Any) -> bool:
-    """`check_records` of the tensor or value `name`, which lies where DCP's index says (place).
+    """`check_records` of one tensor or value.
 
-    Raises ValueError, too, where no file of `torch.save` begins.
+    Args:
+        folder: the directory.
+        name: of the tensor or value, for errors.
+        place: where it lies, as DCP's index says.
+
+    Raises:
+        ValueError: as `check_records` does, and when no file of `torch.save` begins there.
     """
     where = f"{name!r} in {place.relative_path}"
     with Path(folder, place.relative_path).open("rb") as file:
@@ -86,7 +102,11 @@ class SafePlanner(DefaultLoadPlanner):
     """DCP's planner, whose values that are not tensors are plain ones."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Raises UnpicklingError for anything else."""
+        """Take in one value.
+
+        Raises:
+            UnpicklingError: for anything that is not plain.
+        """
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)

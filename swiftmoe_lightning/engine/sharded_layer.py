@@ -35,8 +35,16 @@ if TYPE_CHECKING:
 class ShardedLayer(ExpertParallelContext):
     """An `Experts` module under an engine: registered parameters become sharded parameters, forward uses slots.
 
-    `stale` is True while the slots may differ from the parameters (at first, after a load, after a write behind our
-    back); the next forward then fetches them, on all ranks if on any.
+    Args:
+        index: its place among the module's layers.
+        experts: whose parameters have been sharded.
+        slots: its working weights on this rank.
+        group: the ranks over which it is spread.
+        split: the token split, as in `SwiftMoEConfig`.
+
+    Attributes:
+        stale: True while the slots may differ from the parameters (at first, after a load, after a write behind our
+            back); the next forward then fetches them, on all ranks if on any.
     """
 
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
@@ -54,11 +62,13 @@ class ShardedLayer(ExpertParallelContext):
 
     @property
     def collector(self) -> GradientCollector:
+        """The engine's, once connected."""
         assert self._collector is not None
         return self._collector
 
     @property
     def handshake(self) -> ForwardHandshake:
+        """The engine's, once connected."""
         assert self._handshake is not None
         return self._handshake
 
@@ -76,6 +86,7 @@ class ShardedLayer(ExpertParallelContext):
 
     @property
     def placement(self) -> Placement:  # type: ignore[override]
+        """That which the slots follow, or will once the weights under way are there."""
         return self.slots.placement
 
     def _refuse_outdated(self) -> None:
@@ -88,6 +99,20 @@ class ShardedLayer(ExpertParallelContext):
             )
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
+        """Tell the ranks each other's counts, and fill the slots where they are stale. A collective.
+
+        Args:
+            counts_E: [E] int64, this rank's choices for each expert.
+            scores_finite: [] bool, whether the router's scores are.
+            dtype: of the rows to come.
+
+        Returns:
+            [W, E] int64, the counts of all ranks.
+
+        Raises:
+            RuntimeError: when weights were written since they were last sent, and as `ForwardHandshake.call` does.
+            FloatingPointError: on every rank, if any rank's scores are not finite.
+        """
         self._refuse_outdated()
         self.collector.on_forward()
         rows, self._rows = self._rows, None
@@ -100,15 +125,18 @@ class ShardedLayer(ExpertParallelContext):
         return rows.counts_WE(len(counts_E))
 
     def weights(self) -> Mapping[str, Tensor]:
+        """The slots by name, each [s, ...]; they want gradients where the sharded parameters do."""
         # Freezing, toggling and fine-tuning schedules flip requires_grad on the sharded parameters alone.
         for name, sharded in self.experts.expert_parameters().items():
             self.slots.weights[name].requires_grad_(sharded.requires_grad)
         return self.slots.weights
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+        """Rows to their ranks, differentiable: see `ExpertGroup.exchange_rows`."""
         return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
 
     def on_rewrite(self) -> None:
+        """The module has written its parameters anew: the slots are stale."""
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
@@ -121,6 +149,14 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = False
 
     def on_backward(self, placement: Placement) -> None:
+        """Backward has reached the layer: its gradients are collected at the end.
+
+        Args:
+            placement: that of its forward.
+
+        Raises:
+            RuntimeError: when the slots' weights have been replaced since that forward.
+        """
         if any(p.requires_grad for p in self.experts.parameters()) and not self.slots.holds(placement):
             raise RuntimeError(
                 "backward through a forward from before the last optimizer step (or load): its experts' weights have "
@@ -150,7 +186,7 @@ class ShardedLayer(ExpertParallelContext):
 
     @torch.no_grad()
     def serve(self, rows: HandshakeRows) -> None:
-        """Take part in the other ranks' evaluation forward without tokens of our own."""
+        """Take part in the other ranks' evaluation forward, which `rows` announce, without tokens of our own."""
         self._rows = rows
         device = next(iter(self.experts.parameters())).device
         x_TD = torch.empty(0, self.experts.dim, dtype=rows.dtype, device=device)
@@ -182,8 +218,10 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
-    """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf: tensor hooks first, which may replace
-    the gradient, then the sum, then hooks that want the sum."""
+    """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf.
+
+    Tensor hooks first, which may replace the gradient, then the sum, then hooks that want the sum.
+    """
     gradient: Tensor = sharded_like(shard, sharded)
     for hook in (sharded._backward_hooks or {}).values():
         replaced = hook(gradient)
@@ -203,7 +241,14 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
 
     Rank 0's values win, as in DDP. Meta parameters are never made whole: each rank draws its own rows, with the
     values that `reset_parameters` would have given them.
-    Returns name -> the parameter that was replaced.
+
+    Args:
+        experts: whose parameters are replaced.
+        group: the ranks that get the rows.
+        device: where this rank's rows live.
+
+    Returns:
+        Name -> the parameter that was replaced.
     """
     replaced = {name: p for name, p in experts.expert_parameters().items() if not is_sharded(p)}
     seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0

@@ -23,9 +23,18 @@ class ExpertSlots:
 
     Their shape never changes: slots of one rank that hold the same expert share its row, and the rest is unused.
 
-    parameters: gives name -> sharded [E, rows, ...] as they are now (dtype and device of a module may change).
-    param_dtype: dtype of the slots; None means the sharded parameters'. wire_dtype: dtype of gradients under way,
-        float64 ones excepted.
+    Args:
+        parameters: gives name -> sharded [E, rows, ...] as they are now (dtype and device of a module may change).
+        group: the ranks that exchange with this one.
+        placement: the first.
+        device: where the slots live.
+        param_dtype: dtype of the slots; None means the sharded parameters'.
+        wire_dtype: dtype of gradients under way, float64 ones excepted.
+
+    Attributes:
+        weights: name -> slots.
+        distribution_bytes: sent to other ranks so far by distributions.
+        collection_bytes: sent to other ranks so far by collections.
     """
 
     def __init__(
@@ -63,8 +72,10 @@ class ExpertSlots:
         self.distribution_bytes += self._distribution.bytes_sent
 
     def move_to(self, placement: Placement) -> None:
-        """Let the next distribution fill the slots by `placement`. Weights under way arrive first: they are cut as the
-        placement says that they were sent by."""
+        """Let the next distribution fill the slots by `placement`.
+
+        Weights under way arrive first: they are cut as the placement says that they were sent by.
+        """
         self.finish_distribution()
         self.placement = placement
 
@@ -95,7 +106,8 @@ class ExpertSlots:
     def start_collection(self) -> PendingCollection | None:
         """Begin to send row shard j of every gradient here to rank j; takes the gradients out of the slots.
 
-        Returns None when there are none.
+        Returns:
+            None when there are none.
         """
         names = [name for name, w in self.weights.items() if w.grad is not None]
         if not names:
@@ -148,16 +160,25 @@ class ExpertSlots:
 
 
 class PendingCollection:
-    """A layer's gradients on their way to the owners of their rows."""
+    """A layer's gradients on their way to the owners of their rows.
+
+    Attributes:
+        names: of the tensors that have gradients.
+    """
 
     def __init__(self, exchange: PendingExchange, placement: Placement, names: list[str]) -> None:
         self._exchange, self._placement, self.names = exchange, placement, names
 
     def wait(self, shard_shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Name -> [E, this rank's rows, ...]: each expert's gradient, the mean over ranks as in DDP.
+        """Wait for each expert's gradient, the mean over ranks as in DDP.
 
         Contributions are added in rank order, in float32 or wider, so the sum does not depend on who came first.
-        shard_shapes: what a rank owns of each of `names`.
+
+        Args:
+            shard_shapes: what a rank owns of each of `names`.
+
+        Returns:
+            Name -> [E, this rank's rows, ...].
         """
         received = self._exchange.wait()
         expert_D = self._placement.pair_expert_D

@@ -10,7 +10,11 @@ from torch.optim import Optimizer
 
 
 def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise ValueError if not one of the optimizer's parameters is the module's; it may hold others besides."""
+    """Refuse an optimizer that holds nothing of the module's; it may hold others besides.
+
+    Raises:
+        ValueError: when not one of its parameters is the module's.
+    """
     own = {id(p) for p in module.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in own for p in held):
@@ -27,6 +31,7 @@ class StaleParameters:
         self._refs: list[weakref.ref[nn.Parameter]] = []
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take in parameters that have been replaced."""
         self._refs += [weakref.ref(p) for p in parameters]
 
     def held_by(self, optimizer: Optimizer) -> bool:

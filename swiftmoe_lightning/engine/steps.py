@@ -13,11 +13,16 @@ from swiftmoe_lightning.engine.layer_state import LayerState
 def layers_stepped_by(
     optimizer: Optimizer, others: Iterable[Optimizer], states: Iterable[LayerState]
 ) -> list[LayerState]:
-    """Layers whose experts `optimizer` holds; of those whose experts nobody holds, the ones whose router it holds; and
-    those of which nobody holds anything (all is frozen).
+    """The layers whose training step ends with a step of `optimizer`.
 
-    Looked up at every step: schedules that unfreeze add parameter groups during training.
-    others: the optimizers beside it.
+    Layers whose experts it holds; of those whose experts nobody holds, the ones whose router it holds; and those of
+    which nobody holds anything (all is frozen). Looked up at every step: schedules that unfreeze add parameter groups
+    during training.
+
+    Args:
+        optimizer: that steps.
+        others: the optimizers beside it.
+        states: the layers to choose from.
     """
     mine, theirs = _held_by([optimizer]), _held_by(others)
 

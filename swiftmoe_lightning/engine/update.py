@@ -23,9 +23,13 @@ from swiftmoe_lightning.engine.waiting import has_gradient
 class ShardedUpdate:
     """Hooks on one optimizer that swap sharded parameters for shards around the update and at its checkpoints.
 
-    name_of: the parameter's name, for messages. after_step: called after every real or skipped `optimizer.step()`.
+    Args:
+        optimizer: gets the hooks.
+        name_of: the parameter's name, for messages.
+        after_step: called after every real or skipped `optimizer.step()`.
 
-    Raises ValueError when the optimizer's update is not elementwise, or cannot run on the shards at all.
+    Raises:
+        ValueError: when the optimizer's update is not elementwise, or cannot run on the shards at all.
     """
 
     def __init__(
@@ -164,10 +168,18 @@ class ShardedUpdate:
 
 
 def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter) -> None:
-    """Raise ValueError unless updating a tensor in two pieces gives what updating it whole does.
+    """Refuse an optimizer unless updating a tensor in two pieces gives what updating it whole does.
 
     The optimizer's own class and settings run two steps on a small tensor and on its pieces, on the device and in
     the dtype of `sharded`'s shard: this judges optimizers that we have never heard of, too.
+
+    Args:
+        optimizer: stays as it is.
+        param_group: whose settings are tried.
+        sharded: a parameter of the group.
+
+    Raises:
+        ValueError: when the two differ, or the optimizer cannot update shards as it is set up.
     """
     name = type(optimizer).__name__
     fix = (

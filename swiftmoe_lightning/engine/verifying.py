@@ -20,8 +20,14 @@ _TORCH_STARTS: Final = (ZIP_START, b"\x80\x02\x8a\x0a")
 
 @dataclass(frozen=True)
 class Finding:
-    """size: in bytes, None where there is nothing. state: "ok", "not verified", "damaged", "unfinished", "missing" or
-    "unreadable". why: empty for "ok"."""
+    """What was found of one file.
+
+    Attributes:
+        path: of the file, or of the folder where there is none.
+        size: in bytes, None where there is nothing.
+        state: "ok", "not verified", "damaged", "unfinished", "missing" or "unreadable".
+        why: empty for "ok".
+    """
 
     path: Path
     size: int | None
@@ -30,11 +36,19 @@ class Finding:
 
     @property
     def is_bad(self) -> bool:
+        """Whether something is wrong with it, more than that it carries no checksums."""
         return self.state not in ("ok", "not verified")
 
 
 def verify_checkpoint(path: Path) -> Iterator[Finding]:
-    """One finding a file, of a plain file, a directory of ours, or a folder with any of them. Reads whole files."""
+    """Read whole files, and compare them with the checksums that they carry.
+
+    Args:
+        path: of a plain file, a directory of ours, or a folder with any of them.
+
+    Yields:
+        One finding a file.
+    """
     if path.is_dir():
         empty = True
         for finding in _folder(path):

@@ -18,8 +18,10 @@ _MARK: Final = "_swiftmoe_stand_in"
 
 
 class StandIn:
-    """What stands in `.grad` of `sharded` while its gradient waits in the slots: the gradient that was there, or one of
-    zeros with a trace of life, which scaling keeps and zeroing does not."""
+    """What stands in `.grad` of `sharded` while its gradient waits in the slots.
+
+    The gradient that was there, or one of zeros with a trace of life, which scaling keeps and zeroing does not.
+    """
 
     def __init__(self, sharded: nn.Parameter) -> None:
         if sharded.grad is None:
