@@ -42,14 +42,22 @@ def prepare(
     `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
     returned as Accelerate prepares it.
 
-    optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' sharded parameters.
-    rest: data loaders, schedulers and more optimizers, in any order.
-    config: None takes the defaults.
-    ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
+    Args:
+        accelerator: of plain data parallelism.
+        model: with `Experts`, as it was built.
+        optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' sharded
+            parameters.
+        *rest: data loaders, schedulers and more optimizers, in any order.
+        config: None takes the defaults.
+        **ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
 
-    Returns (model, optimizer, *rest), prepared. A collective.
-    Raises ValueError for a model or optimizer that was prepared before, an optimizer of other parameters or one that
-    has stepped, another parallelism of Accelerate's, or processes that Accelerate does not see.
+    Returns:
+        (model, optimizer, *rest), prepared. A collective.
+
+    Raises:
+        ValueError: for a model or optimizer that was prepared before, an optimizer of other parameters or one that has
+            stepped, another parallelism of Accelerate's, processes that it does not see, or a second model in float16.
+        TypeError: for arguments in another order.
     """
     check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
     _warn_of_one_process(accelerator)
@@ -80,8 +88,14 @@ def prepare(
 
 
 def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.Module, **ddp_options: Any) -> nn.Module:
-    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have; with
-    dense="fsdp2" the module, cut."""
+    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have.
+
+    Args:
+        accelerator: of the processes, and of the options in its `kwargs_handlers`.
+        engine: with dense="fsdp2" the module itself is returned, cut.
+        module: the engine's, as Accelerate has prepared it for calls.
+        **ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
+    """
     handler = accelerator.ddp_handler
     defaults = {} if handler is None else handler.to_kwargs()
     if accelerator.device.type != "cpu":
@@ -102,7 +116,13 @@ def share_scaler(accelerator: Accelerator, engine: SwiftMoEEngine) -> None:
 def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
     """Accelerate's own idea of the processes must be that of torch and of the launcher, and plain data parallelism.
 
-    kind, on_cpu: what to call it in messages, and how to make it without GPUs.
+    Args:
+        accelerator: whose idea it is.
+        kind: what to call it in messages.
+        on_cpu: how to make it without GPUs, in messages.
+
+    Raises:
+        ValueError: for other processes than were started, or another parallelism.
     """
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -151,7 +171,11 @@ def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
 
 
 def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raise ValueError unless the optimizer is of this model's parameters and has not stepped."""
+    """Refuse an optimizer, unless it is of this model's parameters and has not stepped.
+
+    Raises:
+        ValueError: for an optimizer of other parameters, or one that has stepped.
+    """
     own = {id(parameter) for parameter in model.parameters()}
     foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
     if foreign:
@@ -177,6 +201,11 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
     """Let `save_state` keep where the experts of `prepared` were, and `load_state` read sharded weights.
 
     The user's own hooks may take weights out of the folder, and give them back: those of all models, or of none.
+
+    Args:
+        accelerator: whose folders they are.
+        prepared: the model as the accelerator keeps it.
+        engine: of its experts.
     """
 
     def state_file(folder: str) -> Path:
@@ -227,7 +256,12 @@ def _numbered(name: str, index: int) -> str:
 def load_whole(model: nn.Module, path: Path) -> None:
     """Read what Accelerate wrote of a model. No communication.
 
-    Raises ValueError, naming the keys, where the file and the model differ.
+    Args:
+        model: what is read into, in place; its experts may be spread.
+        path: a `.safetensors` file, or one that `torch.save` wrote.
+
+    Raises:
+        ValueError: naming the keys, where the file and the model differ.
     """
     from safetensors.torch import load_file
 

@@ -24,7 +24,11 @@ NUM_BYTES: Final = 256
 
 
 def rotate(heads_BHTC: Tensor) -> Tensor:
-    """[B, H, T, C], channel pairs turned by their position, so that scores see distances (RoPE, arXiv 2104.09864)."""
+    """[B, H, T, C], channel pairs turned by their position, so that scores see distances (RoPE, arXiv 2104.09864).
+
+    Args:
+        heads_BHTC: queries or keys; C is even, and channel c is paired with c + C/2.
+    """
     num_positions, width = heads_BHTC.shape[-2:]
     speed_C = 10_000 ** (-torch.arange(0, width, 2, device=heads_BHTC.device) / width)
     angle_TC = torch.arange(num_positions, device=heads_BHTC.device)[:, None] * speed_C
@@ -34,7 +38,11 @@ def rotate(heads_BHTC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: [B, T, D] -> [B, T, D]."""
+    """Causal self-attention: [B, T, D] -> [B, T, D].
+
+    Args:
+        dim: D, a multiple of `HEAD_DIM`.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,6 +50,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
         parts_BTD = self.qkv_proj(x_BTD).chunk(3, dim=-1)
         q_BHTC, k_BHTC, v_BHTC = (part_BTD.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part_BTD in parts_BTD)
         # Normalised, scores stay small at any learning rate.
@@ -52,7 +61,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts, each normalised before and added to the stream."""
+    """Attention, then experts, each normalised before and added to the stream.
+
+    Args:
+        dim: D, a multiple of `HEAD_DIM`.
+        **moe_options: what `MoE` takes beside dim.
+    """
 
     def __init__(self, dim: int, **moe_options: Any) -> None:
         super().__init__()
@@ -72,7 +86,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Bytes -> scores of the next byte.
 
-    dim: D, a multiple of `HEAD_DIM`. moe_options: what `MoE` takes beside dim.
+    Args:
+        num_layers: blocks, one after the other.
+        dim: D, a multiple of `HEAD_DIM`.
+        **moe_options: what `MoE` takes beside dim.
     """
 
     def __init__(self, num_layers: int, dim: int, **moe_options: Any) -> None:
@@ -96,7 +113,10 @@ class LanguageModel(L.LightningModule):
     Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation computes every assignment, also
     where training has a capacity: it asks what was learnt, not where the experts happen to live.
 
-    lr: the highest learning rate; it rises to it over a tenth of `num_steps`, and falls to zero by the end.
+    Args:
+        model: what is trained.
+        lr: the highest learning rate; it rises to it over a tenth of `num_steps`, and falls to zero by the end.
+        num_steps: optimizer steps of the whole training.
     """
 
     def __init__(self, model: GPT, lr: float, num_steps: int) -> None:
@@ -106,24 +126,32 @@ class LanguageModel(L.LightningModule):
         self.val_losses: list[float] = []
 
     def loss(self, batch_BT: Tensor) -> Tensor:
-        """[] nats a byte."""
+        """[] nats a byte: the mean over all bytes but the first of each sequence.
+
+        Args:
+            batch_BT: [B, T + 1] int64 bytes.
+        """
         logits_BTV = self.model(batch_BT[:, :-1])
         return F.cross_entropy(logits_BTV.flatten(0, 1), batch_BT[:, 1:].flatten())
 
     def training_step(self, batch_BT: Tensor, _: int) -> Tensor:
+        """[], the loss with the router losses; logs it without them."""
         loss = self.loss(batch_BT)
         self.log("train/loss", loss, prog_bar=True)
         return loss + auxiliary_loss(self.model)
 
     def validation_step(self, batch_BT: Tensor, _: int) -> None:
+        """Log the mean loss so far, of a model that drops nothing."""
         with dropless(self.model):
             self.val_loss.update(self.loss(batch_BT), weight=len(batch_BT))
         self.log("val/loss", self.val_loss, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
+        """Keep the mean loss of this validation in `val_losses`, in nats a byte."""
         self.val_losses.append(float(self.val_loss.compute()))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and a learning rate that rises and falls step by step."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
         warmup = max(self.num_steps // 10, 1)
         schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / self.num_steps))

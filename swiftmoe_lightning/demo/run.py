@@ -37,7 +37,13 @@ _VALIDATIONS: Final = 4
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run: `per_node` on each of `num_nodes` machines, on accelerator "cuda" or "cpu"."""
+    """The processes of a run.
+
+    Attributes:
+        accelerator: "cuda" or "cpu".
+        per_node: processes on each machine.
+        num_nodes: machines.
+    """
 
     accelerator: str
     per_node: int
@@ -45,13 +51,18 @@ class Ranks:
 
     @property
     def total(self) -> int:
+        """Processes on all machines together."""
         return self.per_node * self.num_nodes
 
     @classmethod
     def find(cls, wanted: int | None) -> Ranks:
         """`wanted` ranks, or all there are. Under torchrun, its own.
 
-        Raises ValueError when there are not as many as wanted.
+        Args:
+            wanted: None takes torchrun's, or one a GPU, or 4 on the CPU.
+
+        Raises:
+            ValueError: when there are not as many as wanted.
         """
         num_gpus = torch.cuda.device_count()
         accelerator = "cuda" if num_gpus else "cpu"
@@ -66,7 +77,11 @@ class Ranks:
 
 
 class StepTimer(Callback):
-    """Seconds of every training step, without loading its batch: `seconds`, one entry a batch."""
+    """Seconds of every training step, without loading its batch.
+
+    Attributes:
+        seconds: one entry a batch.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -84,7 +99,12 @@ class StepTimer(Callback):
 class Demo:
     """One run. Everything that can be wrong with the options is found here, before a process is started.
 
-    Raises ValueError or OSError (a missing text, a folder that cannot be made), with what to do in the message.
+    Args:
+        options: what was asked for.
+
+    Raises:
+        ValueError: for options that the text or the ranks do not allow, with what to do in the message.
+        OSError: for a missing text, or a folder that cannot be made, with what to do in the message.
     """
 
     def __init__(self, options: DemoOptions) -> None:

@@ -16,7 +16,11 @@ def summary_table(
 ) -> Table:
     """What a run reached.
 
-    recording: arrays of `PlacementRecorder`. val_losses: nats a byte, first to last. step_seconds: one each step.
+    Args:
+        title: stands over the table.
+        recording: arrays of `PlacementRecorder`.
+        val_losses: nats a byte, first to last.
+        step_seconds: one each step.
     """
     first, last = val_losses[0], val_losses[-1]
     imbalance_S = imbalance(recording["loads"]).mean(1)

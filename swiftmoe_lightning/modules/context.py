@@ -51,12 +51,12 @@ class ExpertParallelContext(ABC):
         """Rows to their ranks, differentiable.
 
         Args:
-            rows_RD: [R, D], ordered by the rank they go to.
+            rows_RD: [R, D] or [R], ordered by the rank they go to.
             send_splits: [W] how many of them go to each rank.
             receive_splits: [W] how many rows each rank sends here.
 
         Returns:
-            [sum of receive_splits, D], ordered by the rank they come from.
+            As many rows as `receive_splits` sum up to, ordered by the rank they come from.
         """
 
     @abstractmethod

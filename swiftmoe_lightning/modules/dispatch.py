@@ -105,7 +105,7 @@ class TokenDispatcher:
         """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero.
 
         Args:
-            y_MD: one row for each row that `dispatch` gave, in the order that it gave.
+            y_MD: one for each row that `dispatch` gave, in the order by slots that came with them.
             weights_TK: [T, K], what each choice counts in the token's sum.
         """
         arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
