@@ -46,10 +46,10 @@ def sync_folder(folder: Path) -> None:
 def save_whole(value: Any, path: Path) -> None:
     """`torch.save`, whose file takes its place when it is whole and on disk: a kill leaves the former one.
 
-    Whatever pickling raises comes through; nothing of it is left then.
+    Whatever fails, nothing of it is left; what pickling raises comes through.
 
     Raises:
-        OSError: when it cannot be written; nothing of it is left then.
+        OSError: when it cannot be written.
     """
     partial = partial_path(path)
     discard(partial)
