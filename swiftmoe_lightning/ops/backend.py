@@ -17,7 +17,12 @@ _MIN_CAPABILITY: Final = (8, 0)
 
 @dataclass(frozen=True)
 class Backend:
-    """name: "triton" or "torch". reason: a sentence for the user."""
+    """What runs an operation.
+
+    Attributes:
+        name: "triton" or "torch".
+        reason: a sentence for the user.
+    """
 
     name: str
     reason: str
@@ -26,9 +31,13 @@ class Backend:
 # The compiler asks once for each graph, and does not look inside.
 @torch.compiler.assume_constant_result
 def choose(device: torch.device, *dtypes: torch.dtype) -> Backend:
-    """The backend of an operation on floating tensors of these dtypes on `device`.
+    """The backend of an operation on floating tensors.
 
     Triton on an NVIDIA GPU of compute capability 8.0 or more, torch's reference elsewhere.
+
+    Args:
+        device: the tensors'.
+        *dtypes: theirs; none where the operation takes no floating tensors.
     """
     if _forced is not None:
         return Backend(_forced, f"{_forced} is forced by `swiftmoe_lightning.ops.backend.force_backend`.")
@@ -54,7 +63,14 @@ _MANY_ROWS: Final = 2048
 def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int) -> Backend:
     """The backend of a whole expert layer: "triton" is one of fused kernels, "torch" the operations by `F.grouped_mm`.
 
-    rows_per_slot: mean rows of an expert. hidden_dim: F. `F.grouped_mm` is fast in bfloat16 alone.
+    `F.grouped_mm` is fast in bfloat16 alone.
+
+    Args:
+        device: the tensors'.
+        dtype: theirs.
+        rows_per_slot: mean rows of an expert.
+        hidden_dim: F.
+        top_k: K.
     """
     backend = choose(device, dtype)
     is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
@@ -85,9 +101,14 @@ _forced: str | None = None
 
 @contextmanager
 def force_backend(name: str) -> Iterator[None]:
-    """Run every operation on backend `name`, "triton" or "torch": for tests, and benchmarks of one against the other.
+    """Run every operation on one backend: for tests, and benchmarks of one against the other.
 
-    "triton" on CPU tensors works under Triton's interpreter alone (`TRITON_INTERPRET=1`).
+    Args:
+        name: "triton" or "torch". "triton" on CPU tensors works under Triton's interpreter alone
+            (`TRITON_INTERPRET=1`).
+
+    Raises:
+        ValueError: for another name.
     """
     global _forced
     if name not in ("triton", "torch"):

@@ -27,14 +27,20 @@ def fused_expert_mlp(
 ) -> Tensor:
     """down(act(up(x))) of each row, with its own slot's matrices.
 
-    x: [T, D]; row r is token choice_R[r] // K. Or [R, D], the rows themselves, with `choice_R` and `rows_TK` None.
-    choice_R: [R] int, the choice t * K + k in each row, sorted by slot; rows_TK: [T, K] int, its inverse, -1 if none.
-    ends_s: [s] int32, the end of each slot's rows; on the device, and not waited for.
-    weights: as `expert_mlp` takes them, of `x`'s dtype (float32, bfloat16 or float16).
+    Args:
+        x: [T, D]; row r is token choice_R[r] // K. Or [R, D], the rows, with `choice_R` and `rows_TK` None.
+        choice_R: [R] int, the choice t * K + k in each row, sorted by slot.
+        rows_TK: [T, K] int, its inverse, -1 if none.
+        ends_s: [s] int32, the end of each slot's rows; on the device, and not waited for.
+        weights: as `expert_mlp` takes them, of `x`'s dtype (float32, bfloat16 or float16).
+        activation: one of `ACTIVATIONS`.
 
-    Returns [R, D]. Rows from ends_s[-1] on are never read, and come out, and go back, as zero. Every sum is in float32
-    and in a fixed order: equal inputs give equal bits.
-    Raises ValueError for a dtype or activation that has no kernel.
+    Returns:
+        [R, D]. Rows from ends_s[-1] on are never read, and come out, and go back, as zero. Every sum is in float32
+        and in a fixed order: equal inputs give equal bits.
+
+    Raises:
+        ValueError: for a dtype or activation that has no kernel.
     """
     return _run(x, None, choice_R, rows_TK, ends_s, weights, activation)
 
@@ -48,9 +54,13 @@ def fused_moe(
     weights: Mapping[str, Tensor],
     activation: str,
 ) -> Tensor:
-    """`fused_expert_mlp` and `combine`: each token's rows, summed by router weight [T, K]. Returns [T, D].
+    """[T, D] -> [T, D]: `fused_expert_mlp` and `combine`: each token's rows, summed by router weight [T, K].
 
-    Neither the rows' inputs nor their outputs are saved: the weights' gradients come from the hidden layer's.
+    Arguments are as in `fused_expert_mlp`, none of them None. Neither the rows' inputs nor their outputs are saved:
+    the weights' gradients come from the hidden layer's.
+
+    Raises:
+        ValueError: for a dtype or activation that has no kernel.
     """
     return _run(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
 

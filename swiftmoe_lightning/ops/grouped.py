@@ -31,9 +31,15 @@ from swiftmoe_lightning.ops.reference import Activation
 def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
     """[R, D] -> [R, D]: down(act(up(x))), each row with its own slot's matrices.
 
-    weights: `gate_up_proj [s, 2F, D]` (gated) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
-        `..._bias` [s, O] beside it.
-    ends_s: [s] int32, the end of each slot's rows; the last one is R.
+    Args:
+        x_RD: [R, D] floating, sorted by slot.
+        weights: `gate_up_proj [s, 2F, D]` (gated) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
+            `..._bias` [s, O] beside it.
+        ends_s: [s] int32, the end of each slot's rows; the last one is R.
+        activation: one of `ACTIVATIONS`, or a function of rows.
+
+    Raises:
+        ValueError: for an activation that is neither.
     """
     first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
     z_R = grouped_linear(x_RD, weights[first], ends_s, weights.get(f"{first}_bias"))
@@ -42,7 +48,14 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
 
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
-    """[R, I] -> [R, O], as `reference.grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes."""
+    """[R, I] -> [R, O], as `reference.grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes.
+
+    Args:
+        x_RI: [R, I] floating, sorted by slot.
+        weight_sOI: [s, O, I], of `x_RI`'s dtype.
+        ends_s: [s] int32, the end of each slot's rows.
+        bias_sO: [s, O], added to the slot's rows; None adds nothing.
+    """
     if torch.compiler.is_compiling():
         y_RO: Tensor = _grouped_product(x_RI, weight_sOI, ends_s)
     elif _fits_grouped_mm(x_RI, weight_sOI):
@@ -53,7 +66,13 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    """[R, O]: each row with its own slot's bias [s, O], of `y_RO`'s dtype."""
+    """[R, O]: each row with its own slot's bias.
+
+    Args:
+        y_RO: [R, O] floating, sorted by slot.
+        bias_sO: [s, O], of `y_RO`'s dtype.
+        ends_s: [s] int32, the end of each slot's rows.
+    """
     add = _PlainAddBias.apply if is_plain(y_RO, (y_RO, bias_sO)) else _add_bias
     out_RO: Tensor = add(y_RO, bias_sO, ends_s)
     return out_RO

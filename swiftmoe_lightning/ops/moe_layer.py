@@ -27,9 +27,16 @@ def expert_rows(
 ) -> Tensor:
     """[T, D] -> [R, D]: each row's token through its slot's expert.
 
-    choice_R: [R] int, the choice t * K + k in each row; rows_TK: [T, K] int, its inverse, -1 where a choice has no row.
-    ends_s: [s] int32, the end of each slot's rows. Rows behind the last end are unassigned.
-    weights: as `expert_mlp` takes them.
+    Args:
+        x_TD: [T, D] floating.
+        choice_R: [R] int, the choice t * K + k in each row.
+        rows_TK: [T, K] int, its inverse, -1 where a choice has no row.
+        ends_s: [s] int32, the end of each slot's rows. Rows behind the last end are unassigned.
+        weights: as `expert_mlp` takes them.
+        activation: one of `ACTIVATIONS`, or a function of rows.
+
+    Raises:
+        ValueError: for an activation that is neither.
     """
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_expert_mlp(x_TD, choice_R, rows_TK, ends_s, weights, activation)
@@ -46,7 +53,20 @@ def expert_layer(
     weights: Mapping[str, Tensor],
     activation: Activation,
 ) -> Tensor:
-    """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight [T, K]."""
+    """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight.
+
+    Args:
+        x_TD: [T, D] floating.
+        weights_TK: [T, K] floating, the router's.
+        choice_R: [R] int, as in `expert_rows`.
+        rows_TK: [T, K] int, as in `expert_rows`.
+        ends_s: [s] int32, as in `expert_rows`.
+        weights: as `expert_mlp` takes them.
+        activation: one of `ACTIVATIONS`, or a function of rows.
+
+    Raises:
+        ValueError: for an activation that is neither.
+    """
     if isinstance(activation, str) and _fuses(x_TD, weights, len(choice_R), rows_TK.shape[1]):
         return fused_moe(x_TD, weights_TK, choice_R, rows_TK, ends_s, weights, activation)
     choice_R = _assigned(choice_R, ends_s)

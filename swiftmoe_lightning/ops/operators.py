@@ -21,8 +21,11 @@ from swiftmoe_lightning.ops import backend, reference
 class SortedChoices(NamedTuple):
     """What `sort_choices` returns; all int32.
 
-    choice_N: [N], the choice in each row; behind the last row -1. row_N: [N], its inverse: the row of each choice,
-    -1 for unassigned. counts_G, ends_G: [G], rows of each group, and where they end; R is ends_G[-1].
+    Attributes:
+        choice_N: [N], the choice in each row; behind the last row -1.
+        row_N: [N], its inverse: the row of each choice, -1 for unassigned.
+        counts_G: [G], rows of each group.
+        ends_G: [G], where they end; R is ends_G[-1].
     """
 
     choice_N: Tensor
@@ -32,10 +35,14 @@ class SortedChoices(NamedTuple):
 
 
 def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
-    """Sort choices by group, keeping the order inside one. key_N: [N] int32 or int64; outside 0..G-1 it is unassigned.
+    """Sort choices by group, keeping the order inside one.
 
     How many rows there are (R <= N) only the device knows, and it is not asked: the tensors have length N, and
     `permute`, `combine` pass over rows and choices marked -1.
+
+    Args:
+        key_N: [N] int32 or int64, the group of each choice; outside 0..G-1 it is unassigned.
+        num_groups: G.
     """
     sort = reference.sort_choices if is_plain(key_N, ()) else _sort_choices
     return SortedChoices(*sort(key_N, num_groups))
@@ -44,8 +51,12 @@ def sort_choices(key_N: Tensor, num_groups: int) -> SortedChoices:
 def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     """Copy tokens to rows: [T, D] -> [R, D]; a row that is unassigned is zero.
 
-    choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if unassigned. rows_TK: [T, K], its inverse, -1
-    where a choice has no row. Backward sums each token's rows, without atomics.
+    Backward sums each token's rows, without atomics.
+
+    Args:
+        x_TD: [T, D] floating.
+        choice_R: [R] int32 or int64, the choice t * K + k in each row, -1 if unassigned.
+        rows_TK: [T, K], its inverse, -1 where a choice has no row.
     """
     assert x_TD.shape[0] == rows_TK.shape[0], (x_TD.shape, rows_TK.shape)
     permute = _PlainPermute.apply if is_plain(x_TD, (x_TD,)) else _permute
@@ -55,7 +66,11 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
 def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
     """Weighted sum of each token's rows: [R, D] -> [T, D] in the dtype of `y_RD`; a choice without a row adds zero.
 
-    weights_TK: [T, K] floating, of any dtype; choice_R, rows_TK as in `permute`. What unassigned rows hold is not read.
+    Args:
+        y_RD: [R, D] floating. What unassigned rows hold is not read.
+        weights_TK: [T, K] floating, of any dtype.
+        choice_R: as in `permute`.
+        rows_TK: as in `permute`.
     """
     assert weights_TK.shape == rows_TK.shape, (weights_TK.shape, rows_TK.shape)
     assert y_RD.shape[0] == choice_R.shape[0], (y_RD.shape, choice_R.shape)
@@ -66,7 +81,12 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
 def activate(z_RF: Tensor, activation: str) -> Tensor:
     """The experts' activation: [R, 2F] -> [R, F] for "swiglu" (the gate's half first), [R, F] -> [R, F] for others.
 
-    Raises ValueError for an activation that is not one of `ACTIVATIONS`.
+    Args:
+        z_RF: [R, 2F] or [R, F] floating.
+        activation: one of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: for any other activation.
     """
     check_choice("activation", activation, reference.ACTIVATIONS)
     assert activation != "swiglu" or z_RF.shape[1] % 2 == 0, z_RF.shape
@@ -75,7 +95,12 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
 
 
 def is_plain(first: Tensor, floating: tuple[Tensor, ...]) -> bool:
-    """Whether the reference may run without its operator."""
+    """Whether the reference may run without its operator.
+
+    Args:
+        first: the operation's first tensor.
+        floating: its floating tensors.
+    """
     if torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
         return False
     return not backend.is_triton(first.device, *(t.dtype for t in floating))
@@ -88,7 +113,11 @@ def on_triton(*tensors: Tensor) -> bool:
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    """The gradient of a gradient operator."""
+    """The gradient of a gradient operator.
+
+    Raises:
+        NotImplementedError: always.
+    """
     raise NotImplementedError(
         "swiftmoe_lightning's operations have no second derivative: call backward() or torch.autograd.grad() without "
         "create_graph=True, or keep them out of what is differentiated twice."
@@ -243,7 +272,13 @@ for _operator in (_gather_sum, _combine_backward, _activate_backward):
 
 
 def plain_function(forward: Any, keep: Any, gradient: Any) -> Any:
-    """The reference as a function that autograd knows, with the gradient of its operator."""
+    """The reference as a function that autograd knows, with the gradient of its operator.
+
+    Args:
+        forward: the reference.
+        keep: the operator's `setup_context`.
+        gradient: its backward.
+    """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.is_plain = True

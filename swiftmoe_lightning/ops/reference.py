@@ -74,7 +74,11 @@ def combine(y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor)
 def combine_backward(
     grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """([R, D] of the rows, [T, K] of the weights): zero for a row that is unassigned and a choice without a row."""
+    """The gradients of `combine`.
+
+    Returns:
+        ([R, D] of the rows, [T, K] of the weights): zero for a row that is unassigned and a choice without a row.
+    """
     if len(y_RD) == 0 or len(grad_TD) == 0:
         return torch.zeros_like(y_RD), torch.zeros_like(weights_TK)
     wide = _sum_dtype(y_RD)
@@ -98,7 +102,13 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
-    """The gradient of z, in its shape."""
+    """The gradient of z, in its shape.
+
+    Args:
+        grad_RF: [R, F], of the output.
+        z_RF: what `activate` took.
+        activation: one of `ACTIVATIONS`.
+    """
     wide_RF, grad_RF = z_RF.to(_sum_dtype(z_RF)), grad_RF.to(_sum_dtype(z_RF))
     if activation == "swiglu":
         gate_RF, up_RF = wide_RF.chunk(2, dim=-1)
@@ -117,9 +127,10 @@ def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
 def route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
+    """Choose experts by logits: see `routing.route`.
 
-    See `routing.route`.
+    Returns:
+        (weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
     """
     wide_TE = logits_TE.to(_sum_dtype(logits_TE))
     scores_TE, probs_TE, _ = _scores(wide_TE, score)
@@ -142,7 +153,17 @@ def route_backward(
     score: str,
     renormalize: bool,
 ) -> Tensor:
-    """[T, E]: from the gradients of the weights, of the sums of probs, and of the sum of squares."""
+    """The gradient of the logits, [T, E].
+
+    Args:
+        grad_weights_TK: [T, K], of the weights.
+        grad_probs_E: [E], of the sums of probs.
+        grad_square: [], of the sum of squares.
+        logits_TE: what `route` took.
+        ids_TK: what it chose.
+        score: one of `SCORES`.
+        renormalize: as `route` took it.
+    """
     wide_TE = logits_TE.to(_sum_dtype(logits_TE))
     scores_TE, probs_TE, sum_T1 = _scores(wide_TE, score)
     if renormalize:
@@ -164,15 +185,20 @@ def route_backward(
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
     """Each slot's matrix times its own rows, one slot after the other.
 
-    ends_s: [s] int32, the end of each slot's rows in `x_RI`.
-    Returns [R, O], zero behind the last end.
+    Args:
+        x_RI: [R, I], sorted by slot.
+        weight_sOI: [s, O, I].
+        ends_s: [s] int32, the end of each slot's rows in `x_RI`.
+
+    Returns:
+        [R, O], zero behind the last end.
     """
     parts = [F.linear(x, w) for x, w in zip(_by_slot(x_RI, ends_s), weight_sOI.unbind(0), strict=True)]
     return _filled(parts, len(x_RI))
 
 
 def grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the rows and of the matrices."""
+    """The gradients of the rows, [R, I], and of the matrices, [s, O, I]."""
     grads, parts = _by_slot(grad_RO, ends_s), _by_slot(x_RI, ends_s)
     grad_x_RI = _filled([g @ w for g, w in zip(grads, weight_sOI.unbind(0), strict=True)], len(x_RI))
     return grad_x_RI, torch.stack([g.T @ x for g, x in zip(grads, parts, strict=True)])
@@ -196,7 +222,15 @@ def slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
 
 
 def slots_of(ends_s: Tensor, num_rows: int) -> Tensor:
-    """[R] int32: the slot of each row; s for unassigned."""
+    """The slot of each row.
+
+    Args:
+        ends_s: [s] int32, the end of each slot's rows.
+        num_rows: R.
+
+    Returns:
+        [R] int32; s for unassigned.
+    """
     rows_R = torch.arange(num_rows, device=ends_s.device, dtype=torch.int32)
     return torch.searchsorted(ends_s, rows_R, right=True, out_int32=True)
 

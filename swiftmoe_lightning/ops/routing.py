@@ -16,11 +16,14 @@ from swiftmoe_lightning.ops.operators import keep_nothing, on_triton, refuse_sec
 
 
 class Routed(NamedTuple):
-    """What `route` returns.
+    """What `route` returns. Floats are float32 (float64 for float64 logits), and have gradients.
 
-    weights_TK: [T, K]. expert_ids_TK: [T, K] int64. prob_sums_E: [E], sums over tokens of the scores as shares (for
-    the auxiliary loss). counts_E: [E] int64, choices of each expert. square_sum: [], sum over tokens of the squared
-    log-sum-exp of the logits (for the z-loss). Floats are float32 (float64 for float64 logits), and have gradients.
+    Attributes:
+        weights_TK: [T, K].
+        expert_ids_TK: [T, K] int64.
+        prob_sums_E: [E], sums over tokens of the scores as shares (for the auxiliary loss).
+        counts_E: [E] int64, choices of each expert.
+        square_sum: [], sum over tokens of the squared log-sum-exp of the logits (for the z-loss).
     """
 
     weights_TK: Tensor
@@ -33,11 +36,18 @@ class Routed(NamedTuple):
 def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool) -> Routed:
     """Choose experts by logits, as `TopKRouter` does, and sum what its losses need.
 
-    bias_E: [E], added to the scores for the choice alone, no gradient. score: "softmax" or "sigmoid". renormalize:
-    divide a token's K weights by their sum. Of equal scores the Triton path takes the lower expert id; torch's
-    `topk` may take any. With logits that are not finite the ids are some of 0..E-1.
+    Of equal scores the Triton path takes the lower expert id; torch's `topk` may take any. With logits that are not
+    finite the ids are some of 0..E-1.
 
-    Raises ValueError for a score that is not one of `SCORES`, or top_k outside 1..E.
+    Args:
+        logits_TE: [T, E] floating.
+        bias_E: [E], added to the scores for the choice alone, no gradient.
+        top_k: K.
+        score: "softmax" or "sigmoid".
+        renormalize: divide a token's K weights by their sum.
+
+    Raises:
+        ValueError: for a score that is not one of `SCORES`, or top_k outside 1..E.
     """
     check_choice("score", score, reference.SCORES)
     if not 1 <= top_k <= logits_TE.shape[1]:

@@ -92,7 +92,7 @@ class DispatchPlan:
         placement: the hosts.
         share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
         capacity: None drops nothing.
-        ranks_per_node: 0 keeps no tokens on their rank and node.
+        ranks_per_node: neighbours on a node; 0 lets no rank serve itself or its node first.
 
     Attributes:
         budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.

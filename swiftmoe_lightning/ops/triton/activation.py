@@ -65,6 +65,7 @@ def activate_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """`activate` of a block of rows and columns."""
     b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
     if ACTIVATION == "swiglu":
         b_gate = tl.load(p_z + b_r * (2 * F) + b_f, mask=m, other=0.0).to(tl.float32)
@@ -88,6 +89,7 @@ def activate_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """`activate_backward` of a block of rows and columns."""
     b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
     b_grad = tl.load(p_grad + b_r * F + b_f, mask=m, other=0.0).to(tl.float32)
     if ACTIVATION == "swiglu":

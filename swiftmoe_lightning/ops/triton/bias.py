@@ -16,7 +16,13 @@ from swiftmoe_lightning.ops.triton.tiles import Rows
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
-    """[R, O]: each row with its own slot's bias, which slot s does not have."""
+    """[R, O]: each row with its own slot's bias, which slot s does not have.
+
+    Args:
+        y_RO: [R, O] floating.
+        bias_sO: [s, O].
+        slot_R: [R] int32, the slot of each row; s for unassigned.
+    """
     out_RO = torch.empty(y_RO.shape, dtype=y_RO.dtype, device=y_RO.device)
     if out_RO.numel():
         arguments = (y_RO.contiguous(), bias_sO.contiguous(), slot_R, out_RO, len(bias_sO))
@@ -25,7 +31,14 @@ def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
 
 
 def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> None:
-    """Write each row's <dO, second bias>, the bias's part of its score's gradient."""
+    """Write each row's <dO, second bias>, the bias's part of its score's gradient.
+
+    Args:
+        grad_TD: [T, D], dO.
+        bias_sD: [s, D], the second matrix's.
+        rows: where the rows come from.
+        part_R: [R] float32, written.
+    """
     bias_part_kernel[(len(rows.slot_B),)](
         grad_TD,
         rows.choice_R,
@@ -45,7 +58,18 @@ def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> N
 def bias_gradient(
     grad: Tensor, ends_s: Tensor, scores_TK: Tensor | None = None, choice_R: Tensor | None = None, top_k: int = 1
 ) -> Tensor:
-    """[s, O]: the sum of each slot's rows of `grad` [R, O], or with `scores_TK` of [T, O], gathered and weighted."""
+    """The sum of each slot's rows of a gradient.
+
+    Args:
+        grad: [R, O], or with `scores_TK` [T, O], gathered and weighted.
+        ends_s: [s] int32, the end of each slot's rows.
+        scores_TK: [T, K], the router's weights.
+        choice_R: [R] int, the choice in each row; with `scores_TK` only.
+        top_k: K.
+
+    Returns:
+        [s, O].
+    """
     grad_sO = torch.empty(len(ends_s), grad.shape[1], dtype=grad.dtype, device=grad.device)
     with device_of(grad):
         bias_gradient_kernel[(len(ends_s), triton.cdiv(grad.shape[1], 64))](
@@ -74,6 +98,7 @@ def add_bias_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """`add_bias` of a block of rows and columns."""
     b_r, b_f, m = block_of_program(num_rows, F, BLOCK_R, BLOCK_F)
     b_slot = tl.load(p_slot + b_r, mask=b_r < num_rows, other=num_slots).to(tl.int64)
     b_bias = tl.load(p_bias + b_slot * F + b_f, mask=m & (b_slot < num_slots), other=0.0).to(tl.float32)
@@ -96,6 +121,7 @@ def bias_part_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """`bias_part` of a row tile."""
     slot = tl.load(p_slot + tl.program_id(0))
     if slot >= num_slots:
         return
@@ -125,6 +151,7 @@ def bias_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """`bias_gradient` of BN columns of a slot."""
     slot = tl.program_id(0)
     start = tl.load(p_ends + slot - 1, mask=slot > 0, other=0)
     end = tl.load(p_ends + slot)

@@ -31,7 +31,8 @@ def up(
 ) -> tuple[Tensor | None, Tensor]:
     """act(W @ x), with x [T, D] gathered by `rows.choice_R` on the way in, or [R, D].
 
-    Returns Z [R, O], before the activation and only if asked for, and A [R, F]. Unassigned rows are not written.
+    Returns:
+        Z [R, O], before the activation and only if asked for, and A [R, F]. Unassigned rows are not written.
     """
     (num_slots, out_features, dim), tile = weight_sOD.shape, rows.tiles.up
     gates = 2 if activation == "swiglu" else 1
@@ -67,8 +68,16 @@ def up(
 def grouped_product(
     x_RI: Tensor, weight: Tensor, bias_sO: Tensor | None, rows: Rows, tile: Tile, transposed: bool = False
 ) -> Tensor:
-    """[R, I] -> [R, O]: W @ x with weight [s, O, I], or its transpose with weight [s, I, O]. Unassigned rows are not
-    written."""
+    """[R, I] -> [R, O]: W @ x, or its transpose. Unassigned rows are not written.
+
+    Args:
+        x_RI: [R, I] floating.
+        weight: [s, O, I], or with `transposed` [s, I, O].
+        bias_sO: [s, O], added to the slot's rows; None adds nothing.
+        rows: whose they are.
+        tile: the product's.
+        transposed: whether to take the transpose of each slot's matrix.
+    """
     out_features = weight.shape[2 if transposed else 1]
     y_RO = torch.empty(rows.num_rows, out_features, dtype=x_RI.dtype, device=x_RI.device)
     max_programs = len(rows.slot_B) * triton.cdiv(out_features, tile.cols)
@@ -145,6 +154,7 @@ def up_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """`up` of a tile: BM rows, and BN columns of Z."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     OUT: tl.constexpr = 2 * F if GATED else F
     BF: tl.constexpr = BN // 2 if GATED else BN

@@ -31,10 +31,19 @@ from swiftmoe_lightning.ops.triton.tiles import (
 def hidden_gradient(
     grad: Tensor, scores_TK: Tensor | None, weight_sDF: Tensor, z_RO: Tensor, rows: Rows, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From dY [R, D], or with `scores_TK` from dO [T, D], gathered and weighted on the way in.
+    """The gradient of Z, from dY, or with `scores_TK` from dO, gathered and weighted on the way in.
 
-    Returns dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
-    parts of each row's <dO, Y>, which is its score's gradient. Unassigned rows are not written.
+    Args:
+        grad: dY [R, D], or dO [T, D].
+        scores_TK: [T, K], the router's weights w.
+        weight_sDF: [s, D, F], the second matrix.
+        z_RO: [R, O], before the activation.
+        rows: where the rows come from.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
+        parts of each row's <dO, Y>, which is its score's gradient. Unassigned rows are not written.
     """
     (num_slots, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
     weight = tiles_of(weight_sDF, (1, tile.depth, tile.cols))
@@ -72,7 +81,17 @@ def hidden_gradient(
 
 
 def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias: bool) -> Tensor:
-    """[C + 1, R] parts of each row's gradient -> [T, K], zero for a choice without a row (-1)."""
+    """The gradient of the router's weights, zero for a choice without a row.
+
+    Args:
+        parts: [C + 1, R] float32, parts of each row's gradient, as `hidden_gradient` gives them.
+        rows_TK: [T, K] int, the row of each choice, -1 if none.
+        dtype: the result's.
+        with_bias: whether the last part counts.
+
+    Returns:
+        [T, K].
+    """
     grad_TK = torch.empty(rows_TK.shape, dtype=dtype, device=rows_TK.device)
     num_parts = len(parts) if with_bias else len(parts) - 1
     grid = (triton.cdiv(rows_TK.numel(), 256),)
@@ -176,6 +195,7 @@ def hidden_gradient_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """`hidden_gradient` of a tile: BM rows, and BN columns of A."""
     MASKED: tl.constexpr = D % BK != 0 or F % BN != 0
     row_tile, col_tile = tile_of_program(tl.program_id(0), num_row_tiles, tl.cdiv(F, BN), GROUP)
     slot = tl.load(p_slot + row_tile)
@@ -211,6 +231,7 @@ def hidden_gradient_kernel(
 
 @triton.jit
 def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_assignments, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """`score_gradient` of BLOCK choices."""
     # [BLOCK]
     choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(p_rows + choices, mask=choices < num_assignments, other=-1).to(tl.int64)

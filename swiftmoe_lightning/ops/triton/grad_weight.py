@@ -15,9 +15,17 @@ from swiftmoe_lightning.ops.triton.tiles import Rows, dot, dot_precision, load_b
 
 
 def weight_gradient(left: Tensor, right: Tensor, rows: Rows, gathered: str = "") -> Tensor:
-    """[s, O, I]: the sum of left[row, :, None] * right[row, None, :] over each slot's rows; zero for a slot without.
+    """The sum of left[row, :, None] * right[row, None, :] over each slot's rows; zero for a slot without.
 
-    gathered: "left" or "right" is [T, ...] and read through `rows.choice_R`; the other is [R, ...], by default both.
+    Args:
+        left: [R, O], or gathered [T, O].
+        right: [R, I], or gathered [T, I].
+        rows: where the rows come from.
+        gathered: "left" or "right" is [T, ...] and read through `rows.choice_R`; the other is [R, ...], by default
+            both.
+
+    Returns:
+        [s, O, I].
     """
     (out_features, in_features), tile = (left.shape[1], right.shape[1]), rows.tiles.grad_weight
     grad_sOI = torch.empty(len(rows.ends_s), out_features, in_features, dtype=left.dtype, device=left.device)
@@ -55,6 +63,7 @@ def weight_gradient_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """`weight_gradient` of a tile of a slot: BM rows and BN columns of its matrix."""
     ROW_TILES: tl.constexpr = (OUT + BM - 1) // BM
     COL_TILES: tl.constexpr = (IN + BN - 1) // BN
     slot = tl.program_id(0) // (ROW_TILES * COL_TILES)

@@ -19,17 +19,29 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def column_block(dim: int, element_size: int, max_block: int = 1024) -> tuple[int, int]:
-    """(columns of a program, its warps), so that a thread moves 16 bytes at once.
+    """How many columns a program takes, so that a thread moves 16 bytes at once.
 
-    dim: columns in all; element_size: bytes of one.
+    Args:
+        dim: columns in all.
+        element_size: bytes of one.
+        max_block: the most columns of a program.
+
+    Returns:
+        (columns of a program, its warps).
     """
     block = min(triton.next_power_of_2(dim), max_block)
     return block, min(max(block * element_size // (32 * 16), 1), 8)
 
 
 def launch_by_block(kernel: triton.JITFunction, like_RF: Tensor, arguments: tuple[Any, ...], **constants: Any) -> None:
-    """Run kernel(*arguments, R, F=...) over blocks of rows and columns of what is as large as `like_RF`: see
-    `block_of_program`."""
+    """Run kernel(*arguments, R, F=...) over blocks of rows and columns: see `block_of_program`.
+
+    Args:
+        kernel: takes num_rows, F, BLOCK_R and BLOCK_F behind its own arguments.
+        like_RF: what is cut into blocks is as large.
+        arguments: the kernel's own.
+        **constants: more of its constexprs.
+    """
     num_rows, dim = like_RF.shape
     block_f, num_warps = column_block(dim, like_RF.element_size())
     block_r = max(1024 // block_f, 1)
@@ -48,8 +60,15 @@ def block_of_program(num_rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: 
 
 
 def tiles_of(x: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
-    """For loads of whole tiles by the GPU's copy engine (TMA), which spares a kernel pointers and masks: what lies
-    outside of `x` comes as zero. None where there is no such engine, or where rows do not begin at 16 bytes."""
+    """For loads of whole tiles by the GPU's copy engine (TMA), which spares a kernel pointers and masks.
+
+    Args:
+        x: what is loaded from; what lies outside of it comes as zero.
+        block: the shape of a tile.
+
+    Returns:
+        A descriptor; None where there is no such engine, or where rows do not begin at 16 bytes.
+    """
     is_aligned = x.data_ptr() % 16 == 0 and x.stride(-1) == 1
     is_aligned = is_aligned and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     if x.element_size() != 2 or x.numel() == 0 or not is_aligned or not _has_tma(x.device):
@@ -64,7 +83,12 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def num_programs(device: torch.device, shared: int) -> int:
-    """How many programs run at a time if each takes `shared` bytes of shared memory; without a GPU as on an H100."""
+    """How many programs run at a time; without a GPU as on an H100.
+
+    Args:
+        device: where they run.
+        shared: bytes of shared memory that each takes.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return processors * max(shared_memory(device) // shared, 1)
 

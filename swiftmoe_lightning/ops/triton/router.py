@@ -136,6 +136,7 @@ def route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """`route` of a block of tokens."""
     block = tl.program_id(0).to(tl.int64)
     b_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     b_e = tl.arange(0, BLOCK_E)
@@ -190,6 +191,7 @@ def route_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """`route_backward` of a block of tokens."""
     block = tl.program_id(0).to(tl.int64)
     b_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     b_e = tl.arange(0, BLOCK_E)

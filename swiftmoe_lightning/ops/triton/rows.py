@@ -61,7 +61,15 @@ def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) 
 
 
 def clear_tail(y_RD: Tensor, ends_s: Tensor) -> Tensor:
-    """Zero `y` from the last slot's end on, in place. Returns it."""
+    """Zero `y` from the last slot's end on, in place.
+
+    Args:
+        y_RD: [R, D], written.
+        ends_s: [s] int32, the end of each slot's rows.
+
+    Returns:
+        `y_RD`.
+    """
     num_rows, dim = y_RD.shape
     if y_RD.numel():
         grid = (triton.cdiv(num_rows, 64), triton.cdiv(dim, 64))
@@ -114,6 +122,7 @@ def permute_kernel(
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """`permute` of BLOCK_D columns of a token."""
     token = tl.program_id(0).to(tl.int64)
     is_token = token < num_tokens
     b_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -138,6 +147,7 @@ def gather_sum_kernel(
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """`gather_sum` of BLOCK_D columns of a token."""
     token = tl.program_id(0).to(tl.int64)
     b_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
@@ -161,6 +171,7 @@ def clear_tail_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """`clear_tail` of a block of rows and columns."""
     b_row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     b_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_tail = (b_row >= tl.load(p_ends + num_slots - 1)) & (b_row < num_rows)
@@ -184,6 +195,7 @@ def combine_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """`combine_backward` of a token."""
     token = tl.program_id(0).to(tl.int64)
     num_assignments = tl.where(token < num_tokens, K, 0)
     b_k = tl.arange(0, BLOCK_K)

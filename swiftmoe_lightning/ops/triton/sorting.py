@@ -69,6 +69,7 @@ def count_kernel(
     BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
+    """How many choices of a block are of each group."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     b_group = _load_group(p_key, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_groups)
     b_bin = tl.arange(0, NUM_BINS)
@@ -89,6 +90,7 @@ def place_kernel(
     BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
+    """The rows of a block's choices; and, in the first block, each group's rows and where they end."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     b_i = block * BLOCK + tl.arange(0, BLOCK)
     m_i = b_i < num_assignments

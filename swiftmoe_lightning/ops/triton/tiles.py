@@ -20,7 +20,17 @@ INTERPRETED: Final = tl.constexpr(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Tile:
-    """One product's tile. group: row tiles that share a weight panel in L2; split: column parts of the epilogue."""
+    """One product's tile.
+
+    Attributes:
+        rows: BM.
+        cols: BN.
+        depth: BK.
+        warps: of a program.
+        stages: of the loads' pipeline.
+        group: row tiles that share a weight panel in L2.
+        split: column parts of the epilogue.
+    """
 
     rows: int
     cols: int
@@ -43,7 +53,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class MlpTiles:
-    """The tiles of one MLP. All but the weight gradients cut the rows alike, so one tile map serves them."""
+    """The tiles of one MLP. All but the weight gradients cut the rows alike, so one tile map serves them.
+
+    Attributes:
+        up: the first product's.
+        down: the second product's.
+        grad_hidden: the second product's backward to the hidden layer.
+        grad_rows: the first product's backward to its rows.
+        grad_weight: both matrices' gradients.
+    """
 
     up: Tile
     down: Tile
@@ -88,7 +106,13 @@ MANY_SHARED: Final = 192 * 1024
 
 
 def choose_tiles(x: Tensor, num_rows: int, num_slots: int) -> MlpTiles:
-    """By what the host knows: dtype and device of `x`, and the mean of rows per slot, not each slot's own."""
+    """By what the host knows: dtype and device, and the mean of rows per slot, not each slot's own.
+
+    Args:
+        x: of the dtype and on the device.
+        num_rows: R.
+        num_slots: s.
+    """
     if x.dtype == torch.float32:
         return SINGLE if dot_precision(x.dtype) == "ieee" else TENSOR_FLOAT
     many = num_rows >= MANY_ROWS * num_slots
@@ -96,7 +120,11 @@ def choose_tiles(x: Tensor, num_rows: int, num_slots: int) -> MlpTiles:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied as float32, unless `torch.set_float32_matmul_precision` allows less."""
+    """How products of a dtype are taken: float32 as float32, unless `torch.set_float32_matmul_precision` allows less.
+
+    Returns:
+        "ieee" or "tf32".
+    """
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -104,11 +132,17 @@ def dot_precision(dtype: torch.dtype) -> str:
 class Rows:
     """Where the rows come from, whose they are and how they are cut.
 
-    choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
-    ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are unassigned.
-    slot_B: [B] int32, the slot of each row tile; s: no tile.
-    first_row_B: [B] int32.
-    num_tiles: [1] int32, how many of the B there are. All are on the device, and the host waits for none.
+    All tensors are on the device, and the host waits for none.
+
+    Attributes:
+        choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
+        top_k: K.
+        ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are unassigned.
+        slot_B: [B] int32, the slot of each row tile; s: no tile.
+        first_row_B: [B] int32, the first row of each tile.
+        num_tiles: [1] int32, how many of the B there are.
+        num_rows: R.
+        tiles: how the products cut them.
     """
 
     choice_R: Tensor | None
@@ -122,7 +156,15 @@ class Rows:
 
 
 def map_rows(choice_R: Tensor | None, top_k: int, ends_s: Tensor, num_rows: int, tiles: MlpTiles) -> Rows:
-    """Cut the rows into tiles that no two slots share, without waiting: the host knows only a bound of their number."""
+    """Cut the rows into tiles that no two slots share, without waiting: the host knows only a bound of their number.
+
+    Args:
+        choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
+        top_k: K.
+        ends_s: [s] int32, the end of each slot's rows.
+        num_rows: R.
+        tiles: how the products cut them.
+    """
     num_slots, block = len(ends_s), tiles.up.rows
     max_tiles = triton.cdiv(num_rows, block) + num_slots
     slot_B, first_row_B = (torch.empty(max_tiles, dtype=torch.int32, device=ends_s.device) for _ in range(2))
@@ -153,6 +195,7 @@ def tile_map_kernel(
     SLOTS: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    """The slots and first rows of TILES row tiles; and, in the first program, how many tiles there are."""
     # [SLOTS]
     slots = tl.arange(0, SLOTS)
     ends = tl.load(p_ends + slots, mask=slots < num_slots, other=0)
