@@ -288,8 +288,11 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
 
 
 def _clip_by_norm(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
-    parameters = strategy.precision_plugin.main_params(optimizer)
-    strategy.engine.clip_grad_norm_(clip_val, parameters=parameters)
+    plugin, engine = strategy.precision_plugin, strategy.engine
+    if not engine.layers and engine.dense is None:  # Nothing is cut: as under DDP, to the bit.
+        type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
+    else:
+        engine.clip_grad_norm_(clip_val, parameters=plugin.main_params(optimizer))
 
 
 def _clip_by_value(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:

@@ -56,11 +56,11 @@ def test_every_operator_keeps_torchs_contract(name):
 
 
 def test_every_operator_is_checked():
-    from swiftmoe_lightning.ops import grouped, ops, routing
+    from swiftmoe_lightning.ops import grouped, operators, routing
 
     names = {
         value._qualname.split("::")[1]
-        for module in (grouped, ops, routing)
+        for module in (grouped, operators, routing)
         for value in vars(module).values()
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
