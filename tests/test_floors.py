@@ -17,7 +17,7 @@ TRAINER = PACKAGE / "huggingface" / "trainer.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    "config",
+    "config private_names",
     "placement",
     "ops analysis",
     "distributed",
@@ -48,7 +48,7 @@ LATE = {
     "swiftmoe_lightning.ops.triton": (KERNELS, {"triton"}),
     "swiftmoe_lightning.huggingface.trainer": (TRAINER, {"transformers"}),
 }
-WITHOUT_TORCH = {"config", "placement", "analysis"}
+WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """torch.distributed in one place: the group of ranks, its exchanges, and row-sharded parameters."""
 
+from swiftmoe_lightning.distributed import private as private
 from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
 from swiftmoe_lightning.distributed.meeting import meet
 from swiftmoe_lightning.distributed.sharding import (

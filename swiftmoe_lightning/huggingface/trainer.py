@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -26,6 +25,7 @@ from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.engine.rebinding import names_of, rebind
 from swiftmoe_lightning.huggingface.convert import convert
+from swiftmoe_lightning.private_names import check_names
 
 # What is overridden below and is not public: all there is in transformers 5.
 _PRIVATE: Final = (
@@ -36,12 +36,7 @@ _PRIVATE: Final = (
     "_load_from_checkpoint",
     "_load_best_model",
 )
-_missing = [name for name in _PRIVATE if not hasattr(Trainer, name)]
-if _missing:
-    raise ImportError(
-        f"SwiftMoETrainer knows the Trainer of transformers 5; that of {transformers.__version__} lacks {_missing}. "
-        "Install one that it knows: pip install 'transformers>=5,<6'"
-    )
+check_names("transformers", {Trainer: _PRIVATE}, "transformers>=5,<6")
 
 # Training argument -> what to do instead, over several processes.
 _REFUSED: Final = {

@@ -1,0 +1,27 @@
+"""What of Lightning is not public and is needed here."""
+
+from __future__ import annotations
+
+from lightning.fabric import strategies as fabric_strategies
+from lightning.fabric.strategies import strategy as fabric_strategy
+from lightning.pytorch import strategies
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.overrides import distributed
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from swiftmoe_lightning.private_names import check_names
+
+check_names(
+    "lightning",
+    {
+        # How a module is wrapped, and broadcast where there is nothing to wrap.
+        strategies.DDPStrategy: ["_setup_model"],
+        distributed: ["_sync_module_states"],
+        fabric_strategies.DDPStrategy: ["_determine_ddp_device_ids", "_convert_stateful_objects_in_state"],
+        fabric_strategy: ["_BackwardSyncControl"],
+        # When a signal may stop a run.
+        _SignalConnector: ["_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"],
+        _TrainingEpochLoop: ["_should_accumulate", "_num_ready_batches_reached", "_should_check_val_fx"],
+    },
+    "lightning>=2.6,<3",
+)
