@@ -87,4 +87,4 @@ def _dropped(popularity_LE: np.ndarray, placements: Any, split: str, per: str) -
         plan_dispatch(popularity_E[None], placement, split, Capacity(1.0, per))
         for popularity_E, placement in zip(popularity_LE, placements, strict=True)
     ]
-    return float(np.mean([plan.num_dropped_tokens / plan.share_D.sum() for plan in plans]))
+    return float(np.mean([plan.num_dropped_tokens / plan.share_P.sum() for plan in plans]))

@@ -1,6 +1,6 @@
 """A policy, run on a trace: where experts would have been, and what that would have done.
 
-S steps, L layers, E experts, W ranks, D hosted (rank, expert) pairs.
+S steps, L layers, E experts, W ranks, P hosted (rank, expert) pairs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Replay:
         replicas_SLE: [S, L, E] int32, slots of each expert.
         wanted_SLW: [S, L, W] int64, assignments that went to each rank.
         load_SLW: [S, L, W] int64, those of them that it computed.
-        hosted_SL: [S, L] int64, D.
+        hosted_SL: [S, L] int64, P.
         moved_SL: [S, L] int64, pairs that were not hosted a step before.
         busiest_SL: [S, L] float, see `busiest_phase`.
         achieved: mean of what the certificates explain.
@@ -196,7 +196,7 @@ class _Arrays:
             placement = load.placement
             self.replicas_SLE[step, layer] = placement.replica_counts_E
             self.wanted_SLW[step, layer], self.load_SLW[step, layer] = load.wanted_W, load.load_W
-            self.hosted_SL[step, layer] = len(placement.pair_host_D)
+            self.hosted_SL[step, layer] = len(placement.pair_host_P)
             self.busiest_SL[step, layer] = busiest_phase(placement)
             if self._before:
                 self.moved_SL[step, layer] = self._before[layer].placement.num_moved(placement)

@@ -1,9 +1,9 @@
 """One layer's working weights on this rank, and the two exchanges that tie them to the sharded parameters.
 
     host side      [W destinations or sources] x [d hosted experts x the other rank's rows]
-    owner side     [D hosted pairs, by (rank, expert)] x [this rank's rows]
+    owner side     [P hosted pairs, by (rank, expert)] x [this rank's rows]
 
-W ranks, E experts, s slots of this rank, d different experts on it, D hosted (rank, expert) pairs, c elements that a
+W ranks, E experts, s slots of this rank, d different experts on it, P hosted (rank, expert) pairs, c elements that a
 rank owns of one expert, over all its tensors.
 """
 
@@ -64,8 +64,8 @@ class ExpertSlots:
         dtype = next(iter(self.weights.values())).dtype
         # Every expert's rows once to the device and dtype they travel in; then once for each of its hosts.
         rows_Ec = torch.cat([local_shard(m).flatten(1) for m in parameters.values()], dim=1).to(self._device, dtype)
-        expert_D = torch.from_numpy(placement.pair_expert_D).to(self._device)
-        send = rows_Ec.index_select(0, expert_D).flatten()
+        expert_P = torch.from_numpy(placement.pair_expert_P).to(self._device)
+        send = rows_Ec.index_select(0, expert_P).flatten()
         plan = plan_distribution(placement, _row_elements(parameters))
         rank = self._group.rank
         self._distribution = self._group.start_weight_exchange(send, plan.send_splits(rank), plan.receive_splits(rank))
@@ -181,20 +181,20 @@ class PendingCollection:
             Name -> [E, this rank's rows, ...].
         """
         received = self._exchange.wait()
-        expert_D = self._placement.pair_expert_D
+        expert_P = self._placement.pair_expert_P
         wide = torch.promote_types(received.dtype, torch.float32)
         turns = [
-            (torch.from_numpy(pairs).to(received.device), torch.from_numpy(expert_D[pairs]).to(received.device))
+            (torch.from_numpy(pairs).to(received.device), torch.from_numpy(expert_P[pairs]).to(received.device))
             for pairs in self._placement.pairs_by_replica_index
         ]
         widths = [shard_shapes[name][1:].numel() for name in self.names]
         totals = {}
-        for name, part_Dc in zip(self.names, received.view(len(expert_D), -1).split(widths, dim=1), strict=True):
+        for name, part_Pc in zip(self.names, received.view(len(expert_P), -1).split(widths, dim=1), strict=True):
             shape = shard_shapes[name]
             # The first turn has one pair for each expert.
-            total_Ec = part_Dc.index_select(0, turns[0][0]).to(wide)
+            total_Ec = part_Pc.index_select(0, turns[0][0]).to(wide)
             for pair, expert in turns[1:]:
-                total_Ec.index_add_(0, expert, part_Dc.index_select(0, pair).to(wide))
+                total_Ec.index_add_(0, expert, part_Pc.index_select(0, pair).to(wide))
             totals[name] = total_Ec.div_(self._placement.world_size).view(shape)
         return totals
 

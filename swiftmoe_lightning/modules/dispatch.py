@@ -24,12 +24,12 @@ class SourceRows:
     Attributes:
         choice_R: [R] int32, the choice t * K + k in each row.
         rows_TK: [T, K] int32, its inverse, -1 where dropped.
-        counts_D: [D] int64, rows for each hosted pair.
+        counts_P: [D] int64, rows for each hosted pair.
     """
 
     choice_R: Tensor
     rows_TK: Tensor
-    counts_D: Tensor
+    counts_P: Tensor
 
 
 def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
@@ -43,25 +43,25 @@ def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan
         side: this rank's part of it.
     """
     device = weights_TK.device
-    order_D = plan.placement.by_expert_D
-    sent_D = side.sent_D[order_D]
-    assigned = torch.from_numpy(sent_D).to(device)
-    num_assigned = int(sent_D.sum())
-    pair_N = torch.from_numpy(order_D).to(device).repeat_interleave(assigned, output_size=num_assigned)
+    order_P = plan.placement.by_expert_P
+    sent_P = side.sent_P[order_P]
+    assigned = torch.from_numpy(sent_P).to(device)
+    num_assigned = int(sent_P.sum())
+    pair_N = torch.from_numpy(order_P).to(device).repeat_interleave(assigned, output_size=num_assigned)
     choice_N = by_expert.choice_N[:num_assigned]
     if plan.num_dropped_tokens:
-        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_D, side.kept_B)
+        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_P, side.kept_B)
         choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
-    choice_R = choice_N[sort_choices(pair_N, len(order_D)).choice_N]
+    choice_R = choice_N[sort_choices(pair_N, len(order_P)).choice_N]
     rows_TK = torch.full_like(weights_TK, -1, dtype=torch.int32)
     rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device, dtype=torch.int32)
-    counts_D = _count(pair_N, len(order_D))
-    return SourceRows(choice_R, rows_TK, counts_D)
+    counts_P = _count(pair_N, len(order_P))
+    return SourceRows(choice_R, rows_TK, counts_P)
 
 
-def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_D: np.ndarray, kept_B: np.ndarray) -> Tensor:
+def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_P: np.ndarray, kept_B: np.ndarray) -> Tensor:
     """Ascending places, in N, of the choices that survive: in each budget the best scores, ties to the earlier one."""
-    budget_N = torch.from_numpy(budget_of_pair_D).to(pair_N.device)[pair_N]
+    budget_N = torch.from_numpy(budget_of_pair_P).to(pair_N.device)[pair_N]
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
     budget_N = budget_N[order_N]
@@ -115,10 +115,10 @@ class TokenDispatcher:
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert hosted here."""
         placement, rank = self._plan.placement, self._context.rank
-        counts_D = self._source.counts_D
+        counts_P = self._source.counts_P
         if self._plan.num_dropped_tokens == 0:
-            return torch.from_numpy(self._side.received_Wd).to(counts_D.device)
+            return torch.from_numpy(self._side.received_Wd).to(counts_P.device)
         # Which experts lost how much depends on the scores, which only the sources know.
         num_hosted = placement.num_hosted_W.tolist()
         here = [num_hosted[rank]] * placement.world_size
-        return self._context.exchange_rows(counts_D, num_hosted, here).view(placement.world_size, num_hosted[rank])
+        return self._context.exchange_rows(counts_P, num_hosted, here).view(placement.world_size, num_hosted[rank])

@@ -1,6 +1,6 @@
 """The fewest hosts that carry the load and its movement: a chain, and spare hosts across it.
 
-L layers, E experts, W ranks, s slots of a rank, D hosted (rank, expert) pairs, X spare hosts. Loads are in budgets: 1
+L layers, E experts, W ranks, s slots of a rank, P hosted (rank, expert) pairs, X spare hosts. Loads are in budgets: 1
 is the mean load of a rank.
 """
 
@@ -28,7 +28,7 @@ _TINY: Final = 1e-6
 class BalancedPolicy(PlacementPolicy):
     """As few hosts as carry the load evenly, and as many more as its movement asks for, up to s a rank.
 
-    Both weight phases move bytes in proportion to D, so a replica in every slot is not free. A chain of at most
+    Both weight phases move bytes in proportion to P, so a replica in every slot is not free. A chain of at most
     E + W - 1 hosts carries the predicted loads exactly; expert e then gets spare hosts, until the load that it may
     come to, load + 3 * sqrt(spread * (load + 0.3)), is no more than a budget for each of its hosts.
 
@@ -58,12 +58,12 @@ class BalancedPolicy(PlacementPolicy):
         """[S] int64, the expert in every slot. Slots that are not needed repeat an expert of their rank."""
         hosts = chain_hosts(load_E, self.world_size, self.slots_per_rank)
         rank_X, expert_X = spare_hosts(hosts, upper_E, self.world_size, self.slots_per_rank)
-        rank_D, expert_D = np.r_[hosts.rank_D, rank_X], np.r_[hosts.expert_D, expert_X]
-        order_D = np.argsort(rank_D, kind="stable")
-        num_W = np.bincount(rank_D, minlength=self.world_size)
+        rank_P, expert_P = np.r_[hosts.rank_P, rank_X], np.r_[hosts.expert_P, expert_X]
+        order_P = np.argsort(rank_P, kind="stable")
+        num_W = np.bincount(rank_P, minlength=self.world_size)
         start_W = np.cumsum(num_W) - num_W
         slot_s = np.arange(self.slots_per_rank)
-        table_Ws = expert_D[order_D][start_W[:, None] + slot_s % num_W[:, None]]
+        table_Ws = expert_P[order_P][start_W[:, None] + slot_s % num_W[:, None]]
         return table_Ws[np.argsort(self._rank_of_position)].reshape(-1)
 
 
@@ -72,14 +72,14 @@ class HostList:
     """Hosted pairs of one layer. No pair is there twice.
 
     Attributes:
-        rank_D: [D] int64, the rank of each pair.
-        expert_D: [D] int64, the expert that it hosts.
-        load_D: [D] float, budgets, the part of its load that goes there.
+        rank_P: [P] int64, the rank of each pair.
+        expert_P: [P] int64, the expert that it hosts.
+        load_P: [P] float, budgets, the part of its load that goes there.
     """
 
-    rank_D: np.ndarray
-    expert_D: np.ndarray
-    load_D: np.ndarray
+    rank_P: np.ndarray
+    expert_P: np.ndarray
+    load_P: np.ndarray
 
 
 def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> HostList:
@@ -112,17 +112,17 @@ def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Hos
     first_H = np.minimum(np.searchsorted(stop_W, start_H + _TINY, side="right"), world_size - 1)
     last_H = np.minimum(np.searchsorted(stop_W, stop_H - _TINY, side="left"), world_size - 1)
     num_H = np.maximum(last_H - first_H, 0) + 1
-    offset_D = np.arange(num_H.sum()) - np.repeat(np.cumsum(num_H) - num_H, num_H)
-    rank_D = np.repeat(first_H, num_H) + offset_D
+    offset_P = np.arange(num_H.sum()) - np.repeat(np.cumsum(num_H) - num_H, num_H)
+    rank_P = np.repeat(first_H, num_H) + offset_P
     start_W = stop_W - room_W
-    cut_D = np.minimum(np.repeat(stop_H, num_H), stop_W[rank_D]) - np.maximum(
-        np.repeat(start_H, num_H), start_W[rank_D]
+    cut_P = np.minimum(np.repeat(stop_H, num_H), stop_W[rank_P]) - np.maximum(
+        np.repeat(start_H, num_H), start_W[rank_P]
     )
-    keep_D = (cut_D > _TINY) | (np.repeat(num_H, num_H) == 1)
+    keep_P = (cut_P > _TINY) | (np.repeat(num_H, num_H) == 1)
     hosts = HostList(
-        np.r_[whole_rank, rank_D[keep_D]],
-        np.r_[whole, np.repeat(line, num_H)[keep_D]],
-        np.r_[load_E[whole], cut_D[keep_D]],
+        np.r_[whole_rank, rank_P[keep_P]],
+        np.r_[whole, np.repeat(line, num_H)[keep_P]],
+        np.r_[load_E[whole], cut_P[keep_P]],
     )
     return _fit_slots(hosts, world_size, slots_per_rank, len(load_E))
 
@@ -130,31 +130,31 @@ def chain_hosts(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Hos
 def _fit_slots(hosts: HostList, world_size: int, slots_per_rank: int, num_experts: int) -> HostList:
     """At most s experts a rank: of too many, those with the least load there go; what has no host left moves to the
     lightest rank with a free slot."""
-    num_W = np.bincount(hosts.rank_D, minlength=world_size)
+    num_W = np.bincount(hosts.rank_P, minlength=world_size)
     if num_W.max() <= slots_per_rank:
         return hosts
-    order_D = np.lexsort((-hosts.load_D, hosts.rank_D))
-    place_D = np.arange(len(order_D)) - np.repeat(np.cumsum(num_W) - num_W, num_W)
-    kept = np.sort(order_D[place_D < slots_per_rank])
-    rank_D, expert_D, load_D = hosts.rank_D[kept], hosts.expert_D[kept], hosts.load_D[kept]
-    homeless = np.setdiff1d(hosts.expert_D, expert_D)
-    lost_E = np.bincount(hosts.expert_D, hosts.load_D, num_experts)
+    order_P = np.lexsort((-hosts.load_P, hosts.rank_P))
+    place_P = np.arange(len(order_P)) - np.repeat(np.cumsum(num_W) - num_W, num_W)
+    kept = np.sort(order_P[place_P < slots_per_rank])
+    rank_P, expert_P, load_P = hosts.rank_P[kept], hosts.expert_P[kept], hosts.load_P[kept]
+    homeless = np.setdiff1d(hosts.expert_P, expert_P)
+    lost_E = np.bincount(hosts.expert_P, hosts.load_P, num_experts)
     for expert in homeless[np.argsort(-lost_E[homeless], kind="stable")]:
-        num_W = np.bincount(rank_D, minlength=world_size)
-        load_W = np.bincount(rank_D, load_D, world_size)
+        num_W = np.bincount(rank_P, minlength=world_size)
+        load_W = np.bincount(rank_P, load_P, world_size)
         rank = int(np.where(num_W < slots_per_rank, load_W, np.inf).argmin())
         if num_W[rank] == slots_per_rank:
             # Every rank is full: the least needed host of an expert that has several makes room.
-            has_several_D = np.bincount(expert_D, minlength=num_experts)[expert_D] > 1
-            leaves = int(np.where(has_several_D, load_D, np.inf).argmin())
-            rank = int(rank_D[leaves])
-            rank_D, expert_D, load_D = (np.delete(values, leaves) for values in (rank_D, expert_D, load_D))
-        rank_D, expert_D, load_D = (
-            np.append(rank_D, rank),
-            np.append(expert_D, expert),
-            np.append(load_D, lost_E[expert]),
+            has_several_P = np.bincount(expert_P, minlength=num_experts)[expert_P] > 1
+            leaves = int(np.where(has_several_P, load_P, np.inf).argmin())
+            rank = int(rank_P[leaves])
+            rank_P, expert_P, load_P = (np.delete(values, leaves) for values in (rank_P, expert_P, load_P))
+        rank_P, expert_P, load_P = (
+            np.append(rank_P, rank),
+            np.append(expert_P, expert),
+            np.append(load_P, lost_E[expert]),
         )
-    return HostList(rank_D, expert_D, load_D)
+    return HostList(rank_P, expert_P, load_P)
 
 
 def spare_hosts(
@@ -175,13 +175,13 @@ def spare_hosts(
         (rank_X, expert_X), [X] int64 each; a pair may be one that is there already, where all other ranks are full.
     """
     num_experts = len(upper_E)
-    num_E = np.bincount(hosts.expert_D, minlength=num_experts)
-    num_W = np.bincount(hosts.rank_D, minlength=world_size)
+    num_E = np.bincount(hosts.expert_P, minlength=num_experts)
+    num_W = np.bincount(hosts.rank_P, minlength=world_size)
     free_W = slots_per_rank - num_W
     extra_E = _spare_counts(upper_E, num_E, world_size, int(free_W.sum()))
     num_extra = int(extra_E.sum())
     rank_X = _emptiest(num_W, free_W, num_extra)
-    middle_E = np.bincount(hosts.expert_D, hosts.rank_D, num_experts) / num_E
+    middle_E = np.bincount(hosts.expert_P, hosts.rank_P, num_experts) / num_E
     expert_X = np.repeat(np.arange(num_experts), extra_E)
     turn_X = np.arange(num_extra) - np.repeat(np.cumsum(extra_E) - extra_E, extra_E)
     target_X = (middle_E[expert_X] + (turn_X + 1) * world_size / (extra_E[expert_X] + 1)) % world_size
@@ -193,7 +193,7 @@ def spare_hosts(
 def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, hosts: HostList, sizes: tuple[int, int]) -> np.ndarray:
     """[X]: `expert_X`, in which an expert that its rank hosts already changes places with one next to it, if it can."""
     is_known = np.zeros(sizes, dtype=bool)
-    is_known[hosts.rank_D, hosts.expert_D] = True
+    is_known[hosts.rank_P, hosts.expert_P] = True
     expert_X = expert_X.copy()
     for apart in (1, -1, 2, -2, 3, -3):
         here = np.flatnonzero(is_known[rank_X, expert_X])

@@ -1,6 +1,6 @@
 """The least that could have been lost in one layer and step, and what the rest was lost to.
 
-W ranks, E experts, S slots, D hosted (rank, expert) pairs, B token budget of a rank.
+W ranks, E experts, S slots, P hosted (rank, expert) pairs, B token budget of a rank.
 
 Five bounds, each over more freedom than the one before, so that none is above its predecessor:
 
@@ -130,8 +130,8 @@ def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
     order_W = np.argsort(scaling_weights(popularity_E, placement), kind="stable")
     place_W = np.empty_like(order_W)
     place_W[order_W] = np.arange(len(order_W))
-    place_D = place_W[placement.pair_host_D[placement.by_expert_D]]
-    last_E = np.maximum.reduceat(place_D, placement.first_pair_E)
+    place_P = place_W[placement.pair_host_P[placement.by_expert_P]]
+    last_E = np.maximum.reduceat(place_P, placement.first_pair_E)
     return np.cumsum(np.bincount(last_E, popularity_E, len(order_W)).astype(np.int64))
 
 

@@ -1,6 +1,6 @@
 """Which expert each slot holds, for one layer and one step.
 
-W ranks, s slots of a rank, S = W * s slots, E experts, D hosted (rank, expert) pairs. The paper writes N for W.
+W ranks, s slots of a rank, S = W * s slots, E experts, P hosted (rank, expert) pairs. The paper writes N for W.
 """
 
 from __future__ import annotations
@@ -83,29 +83,29 @@ class Placement:
         return np.unique(host_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
 
     @cached_property
-    def pair_host_D(self) -> np.ndarray:
-        """[D] int64: the rank of each hosted pair; pairs are ordered by (rank, expert)."""
+    def pair_host_P(self) -> np.ndarray:
+        """[P] int64: the rank of each hosted pair; pairs are ordered by (rank, expert)."""
         return self._pairs[0] // self.num_experts
 
     @cached_property
-    def pair_expert_D(self) -> np.ndarray:
-        """[D] int64: the expert of each hosted pair."""
+    def pair_expert_P(self) -> np.ndarray:
+        """[P] int64: the expert of each hosted pair."""
         return self._pairs[0] % self.num_experts
 
     @property
-    def pair_slots_D(self) -> np.ndarray:
-        """[D] int64: how many slots of that rank hold that expert; they sum to S."""
+    def pair_slots_P(self) -> np.ndarray:
+        """[P] int64: how many slots of that rank hold that expert; they sum to S."""
         return self._pairs[1]
 
     @cached_property
-    def by_expert_D(self) -> np.ndarray:
-        """[D] int64: numbers of pairs in the order (expert, rank): an expert's hosts stand side by side."""
-        return np.argsort(self.pair_expert_D, kind="stable")
+    def by_expert_P(self) -> np.ndarray:
+        """[P] int64: numbers of pairs in the order (expert, rank): an expert's hosts stand side by side."""
+        return np.argsort(self.pair_expert_P, kind="stable")
 
     @cached_property
     def first_pair_E(self) -> np.ndarray:
-        """[E] int64: where each expert's pairs begin in `by_expert_D`."""
-        return np.searchsorted(self.pair_expert_D[self.by_expert_D], np.arange(self.num_experts))
+        """[E] int64: where each expert's pairs begin in `by_expert_P`."""
+        return np.searchsorted(self.pair_expert_P[self.by_expert_P], np.arange(self.num_experts))
 
     @cached_property
     def pairs_by_replica_index(self) -> list[np.ndarray]:
@@ -113,19 +113,19 @@ class Placement:
 
         The first turn is a pair for each of the E experts. No expert is in a turn twice.
         """
-        num_hosts_E = np.bincount(self.pair_expert_D, minlength=self.num_experts)
-        first_D = np.repeat(np.cumsum(num_hosts_E) - num_hosts_E, num_hosts_E)
-        turn_D = np.arange(len(first_D)) - first_D
-        return [self.by_expert_D[turn_D == turn] for turn in range(num_hosts_E.max())]
+        num_hosts_E = np.bincount(self.pair_expert_P, minlength=self.num_experts)
+        first_P = np.repeat(np.cumsum(num_hosts_E) - num_hosts_E, num_hosts_E)
+        turn_P = np.arange(len(first_P)) - first_P
+        return [self.by_expert_P[turn_P == turn] for turn in range(num_hosts_E.max())]
 
     @cached_property
     def num_hosted_W(self) -> np.ndarray:
-        """[W] int64: different experts on each rank, d_k; they sum to D."""
-        return np.bincount(self.pair_host_D, minlength=self.world_size)
+        """[W] int64: different experts on each rank, d_k; they sum to P."""
+        return np.bincount(self.pair_host_P, minlength=self.world_size)
 
     @cached_property
     def _experts_of_rank(self) -> list[np.ndarray]:
-        return np.split(self.pair_expert_D, np.cumsum(self.num_hosted_W)[:-1])
+        return np.split(self.pair_expert_P, np.cumsum(self.num_hosted_W)[:-1])
 
     def experts_of(self, rank: int) -> np.ndarray:
         """[d_k] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""

@@ -187,7 +187,7 @@ class LayerMemory:
 
 def _may_stay(load: ExpertLoad, planned: Placement) -> bool:
     is_even = load.wanted_W.max() <= _EVEN * load.wanted_W.mean()
-    return bool(is_even) and len(load.placement.pair_host_D) <= len(planned.pair_host_D)
+    return bool(is_even) and len(load.placement.pair_host_P) <= len(planned.pair_host_P)
 
 
 def excess(load_W: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Popularity -> placements, for all layers at once: the paper's rule, and ours.
 
-L layers, E experts, W ranks, s slots of a rank, S = W * s slots, D hosted (rank, expert) pairs.
+L layers, E experts, W ranks, s slots of a rank, S = W * s slots, P hosted (rank, expert) pairs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much of each expert's load every one of its hosts takes.
 
-W ranks, s slots of a rank, E experts, D hosted (rank, expert) pairs.
+W ranks, s slots of a rank, E experts, P hosted (rank, expert) pairs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def uniform_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         placement: the slots.
 
     Returns:
-        [D] int64; each expert's parts add up to its load.
+        [P] int64; each expert's parts add up to its load.
     """
-    slots_D = placement.pair_slots_D[placement.by_expert_D]
-    return _cut_at_whole_tokens(load_E, slots_D, placement)
+    slots_P = placement.pair_slots_P[placement.by_expert_P]
+    return _cut_at_whole_tokens(load_E, slots_P, placement)
 
 
 def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
@@ -58,10 +58,10 @@ def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         placement: the hosts.
 
     Returns:
-        [D] int64; each expert's parts add up to its load.
+        [P] int64; each expert's parts add up to its load.
     """
     weight_W = scaling_weights(load_E, placement)
-    return _cut_at_whole_tokens(load_E, weight_W[placement.pair_host_D[placement.by_expert_D]], placement)
+    return _cut_at_whole_tokens(load_E, weight_W[placement.pair_host_P[placement.by_expert_P]], placement)
 
 
 def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
@@ -74,15 +74,15 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     Returns:
         [W] float.
     """
-    host_D, expert_D, by_expert_D = placement.pair_host_D, placement.pair_expert_D, placement.by_expert_D
+    host_P, expert_P, by_expert_P = placement.pair_host_P, placement.pair_expert_P, placement.by_expert_P
     first_E = placement.first_pair_E
     first_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
     mean = load_E.sum() / placement.world_size
     weight_W = np.ones(placement.world_size)
-    host_by_expert_D = host_D[by_expert_D]
+    host_by_expert_P = host_P[by_expert_P]
     for exponent in _EXPONENTS if mean else ():
-        per_weight_E = load_E / np.add.reduceat(weight_W[host_by_expert_D], first_E)
-        load_W = weight_W * np.add.reduceat(per_weight_E[expert_D], first_W)
+        per_weight_E = load_E / np.add.reduceat(weight_W[host_by_expert_P], first_E)
+        load_W = weight_W * np.add.reduceat(per_weight_E[expert_P], first_W)
         if load_W.max() <= _EVEN * mean:
             break
         weight_W *= (mean / np.maximum(load_W, 1e-9 * mean)) ** exponent
@@ -91,16 +91,16 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     return weight_W
 
 
-def _cut_at_whole_tokens(load_E: np.ndarray, part_D: np.ndarray, placement: Placement) -> np.ndarray:
-    """[D]: `load_E` shared in proportion to `part_D` (ordered by expert), rounded down where the parts meet."""
-    first_E, expert_D = placement.first_pair_E, placement.pair_expert_D[placement.by_expert_D]
+def _cut_at_whole_tokens(load_E: np.ndarray, part_P: np.ndarray, placement: Placement) -> np.ndarray:
+    """[P]: `load_E` shared in proportion to `part_P` (ordered by expert), rounded down where the parts meet."""
+    first_E, expert_P = placement.first_pair_E, placement.pair_expert_P[placement.by_expert_P]
     # Parts of the same expert first, since those of different ones may differ by many orders of magnitude.
-    after_D = np.cumsum(part_D / np.add.reduceat(part_D, first_E)[expert_D]) - expert_D
+    after_P = np.cumsum(part_P / np.add.reduceat(part_P, first_E)[expert_P]) - expert_P
     # A whole number is not to become the next lower one for a last bit.
-    stop_D = np.floor(load_E[expert_D] * after_D + 1e-6).astype(np.int64)
-    stop_D[np.append(first_E[1:], len(part_D)) - 1] = load_E
-    share_D = np.diff(stop_D, prepend=0)
-    share_D[first_E] = stop_D[first_E]
-    out_D = np.empty_like(share_D)
-    out_D[placement.by_expert_D] = share_D
-    return out_D
+    stop_P = np.floor(load_E[expert_P] * after_P + 1e-6).astype(np.int64)
+    stop_P[np.append(first_E[1:], len(part_P)) - 1] = load_E
+    share_P = np.diff(stop_P, prepend=0)
+    share_P[first_E] = stop_P[first_E]
+    out_P = np.empty_like(share_P)
+    out_P[placement.by_expert_P] = share_P
+    return out_P

@@ -1,10 +1,10 @@
 """Which host gets which tokens: exact integers from this step's counts and the placement.
 
-W ranks, E experts, S slots, D hosted (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets.
+W ranks, E experts, S slots, P hosted (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets.
 An assignment is one token's choice of one expert; a token with top-k routing makes k of them.
 
-A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(D + W d):
-the table of all ranks has W D entries, and nobody needs it.
+A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d):
+the table of all ranks has W P entries, and nobody needs it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RankPlan:
     """One rank's side of a `DispatchPlan`.
 
     Attributes:
-        sent_D: [D] int64, its choices for each hosted pair, before the cut at capacity.
+        sent_P: [P] int64, its choices for each hosted pair, before the cut at capacity.
         kept_B: [B] int64, how many of them survive in each budget. Which ones (the highest router scores) only it can
             tell, so that is not part of the plan.
         received_Wd: [W, d] int64, what it gets from each source for each expert it hosts, before the cut.
@@ -75,7 +75,7 @@ class RankPlan:
         receive_splits: [W] surviving choices from each source.
     """
 
-    sent_D: np.ndarray
+    sent_P: np.ndarray
     kept_B: np.ndarray
     received_Wd: np.ndarray
     send_splits: list[int]
@@ -90,12 +90,12 @@ class DispatchPlan:
     Args:
         counts_WE: [W, E] int64, assignments of each rank for each expert.
         placement: the hosts.
-        share_D: [D] int64, choices that go to each hosted pair; an expert's add up to its load.
+        share_P: [P] int64, choices that go to each hosted pair; an expert's add up to its load.
         capacity: None drops nothing.
         ranks_per_node: neighbours on a node; 0 lets no rank serve itself or its node first.
 
     Attributes:
-        budget_of_pair_D: [D] int64, the budget each pair draws on: its rank's, or its own.
+        budget_of_pair_P: [P] int64, the budget each pair draws on: its rank's, or its own.
         budget: assignments that a rank (or a slot) computes at the most; 0 without a capacity.
     """
 
@@ -103,25 +103,25 @@ class DispatchPlan:
         self,
         counts_WE: np.ndarray,
         placement: Placement,
-        share_D: np.ndarray,
+        share_P: np.ndarray,
         capacity: Capacity | None,
         ranks_per_node: int,
     ) -> None:
         self._counts_WE, self._ranks_per_node = counts_WE, ranks_per_node
-        self.placement, self.share_D = placement, share_D
+        self.placement, self.share_P = placement, share_P
         self._pooled = capacity is None or capacity.per == "rank"
-        self.budget_of_pair_D = placement.pair_host_D if self._pooled else np.arange(len(share_D))
-        self._wanted_B = self._sum_by_budget(share_D)
+        self.budget_of_pair_P = placement.pair_host_P if self._pooled else np.arange(len(share_P))
+        self._wanted_B = self._sum_by_budget(share_P)
         self._budget_B = self._wanted_B
         self.budget = 0
         if capacity is not None:
-            self.budget = capacity.budget(int(share_D.sum()), placement)
-            slots_B = np.ones_like(self._wanted_B) if self._pooled else placement.pair_slots_D
+            self.budget = capacity.budget(int(share_P.sum()), placement)
+            slots_B = np.ones_like(self._wanted_B) if self._pooled else placement.pair_slots_P
             self._budget_B = self.budget * slots_B
 
     @cached_property
     def _routes(self) -> _Routes:
-        return _Routes(self._counts_WE, self.placement, self.share_D, self._ranks_per_node)
+        return _Routes(self._counts_WE, self.placement, self.share_P, self._ranks_per_node)
 
     @cached_property
     def _kept_B(self) -> np.ndarray:
@@ -145,17 +145,17 @@ class DispatchPlan:
     def for_rank(self, rank: int) -> RankPlan:
         """What `rank` has to know of the plan."""
         num_ranks = self.placement.world_size
-        row_2D = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_D)))
-        kept_2B = self._cut(self._sum_by_budget(row_2D), self._wanted_B, self._kept_B)
+        row_2P = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_P)))
+        kept_2B = self._cut(self._sum_by_budget(row_2P), self._wanted_B, self._kept_B)
         kept_B = kept_2B[1] - kept_2B[0]
-        pairs = np.flatnonzero(self.placement.pair_host_D == rank)
+        pairs = np.flatnonzero(self.placement.pair_host_P == rank)
         column_Nd = self._routes.before(np.arange(num_ranks + 1), pairs)
         if self._pooled:
             kept_N = self._cut(column_Nd.sum(1), self._wanted_B[rank], self._kept_B[rank])
         else:
             kept_N = self._cut(column_Nd, self._wanted_B[pairs], self._kept_B[pairs]).sum(1)
         return RankPlan(
-            sent_D=row_2D[1] - row_2D[0],
+            sent_P=row_2P[1] - row_2P[0],
             kept_B=kept_B,
             received_Wd=np.diff(column_Nd, axis=0),
             send_splits=(kept_B if self._pooled else sum_by_host(kept_B, self.placement)).tolist(),
@@ -196,8 +196,8 @@ def plan_dispatch(
     check_choice("token_split", split, TOKEN_SPLITS)
     # With a budget for each slot, equal parts a slot are the best there is.
     is_balanced = split == "balanced" and (capacity is None or capacity.per == "rank")
-    share_D = (balanced_shares if is_balanced else uniform_shares)(counts_WE.sum(0), placement)
-    return DispatchPlan(counts_WE, placement, share_D, capacity, 0 if split == "uniform" else ranks_per_node)
+    share_P = (balanced_shares if is_balanced else uniform_shares)(counts_WE.sum(0), placement)
+    return DispatchPlan(counts_WE, placement, share_P, capacity, 0 if split == "uniform" else ranks_per_node)
 
 
 class _Routes:
@@ -210,30 +210,30 @@ class _Routes:
     ranks_per_node: 0 skips the first two rounds.
     """
 
-    def __init__(self, counts_WE: np.ndarray, placement: Placement, share_D: np.ndarray, ranks_per_node: int) -> None:
-        order_D = placement.by_expert_D
-        self._host_D, self._expert_D = placement.pair_host_D, placement.pair_expert_D
-        supply_WE, open_D = counts_WE, share_D
-        self._own_D: np.ndarray | None = None
+    def __init__(self, counts_WE: np.ndarray, placement: Placement, share_P: np.ndarray, ranks_per_node: int) -> None:
+        order_P = placement.by_expert_P
+        self._host_P, self._expert_P = placement.pair_host_P, placement.pair_expert_P
+        supply_WE, open_P = counts_WE, share_P
+        self._own_P: np.ndarray | None = None
         self._node: _Round | None = None
         if ranks_per_node:
-            self._own_D = np.minimum(counts_WE[self._host_D, self._expert_D], share_D)
+            self._own_P = np.minimum(counts_WE[self._host_P, self._expert_P], share_P)
             supply_WE = counts_WE.copy()
-            supply_WE[self._host_D, self._expert_D] -= self._own_D
-            open_D = share_D - self._own_D
+            supply_WE[self._host_P, self._expert_P] -= self._own_P
+            open_P = share_P - self._own_P
         if 1 < ranks_per_node < placement.world_size:
-            self._node = _Round(supply_WE, open_D, placement, order_D, ranks_per_node)
+            self._node = _Round(supply_WE, open_P, placement, order_P, ranks_per_node)
             supply_WE = self._node.supply_left_WE
-            open_D = open_D - self._node.taken_D
-        self._world = _Round(supply_WE, open_D, placement, order_D, placement.world_size)
+            open_P = open_P - self._node.taken_P
+        self._world = _Round(supply_WE, open_P, placement, order_P, placement.world_size)
 
     def before(self, ranks_N: np.ndarray, pairs_P: np.ndarray) -> np.ndarray:
         """[N, P] int64: choices of the sources below ranks_N[n] that go to pair pairs_P[p]."""
         total_NP = self._world.before(ranks_N, pairs_P)
         if self._node is not None:
             total_NP = total_NP + self._node.before(ranks_N, pairs_P)
-        if self._own_D is not None:
-            total_NP = total_NP + self._own_D[pairs_P] * (ranks_N[:, None] > self._host_D[pairs_P])
+        if self._own_P is not None:
+            total_NP = total_NP + self._own_P[pairs_P] * (ranks_N[:, None] > self._host_P[pairs_P])
         return total_NP
 
 
@@ -241,35 +241,35 @@ class _Round:
     """One round over groups of `group_size` neighbouring ranks."""
 
     def __init__(
-        self, supply_WE: np.ndarray, open_D: np.ndarray, placement: Placement, order_D: np.ndarray, group_size: int
+        self, supply_WE: np.ndarray, open_P: np.ndarray, placement: Placement, order_P: np.ndarray, group_size: int
     ) -> None:
-        self._supply_WE, self._open_D, self._expert_D = supply_WE, open_D, placement.pair_expert_D
-        self._first_D = placement.pair_host_D // group_size * group_size
-        self._last_D = np.minimum(self._first_D + group_size, placement.world_size)
+        self._supply_WE, self._open_P, self._expert_P = supply_WE, open_P, placement.pair_expert_P
+        self._first_P = placement.pair_host_P // group_size * group_size
+        self._last_P = np.minimum(self._first_P + group_size, placement.world_size)
         # [W + 1, E]: supply of the sources below each rank.
         self._prefix_NE = np.zeros((len(supply_WE) + 1, supply_WE.shape[1]), dtype=np.int64)
         np.cumsum(supply_WE, axis=0, out=self._prefix_NE[1:])
         # Where each pair's open share begins on the line of its expert and group.
-        ordered_D = open_D[order_D]
-        line_D = np.cumsum(ordered_D) - ordered_D
-        expert_D, group_D = self._expert_D[order_D], self._first_D[order_D]
-        is_first_D = np.r_[True, (expert_D[1:] != expert_D[:-1]) | (group_D[1:] != group_D[:-1])]
-        line_D -= line_D[np.maximum.accumulate(np.where(is_first_D, np.arange(len(line_D)), 0))]
-        self._line_D = np.empty_like(line_D)
-        self._line_D[order_D] = line_D
+        ordered_P = open_P[order_P]
+        line_P = np.cumsum(ordered_P) - ordered_P
+        expert_P, group_P = self._expert_P[order_P], self._first_P[order_P]
+        is_first_P = np.r_[True, (expert_P[1:] != expert_P[:-1]) | (group_P[1:] != group_P[:-1])]
+        line_P -= line_P[np.maximum.accumulate(np.where(is_first_P, np.arange(len(line_P)), 0))]
+        self._line_P = np.empty_like(line_P)
+        self._line_P[order_P] = line_P
         self._group_size = group_size
 
     def before(self, ranks_N: np.ndarray, pairs_P: np.ndarray) -> np.ndarray:
-        first_P, expert_P = self._first_D[pairs_P], self._expert_D[pairs_P]
-        ranks_NP = np.clip(ranks_N[:, None], first_P, self._last_D[pairs_P])
+        first_P, expert_P = self._first_P[pairs_P], self._expert_P[pairs_P]
+        ranks_NP = np.clip(ranks_N[:, None], first_P, self._last_P[pairs_P])
         supply_NP = self._prefix_NE[ranks_NP, expert_P] - self._prefix_NE[first_P, expert_P]
-        return np.clip(supply_NP - self._line_D[pairs_P], 0, self._open_D[pairs_P])
+        return np.clip(supply_NP - self._line_P[pairs_P], 0, self._open_P[pairs_P])
 
     @property
-    def taken_D(self) -> np.ndarray:
-        """[D]: what the round gives each pair."""
-        supply_D = self._prefix_NE[self._last_D, self._expert_D] - self._prefix_NE[self._first_D, self._expert_D]
-        return np.clip(supply_D - self._line_D, 0, self._open_D)
+    def taken_P(self) -> np.ndarray:
+        """[P]: what the round gives each pair."""
+        supply_P = self._prefix_NE[self._last_P, self._expert_P] - self._prefix_NE[self._first_P, self._expert_P]
+        return np.clip(supply_P - self._line_P, 0, self._open_P)
 
     @property
     def supply_left_WE(self) -> np.ndarray:
@@ -278,7 +278,7 @@ class _Round:
         first_W = np.arange(num_ranks) // self._group_size * self._group_size
         num_groups = -(-num_ranks // self._group_size)
         open_GE = np.zeros((num_groups, self._supply_WE.shape[1]), dtype=np.int64)
-        np.add.at(open_GE, (self._first_D // self._group_size, self._expert_D), self._open_D)
+        np.add.at(open_GE, (self._first_P // self._group_size, self._expert_P), self._open_P)
         open_WE = open_GE[first_W // self._group_size]
         start_WE = self._prefix_NE[:-1] - self._prefix_NE[first_W]
         sent_WE = np.minimum(start_WE + self._supply_WE, open_WE) - np.minimum(start_WE, open_WE)
@@ -286,6 +286,6 @@ class _Round:
 
 
 def sum_by_host(values_xD: np.ndarray, placement: Placement) -> np.ndarray:
-    """[..., D] per hosted pair -> [..., W] per host; every rank hosts at least one expert."""
+    """[..., P] per hosted pair -> [..., W] per host; every rank hosts at least one expert."""
     starts_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
     return np.add.reduceat(values_xD, starts_W, axis=-1)

@@ -2,7 +2,7 @@
 
 An expert's tensors are cut by rows over all ranks (DTensor `Shard(1)` of [E, rows, ...]): rank j owns rows
 `shard_rows(rows, W)[j]` of every expert. Collect sends rank j's rows of each hosted gradient to rank j; distribute
-sends rank j's rows of each expert to the hosts of that expert. W ranks, D hosted (rank, expert) pairs.
+sends rank j's rows of each expert to the hosts of that expert. W ranks, P hosted (rank, expert) pairs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TransferPlan:
 def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
     """Gradients from hosts to the owners of their rows.
 
-    When W divides the rows, all ranks together send G * (D - D / W), G elements in one expert.
+    When W divides the rows, all ranks together send G * (P - P / W), G elements in one expert.
 
     Args:
         placement: the hosts.

@@ -42,12 +42,12 @@ def emulate(
         for expert in r.expert_ids_TK.flatten().tolist():
             counts_WE[rank, expert] += 1
     plan = plan_dispatch(counts_WE, placement, "balanced", Capacity(factor, per))
-    pairs = list(zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True))
+    pairs = list(zip(placement.pair_host_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
     outputs, num_dropped = [], 0
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):
         # Pairs of an expert in the order of their hosts; an expert's choices in the order of their tokens.
         room = {
-            expert: [[plan.for_rank(rank).sent_D[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
+            expert: [[plan.for_rank(rank).sent_P[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
             for expert in range(EXPERTS)
         }
         by_budget = defaultdict(list)
@@ -55,7 +55,7 @@ def emulate(
             expert = int(r.expert_ids_TK[t, k])
             place = next(place for place in room[expert] if place[0] > 0)
             place[0] -= 1
-            by_budget[plan.budget_of_pair_D[place[1]]].append((-float(r.weights_TK[t, k].detach()), t, k))
+            by_budget[plan.budget_of_pair_P[place[1]]].append((-float(r.weights_TK[t, k].detach()), t, k))
         kept = torch.zeros(len(part), TOP_K, dtype=torch.bool)
         for budget, choices in by_budget.items():
             for _, t, k in sorted(choices)[: plan.for_rank(rank).kept_B[budget]]:

@@ -53,7 +53,7 @@ def most_served(load_E, placement, budget):
     """How many assignments any split can serve under `placement` with a budget for each rank: a maximum flow, found
     by augmenting paths."""
     hosts = [[] for _ in load_E]
-    for host, expert in zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True):
+    for host, expert in zip(placement.pair_host_P.tolist(), placement.pair_expert_P.tolist(), strict=True):
         hosts[expert].append(host)
     room = [budget] * placement.world_size
     flow = {}

@@ -17,13 +17,13 @@ def table_of(popularity, world_size, slots_per_rank, spread=0.0, ranks_per_node=
 def test_a_chain_cuts_the_loads_on_a_line_into_equal_budgets():
     # Loads 1.6, 1.4, 1.0 of 4 ranks' budgets; neighbours share the expert at their cut.
     hosts = chain_hosts(np.array([1.6, 1.4, 1.0]), 4, 2)
-    pairs = sorted(zip(hosts.rank_D.tolist(), hosts.expert_D.tolist(), hosts.load_D.round(6).tolist(), strict=True))
+    pairs = sorted(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), hosts.load_P.round(6).tolist(), strict=True))
     assert pairs == [(0, 0, 1.0), (1, 0, 0.6), (1, 1, 0.4), (2, 1, 1.0), (3, 2, 1.0)]
 
 
 def test_cold_experts_live_whole_on_the_lightest_ranks_and_leave_them_less_of_the_line():
     hosts = chain_hosts(np.array([1.5, 0.3, 0.2]), 2, 3)
-    pairs = sorted(zip(hosts.rank_D.tolist(), hosts.expert_D.tolist(), hosts.load_D.round(6).tolist(), strict=True))
+    pairs = sorted(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), hosts.load_P.round(6).tolist(), strict=True))
     assert pairs == [(0, 0, 0.7), (0, 1, 0.3), (1, 0, 0.8), (1, 2, 0.2)]
 
 
@@ -41,7 +41,7 @@ def test_spare_hosts_are_far_from_those_that_an_expert_has():
     upper_E = np.where(np.arange(8) == 0, 3.0, 1.0)
     rank_X, expert_X = spare_hosts(hosts, upper_E, 8, 2)
     assert expert_X.tolist() == [0, 0]
-    home = hosts.rank_D[hosts.expert_D == 0][0]
+    home = hosts.rank_P[hosts.expert_P == 0][0]
     assert sorted(((rank_X - home) % 8).tolist()) == [3, 5] or min((rank_X - home) % 8) >= 2
 
 
@@ -78,11 +78,11 @@ def test_a_chain_has_few_hosts_and_carries_the_loads_it_was_made_for(case):
     popularity_E = np.array(popularity) if any(popularity) else np.ones(num_experts, dtype=np.int64)
     load_E = popularity_E * (world_size / popularity_E.sum())
     hosts = chain_hosts(load_E, world_size, num_experts)
-    assert len(hosts.rank_D) <= num_experts + world_size - 1
-    assert len(set(zip(hosts.rank_D.tolist(), hosts.expert_D.tolist(), strict=True))) == len(hosts.rank_D)
-    np.testing.assert_allclose(np.bincount(hosts.expert_D, hosts.load_D, num_experts), load_E, atol=1e-4)
+    assert len(hosts.rank_P) <= num_experts + world_size - 1
+    assert len(set(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), strict=True))) == len(hosts.rank_P)
+    np.testing.assert_allclose(np.bincount(hosts.expert_P, hosts.load_P, num_experts), load_E, atol=1e-4)
     # Cold experts are dealt whole, the last of them maybe to a rank that is full by less than half a budget.
-    assert np.bincount(hosts.rank_D, hosts.load_D, world_size).max() <= 1.5
+    assert np.bincount(hosts.rank_P, hosts.load_P, world_size).max() <= 1.5
 
 
 def test_the_split_evens_out_a_chain_made_for_the_same_step():

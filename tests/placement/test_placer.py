@@ -44,7 +44,7 @@ def test_the_next_placement_is_the_policys_for_the_last_popularity(policy):
 def test_balanced_uses_more_hosts_where_loads_have_moved():
     steady = run(placer(), [[40, 20, 20, 10, 5, 5]] * 30)[-1]
     jumping = run(placer(), [[40, 20, 20, 10, 5, 5], [5, 5, 10, 20, 20, 40]] * 15 + [[40, 20, 20, 10, 5, 5]])[-1]
-    assert len(steady.pair_host_D) < len(jumping.pair_host_D)
+    assert len(steady.pair_host_P) < len(jumping.pair_host_P)
 
 
 def test_layers_do_not_touch_each_other():
@@ -133,7 +133,7 @@ def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
     found = layer.next_placements({"layer": observe(even, everywhere)})["layer"]
     for _ in range(40):
         found = layer.next_placements({"layer": observe(even, found)})["layer"]
-    assert len(found.pair_host_D) <= len(everywhere.pair_host_D)
+    assert len(found.pair_host_P) <= len(everywhere.pair_host_P)
     assert found == layer.next_placements({"layer": observe(even, found)})["layer"]
 
 

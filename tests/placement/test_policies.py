@@ -71,7 +71,7 @@ def test_packed_puts_at_most_one_replica_of_an_expert_on_a_rank(case):
     popularity_LE, world_size, slots_per_rank = case
     if slots_per_rank < len(popularity_LE[0]):
         for placement in make_policy("packed", world_size, slots_per_rank).place(Forecast.of(np.array(popularity_LE))):
-            assert placement.pair_slots_D.max() == 1
+            assert placement.pair_slots_P.max() == 1
 
 
 PRIMES = [101, 211, 307, 401, 503, 601, 701, 809, 907, 1009, 5003, 20011]

@@ -10,8 +10,8 @@ from swiftmoe_lightning.placement.token_split import sum_by_host
 from tests.placement.cases import most_served, placements
 
 
-def loads(placement, share_D):
-    return sum_by_host(share_D, placement)
+def loads(placement, share_P):
+    return sum_by_host(share_P, placement)
 
 
 def test_balanced_shares_passes_load_along_a_chain():
@@ -43,9 +43,9 @@ def cases(draw, most=3000):
 @settings(max_examples=150, deadline=None)
 def test_an_experts_parts_are_whole_and_add_up_to_its_load(shares, case):
     placement, load_E = case
-    share_D = shares(load_E, placement)
-    assert share_D.min() >= 0
-    assert np.bincount(placement.pair_expert_D, share_D, placement.num_experts).tolist() == load_E.tolist()
+    share_P = shares(load_E, placement)
+    assert share_P.min() >= 0
+    assert np.bincount(placement.pair_expert_P, share_P, placement.num_experts).tolist() == load_E.tolist()
 
 
 @given(case=cases())
@@ -53,7 +53,7 @@ def test_an_experts_parts_are_whole_and_add_up_to_its_load(shares, case):
 def test_balanced_shares_is_never_far_from_the_best_that_any_split_can_do(case):
     placement, load_E = case
     found_W = loads(placement, balanced_shares(load_E, placement))
-    total, rounding = int(load_E.sum()), len(placement.pair_host_D) + 1
+    total, rounding = int(load_E.sum()), len(placement.pair_host_P) + 1
     even = -(-total // placement.world_size)
     served = np.minimum(found_W, even).sum()
     best = most_served(load_E, placement, even)

@@ -10,13 +10,13 @@ from swiftmoe_lightning.placement import Capacity, plan_dispatch
 from tests.placement.cases import counts_of, placements
 
 
-def sent_WD(plan):
+def sent_WP(plan):
     """All sources' rows, checked against what every host says it gets."""
     ranks = range(plan.placement.world_size)
-    table_WD = np.stack([plan.for_rank(rank).sent_D for rank in ranks])
+    table_WP = np.stack([plan.for_rank(rank).sent_P for rank in ranks])
     for rank in ranks:
-        assert plan.for_rank(rank).received_Wd.tolist() == table_WD[:, plan.placement.pair_host_D == rank].tolist()
-    return table_WD
+        assert plan.for_rank(rank).received_Wd.tolist() == table_WP[:, plan.placement.pair_host_P == rank].tolist()
+    return table_WP
 
 
 def kept_WB(plan):
@@ -33,11 +33,11 @@ def rows_WW(plan):
 
 
 def split_tokens(counts_WE, placement, split, ranks_per_node=1):
-    return sent_WD(plan_dispatch(counts_WE, placement, split, ranks_per_node=ranks_per_node))
+    return sent_WP(plan_dispatch(counts_WE, placement, split, ranks_per_node=ranks_per_node))
 
 
 def pairs_of(placement):
-    return list(zip(placement.pair_host_D.tolist(), placement.pair_expert_D.tolist(), strict=True))
+    return list(zip(placement.pair_host_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
 
 
 # Rank 0 hosts experts 0, 1; rank 1 hosts 0 twice; rank 2 hosts 1, 2. Pairs: (0,0) (0,1) (1,0) (2,1) (2,2).
@@ -80,7 +80,7 @@ def test_rank_budget_is_pooled_over_a_ranks_experts():
     placement = Placement([0, 1, 2, 3], 4, 2)
     counts_WE = np.array([[4, 1, 0, 1], [3, 0, 1, 2]])
     plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(1.0, "rank"))
-    assert sent_WD(plan).tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
+    assert sent_WP(plan).tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
     # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
     assert kept_WB(plan).tolist() == [[3, 1], [3, 3]]
     assert plan.num_dropped_tokens == 2
@@ -120,10 +120,10 @@ def cases(draw):
 @settings(max_examples=120, deadline=None)
 def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, split):
     placement, counts_WE, ranks_per_node = case
-    assigned_WD = split_tokens(counts_WE, placement, split, ranks_per_node)
-    assert assigned_WD.min() >= 0
+    assigned_WP = split_tokens(counts_WE, placement, split, ranks_per_node)
+    assert assigned_WP.min() >= 0
     total_WE = np.zeros_like(counts_WE)
-    for column, (_, expert) in zip(assigned_WD.T, pairs_of(placement), strict=True):
+    for column, (_, expert) in zip(assigned_WP.T, pairs_of(placement), strict=True):
         total_WE[:, expert] += column
     assert total_WE.tolist() == counts_WE.tolist()
 
@@ -132,9 +132,9 @@ def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, spl
 @settings(max_examples=80, deadline=None)
 def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
     placement, counts_WE, ranks_per_node = case
-    taken_D = split_tokens(counts_WE, placement, split, ranks_per_node).sum(0)
+    taken_P = split_tokens(counts_WE, placement, split, ranks_per_node).sum(0)
     load_E = counts_WE.sum(0)
-    for taken, slots, (_, expert) in zip(taken_D, placement.pair_slots_D, pairs_of(placement), strict=True):
+    for taken, slots, (_, expert) in zip(taken_P, placement.pair_slots_P, pairs_of(placement), strict=True):
         assert abs(taken - load_E[expert] * slots / placement.replica_counts_E[expert]) < 1
 
 
@@ -142,12 +142,12 @@ def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
 @settings(max_examples=80, deadline=None)
 def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_even(case):
     placement, counts_WE, ranks_per_node = case
-    even_WD = split_tokens(counts_WE, placement, "uniform")
-    local_WD = split_tokens(counts_WE, placement, "local_first", ranks_per_node)
-    assert local_WD.sum(0).tolist() == even_WD.sum(0).tolist()
+    even_WP = split_tokens(counts_WE, placement, "uniform")
+    local_WP = split_tokens(counts_WE, placement, "local_first", ranks_per_node)
+    assert local_WP.sum(0).tolist() == even_WP.sum(0).tolist()
     for d, (host, expert) in enumerate(pairs_of(placement)):
-        assert local_WD[host, d] == min(counts_WE[host, expert], even_WD[:, d].sum())
-        assert local_WD[host, d] >= even_WD[host, d]
+        assert local_WP[host, d] == min(counts_WE[host, expert], even_WP[:, d].sum())
+        assert local_WP[host, d] >= even_WP[host, d]
 
 
 @given(cases(), st.sampled_from([0.1, 0.5, 1.0, 1.3, 4.0]), st.sampled_from(["rank", "slot"]))
@@ -158,8 +158,8 @@ def test_budgets_are_never_exceeded_and_used_up_before_anything_is_dropped(case,
     parts = placement.world_size if per == "rank" else placement.slot_to_expert_S.size
     budget = math.ceil(factor * counts_WE.sum() / parts)
     wanted_WB = np.zeros_like(kept_WB(plan))
-    np.add.at(wanted_WB.T, plan.budget_of_pair_D, sent_WD(plan).T)
-    budgets_B = np.full(placement.world_size, budget) if per == "rank" else budget * placement.pair_slots_D
+    np.add.at(wanted_WB.T, plan.budget_of_pair_P, sent_WP(plan).T)
+    budgets_B = np.full(placement.world_size, budget) if per == "rank" else budget * placement.pair_slots_P
     assert (kept_WB(plan) >= 0).all()
     assert (kept_WB(plan) <= wanted_WB).all()
     assert kept_WB(plan).sum(0).tolist() == np.minimum(wanted_WB.sum(0), budgets_B).tolist()
@@ -173,7 +173,7 @@ def test_sources_share_a_budget_in_proportion_to_what_they_would_have_sent(case)
     placement, counts_WE, _ = case
     plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(0.5, "rank"))
     wanted_WB = np.zeros_like(kept_WB(plan))
-    np.add.at(wanted_WB.T, plan.budget_of_pair_D, sent_WD(plan).T)
+    np.add.at(wanted_WB.T, plan.budget_of_pair_P, sent_WP(plan).T)
     total_B = wanted_WB.sum(0)
     fair_WB = wanted_WB * kept_WB(plan).sum(0) / np.maximum(total_B, 1)
     assert (np.abs(kept_WB(plan) - fair_WB) < 1).all()

@@ -62,7 +62,7 @@ def test_bytes_on_the_wire_are_what_the_design_says_when_ranks_divide_the_rows(p
     world_size = placement.world_size
     expert_elements = rows * world_size * elements
     plan = plan_of(placement, [(rows * world_size, elements)])
-    num_pairs = len(placement.pair_host_D)
+    num_pairs = len(placement.pair_host_P)
     on_the_wire = sum(plan.elements_sent(rank) for rank in range(world_size))
     assert on_the_wire * world_size == expert_elements * (num_pairs * world_size - num_pairs)
 
@@ -74,7 +74,7 @@ def test_every_rank_receives_its_rows_of_every_hosted_pair_and_every_host_whole_
     whole = sum(rows * elements for rows, elements in row_elements)
     assert owned_W.sum() == whole
     collection, distribution = plan_collection(placement, row_elements), plan_distribution(placement, row_elements)
-    num_pairs = len(placement.pair_host_D)
+    num_pairs = len(placement.pair_host_P)
     for rank in range(placement.world_size):
         assert sum(collection.receive_splits(rank)) == num_pairs * owned_W[rank]
         assert sum(distribution.receive_splits(rank)) == placement.num_hosted_W[rank] * whole

@@ -68,10 +68,10 @@ def replicate_experts(load_E: np.ndarray, num_replicas: int) -> np.ndarray:
 
     Args:
         load_E: [E] assignments.
-        num_replicas: P.
+        num_replicas: in all.
 
     Returns:
-        [P] int64, the expert of each replica: all experts once, then those that got another one, in order.
+        [num_replicas] int64, the expert of each replica: all experts once, then those that got another one, in order.
     """
     counts = [1] * len(load_E)
     heap = [(-load, expert) for expert, load in enumerate(load_E.tolist())]
