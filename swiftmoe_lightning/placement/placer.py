@@ -55,7 +55,8 @@ class Placer:
         skip_when_balanced: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self._policy_of = cache(make_policy)
+        self._policy_of = policy_of = cache(make_policy)
+        self._uniform_of = cache(lambda num_experts: _uniform(num_experts, policy_of(num_experts)))
         self._skip_when_balanced, self._report = skip_when_balanced, report
         self.layers: dict[str, LayerMemory] = {}
 
@@ -73,7 +74,7 @@ class Placer:
                 self.layers[name] = LayerMemory(Forecaster(number))
         plans = self._plans(num_experts)
         suspended = {name for name in plans if self.layers[name].suspended_plan is not None}
-        return {name: self._uniform(plan) if name in suspended else plan for name, plan in plans.items()}
+        return {name: self._uniform_of(plan.num_experts) if name in suspended else plan for name, plan in plans.items()}
 
     def next_placements(self, loads: Mapping[str, ExpertLoad]) -> dict[str, Placement]:
         """Layer name -> its placement for the next step. A layer that saw no assignment stays as it is.
@@ -138,11 +139,8 @@ class Placer:
             plans |= zip(same, placements, strict=True)
         return {name: plans[name] for name in names}
 
-    def _uniform(self, like: Placement) -> Placement:
-        return Placement.uniform(like.num_experts, like.world_size, like.slots_per_rank)
-
     def _guarded(self, name: str, load: ExpertLoad, planned: Placement) -> Placement:
-        memory, uniform = self.layers[name], self._uniform(planned)
+        memory, uniform = self.layers[name], self._uniform_of(planned.num_experts)
         if memory.suspended_plan is None:
             wanted_W = load.wanted_W
         else:
@@ -183,6 +181,10 @@ class LayerMemory:
     suspended_plan: Placement | None = None
     num_placements: int = 0
     num_fallbacks: int = 0
+
+
+def _uniform(num_experts: int, policy: PlacementPolicy) -> Placement:
+    return Placement.uniform(num_experts, policy.world_size, policy.slots_per_rank)
 
 
 def _may_stay(load: ExpertLoad, planned: Placement) -> bool:
