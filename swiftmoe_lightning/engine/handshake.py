@@ -100,12 +100,12 @@ class ForwardHandshake:
             RuntimeError: when ranks are in different calls or have made different numbers of optimizer steps.
             FloatingPointError: for non-finite scores.
         """
-        header = torch.zeros(len(Header), dtype=torch.int64, device=counts_E.device)
-        header[: Header.STALE + 1] = torch.tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
-        header[Header.FINITE] = scores_finite
-        header[Header.STOP :] = torch.tensor([self.wants_stop, self.num_updates])
-        row = torch.cat([header, counts_E, counts_E.new_zeros(self._max_experts - len(counts_E))])
-        return self._gather(row)
+        # In the order of `Header`, with as few copies to a GPU as there can be.
+        call = counts_E.new_tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
+        finite = scores_finite.view(1).to(torch.int64)
+        progress = counts_E.new_tensor([self.wants_stop, self.num_updates])
+        padding = counts_E.new_zeros(self._max_experts - len(counts_E))
+        return self._gather(torch.cat([call, finite, progress, counts_E, padding]))
 
     def done(self) -> HandshakeRows:
         """Say that this rank has no more batches, and hear what the others are about to do.
