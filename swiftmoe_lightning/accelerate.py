@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
+from swiftmoe_lightning.engine.files import save_whole
 from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
-            torch.save(engine.state_dict(), state_file(folder))
+            save_whole(engine.state_dict(), state_file(folder))
 
     def load(models: list[nn.Module], folder: str) -> None:
         _load_models(models, Path(folder))

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -23,6 +22,7 @@ from swiftmoe_lightning.accelerate import (
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
+from swiftmoe_lightning.engine.files import save_whole
 from swiftmoe_lightning.engine.rebinding import names_of, rebind
 from swiftmoe_lightning.huggingface.convert import convert
 from swiftmoe_lightning.private_names import check_names
@@ -146,7 +146,7 @@ class SwiftMoETrainer(Trainer):
             self._drops_state = False
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.engine is not None:
-            torch.save(self.engine.state_dict(), Path(output_dir, STATE_FILE))
+            save_whole(self.engine.state_dict(), Path(output_dir, STATE_FILE))
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
