@@ -67,7 +67,7 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     """Check a checkpoint: one line for each of its files, as it is read; or JSON, at the end.
 
     Args:
-        path: the checkpoint's folder.
+        path: of the checkpoint, a file or a folder.
         as_json: print JSON only.
 
     Returns:

@@ -12,18 +12,18 @@ import torch.distributed as dist
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 _POLL_S: Final = 0.02
+_WARN_AFTER_S: Final = 20
 
 
-def meet(what: str, *, warn_after_s: float = 20, patience_s: float = 600) -> None:
+def meet(what: str, patience_s: float) -> None:
     """Wait until every rank is here, in the launcher's store instead of a collective.
 
     Args:
         what: the call that waits, for messages.
-        warn_after_s: seconds until the log names the ranks that are missing.
         patience_s: seconds until it is an error.
 
     Raises:
-        RuntimeError: when patience is over, naming the ranks that are missing; the log says so much earlier.
+        RuntimeError: when patience is over, naming the ranks that are missing; the log says so after 20 s.
     """
     if dist.get_world_size() == 1:
         return
@@ -33,7 +33,7 @@ def meet(what: str, *, warn_after_s: float = 20, patience_s: float = 600) -> Non
     warned = False
     while not store.check(keys):
         waited = time.monotonic() - start
-        if waited > warn_after_s and not warned or waited > patience_s:
+        if waited > _WARN_AFTER_S and not warned or waited > patience_s:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             said = (
                 f"rank {dist.get_rank()} has waited {waited:.0f} s in {what} for ranks {missing}. It gathers "

@@ -38,7 +38,7 @@ def _gathering(save: Any) -> Any:
         given = signature.bind(model, *args, **kwargs)
         given.apply_defaults()
         if given.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
-            meet(_NAME, patience_s=_PATIENCE_S)
+            meet(_NAME, _PATIENCE_S)
             writes = dist.get_rank() == 0
             given.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)
             given.arguments["is_main_process"] &= writes

@@ -148,7 +148,7 @@ def teach(by_data: bool) -> Tensor:
         F.mse_loss(both["student"](x), target + 1).backward()
         for p in dense_part:
             if dist.is_initialized() and p.grad is not None:
-                dist.all_reduce(p.grad, dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+                dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
         optimizer.step()
         optimizer.zero_grad()
