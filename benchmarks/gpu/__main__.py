@@ -20,12 +20,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from benchmarks.gpu_check import Check, checks, run_checks, warm_up
-from benchmarks.gpu_measure import Budget
-from benchmarks.gpu_processes import LATE, listen, results_of
-from benchmarks.gpu_shapes import ROUTINGS, SHAPES, Shape
-from benchmarks.gpu_worker import Part, work
-from benchmarks.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.gpu.check import Check, checks, run_checks, warm_up
+from benchmarks.gpu.measure import Budget
+from benchmarks.gpu.processes import LATE, listen, results_of
+from benchmarks.gpu.shapes import ROUTINGS, SHAPES, Shape
+from benchmarks.gpu.worker import Part, work
 
 _BASELINE: Final = "ours, fused"
 _GROUPED: Final = "ours, grouped_mm"

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_contenders import activated, contenders, on_triton, ours_fused, ours_grouped
-from benchmarks.gpu_shapes import Case, Shape, make_case
+from benchmarks.gpu.peers import activated, contenders, on_triton, ours_fused, ours_grouped
+from benchmarks.gpu.shapes import Case, Shape, make_case
 
 # Norm of the error over the norm of the result, for every output and gradient.
 TOLERANCE: Final = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 3e-3}

@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
+from benchmarks.common.command_line import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Of the model and of each rank's batch."""
 
-    layers: int = 4
-    dim: int = 128
-    hidden_dim: int = 512
-    experts: int = 8
-    top_k: int = 2
-    tokens: int = 512
+    layers: int = setting(4, "MoE layers")
+    dim: int = setting(128, "model dim")
+    hidden_dim: int = setting(512, "hidden dim of an expert")
+    experts: int = setting(8, "experts of a layer")
+    top_k: int = setting(2, "experts of a token")
+    tokens: int = setting(512, "of each rank's batch")
 
 
 class SkewedRouter(nn.Module):
@@ -67,8 +68,8 @@ class Block(nn.Module):
         return out_TD
 
 
-class Trainee:
-    """A model under an engine with its optimizer; two of the same sizes do the same work, token for token."""
+class TrainingLoop:
+    """A model under an engine, its optimizer and one batch; two of equal sizes do the same work, token for token."""
 
     def __init__(self, sizes: Sizes, *, fused: bool | None = None) -> None:
         rank = dist.get_rank()
@@ -81,7 +82,7 @@ class Trainee:
         self.optimizer = self.engine.prepare_optimizer(optimizer)
         self._x_TD = torch.randn(sizes.tokens, sizes.dim, generator=torch.Generator().manual_seed(rank))
 
-    def adapt(self, every_step: bool) -> None:
+    def set_adapting(self, every_step: bool) -> None:
         """Make a new placement in every step, or keep the one there is."""
         replace_every = 1 if every_step else 2**62
         self.engine.config = replace(self.engine.config, replace_every=replace_every)
@@ -98,7 +99,7 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def settle(self) -> None:
-        """Wait for the weights under way, as the next forward would."""
+    def wait_for_weights(self) -> None:
+        """Wait until the distributed weights have arrived, as the next forward would."""
         for layer in self.engine.layers:
             layer.slots.finish_distribution()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_shapes import Shape
+from benchmarks.gpu.shapes import Shape
 from swiftmoe_lightning.ops import backend, combine, expert_layer, expert_mlp, permute, sort_choices
 
 Weights = dict[str, Tensor]

@@ -27,7 +27,7 @@ def write_tables(results: dict[str, Any], path: Path) -> Path:
         "",
         "Plans are one step old. Each cell: dropped assignments / imbalance (busiest rank's load over the mean) "
         "/ bytes of both weight phases, over what the paper's way sends with symi's placements. Without a capacity "
-        "nothing is dropped. `static`, `symi` and FlexMoE are judged by slot budgets, the others by budgets pooled "
+        "nothing is dropped. `static`, `symi` and FlexMoE have slot budgets, the others budgets pooled "
         "over a rank. FlexMoE, EPLB, LPT and shadowing are re-implementations; `exact` and `shadowing` know the "
         "step that they serve.",
     ]
@@ -53,11 +53,11 @@ def _percent(share: float) -> str:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    found = row["policies"][name]
-    dropped = "" if row["capacity_factor"] is None else _percent(found["dropped"])
-    state = found["bytes_state_moved"]
+    numbers = row["policies"][name]
+    dropped = "" if row["capacity_factor"] is None else _percent(numbers["dropped"])
+    state = numbers["bytes_state_moved"]
     moved = f" + {state / _paper(row):.2f} state" if state else ""
-    return f"{dropped}{found['imbalance']:.2f} / {_sent(row, name):.2f}{moved}"
+    return f"{dropped}{numbers['imbalance']:.2f} / {_sent(row, name):.2f}{moved}"
 
 
 def _paper(row: dict[str, Any]) -> float:
@@ -65,8 +65,8 @@ def _paper(row: dict[str, Any]) -> float:
 
 
 def _sent(row: dict[str, Any], name: str) -> float:
-    found = row["policies"][name]
-    return float(found["bytes_gradients"] + found["bytes_weights"]) / _paper(row)
+    numbers = row["policies"][name]
+    return float(numbers["bytes_gradients"] + numbers["bytes_weights"]) / _paper(row)
 
 
 def draw_frontier(results: dict[str, Any], path: Path) -> Path:

@@ -13,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check import TOLERANCE, errors_of, lost_gpu, outputs_and_gradients, reference
-from benchmarks.gpu_contenders import Candidate
-from benchmarks.gpu_shapes import Case, Shape, make_case
-from benchmarks.spread import spread
+from benchmarks.common.spread import spread
+from benchmarks.gpu.check import TOLERANCE, errors_of, lost_gpu, outputs_and_gradients, reference
+from benchmarks.gpu.peers import Candidate
+from benchmarks.gpu.shapes import Case, Shape, make_case
 
 ROUNDS: Final = 3
 # Of a round, for each contender and pass.

@@ -19,9 +19,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks import gpu_contenders
-from benchmarks.gpu_check import errors_of, outputs_and_gradients, reference
-from benchmarks.gpu_contenders import Candidate, contenders
-from benchmarks.gpu_shapes import Case, Shape, make_case
+from benchmarks.gpu.check import errors_of, outputs_and_gradients, reference
+from benchmarks.gpu.peers import Candidate, contenders
+from benchmarks.gpu.shapes import Case, Shape, make_case
 
 TINY = Shape("tiny", 12, 16, 8, 4, 2)
 

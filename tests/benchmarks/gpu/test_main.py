@@ -20,11 +20,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_check, gpu_contenders, gpu_measure, gpu_stages, gpu_worker
-from benchmarks.gpu_check import checks
-from benchmarks.gpu_contenders import Candidate, contenders
-from benchmarks.gpu_measure import Budget, Clock, measure_layer
-from benchmarks.gpu_processes import LATE, results_of
-from benchmarks.gpu_shapes import SHAPES, Shape, route
+from benchmarks.gpu.check import checks
+from benchmarks.gpu.measure import Budget, Clock, measure_layer
+from benchmarks.gpu.peers import Candidate, contenders
+from benchmarks.gpu.processes import LATE, results_of
+from benchmarks.gpu.shapes import SHAPES, Shape, route
 from swiftmoe_lightning.ops.triton import tiles
 
 TINY = Shape("tiny", 12, 16, 8, 4, 2)
@@ -52,7 +52,7 @@ def test_without_a_gpu_it_checks_and_says_that_it_times_nothing(
 def test_what_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "checks", lambda tiny: checks(tiny)[-1:])
-    monkeypatch.setattr("benchmarks.gpu_check.ours_grouped", lambda *inputs: gpu_contenders.eager_loop(*inputs) * 1.02)
+    monkeypatch.setattr("benchmarks.gpu.check.ours_grouped", lambda *inputs: gpu_contenders.eager_loop(*inputs) * 1.02)
     assert gpu.main([]) == 1
     assert "WRONG" in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pyt
         return gpu_contenders.eager_loop(shape, *inputs)
 
     found = {name: Candidate(run) for name in ("Liger", "ScatterMoE")}
-    monkeypatch.setattr("benchmarks.gpu_check.contenders", lambda: (found, {}))
+    monkeypatch.setattr("benchmarks.gpu.check.contenders", lambda: (found, {}))
     gpu_check.warm_up(Shape("large", 32768, 16, 8, 64, 8), ["Liger", "SonicMoE"], "cpu")
     assert shapes == [Shape("large", 256, 16, 8, 16, 8)]
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_contenders import up_of
-from benchmarks.gpu_measure import Clock
-from benchmarks.gpu_shapes import Shape, make_case
+from benchmarks.gpu.measure import Clock
+from benchmarks.gpu.peers import up_of
+from benchmarks.gpu.shapes import Shape, make_case
 from swiftmoe_lightning.ops import activate, backend, combine, permute, sort_choices
 
 _COPIED_ELEMENTS: Final = 2**29

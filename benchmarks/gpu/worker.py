@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.gpu_check import lost_gpu
-from benchmarks.gpu_contenders import contenders
-from benchmarks.gpu_measure import Budget, Clock, measure_layer
-from benchmarks.gpu_processes import LATE, Say
-from benchmarks.gpu_shapes import SHAPES, Shape
-from benchmarks.gpu_stages import ceilings, measure_stages
+from benchmarks.gpu.check import lost_gpu
+from benchmarks.gpu.measure import Budget, Clock, measure_layer
+from benchmarks.gpu.peers import contenders
+from benchmarks.gpu.processes import LATE, Say
+from benchmarks.gpu.shapes import SHAPES, Shape
+from benchmarks.gpu.stages import ceilings, measure_stages
 
 # A part is not begun with less.
 _LEAST_SECONDS: Final = 15.0
