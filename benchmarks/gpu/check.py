@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.peers import activated, contenders, on_triton, ours_fused, ours_grouped
-from benchmarks.gpu.shapes import Case, Shape, make_case
+from benchmarks.gpu.candidates import candidates, on_triton, ours_fused, ours_grouped
+from benchmarks.gpu.shapes import Case, Shape, activated, make_case
 
 # Norm of the error over the norm of the result, for every output and gradient.
 TOLERANCE: Final = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 3e-3}
@@ -24,8 +24,12 @@ INTERPRETED_TOLERANCE: Final = TOLERANCE | {"bfloat16": 2e-2}
 
 @dataclass(frozen=True)
 class Check:
-    """tiles: the name in `kernels.triton.tiles` that must be chosen, or "" for the grouped path. dtype: "tf32" is
-    float32 under `torch.set_float32_matmul_precision("high")`."""
+    """One run of our layer against float64.
+
+    Attributes:
+        tiles: the name in `ops.triton.tiles` that must be chosen, or "" for the grouped path.
+        dtype: "tf32" is float32 under `torch.set_float32_matmul_precision("high")`.
+    """
 
     tiles: str
     dtype: str
@@ -34,12 +38,12 @@ class Check:
 
 
 def checks(tiny: bool) -> list[Check]:
-    """tiny: sizes for Triton's interpreter."""
+    """All of them; tiny, on sizes for Triton's interpreter."""
     # Features that no tile divides, more rows than a tile, slots that end within one; few rows a slot, and many.
     few = Shape("few rows", *((40, 40, 24, 5, 2) if tiny else (300, 392, 200, 12, 3)))
     many = Shape("many rows", *((100, 40, 24, 2, 2) if tiny else (1111, 392, 200, 5, 3)))
     odd = Shape("odd features", *((21, 33, 17, 3, 2) if tiny else (257, 301, 65, 7, 2)))
-    found = []
+    every = []
     for tiles, dtype, shape in (
         ("HALF_MANY", "bfloat16", many),
         ("HALF_FEW", "bfloat16", few),
@@ -50,38 +54,38 @@ def checks(tiny: bool) -> list[Check]:
         ("TENSOR_FLOAT", "tf32", few),
     ):
         for activation in ("swiglu", "gelu", "relu2"):
-            of = Shape(**(asdict(shape) | {"activation": activation}))
+            activated_shape = replace(shape, activation=activation)
             routings = ("zipf", "drops", "empty", "one") if activation == "swiglu" else ("drops",)
             if tiny:
                 routings = ("drops", "one") if activation == "swiglu" else ("empty",) if tiles == "HALF_FEW" else ()
-            found += [Check(tiles, dtype, of, routing) for routing in routings]
-    found += [Check("", "bfloat16", of, routing) for of in (few, many) for routing in ("drops", "empty", "one")]
-    return found
+            every += [Check(tiles, dtype, activated_shape, routing) for routing in routings]
+    every += [Check("", "bfloat16", shape, routing) for shape in (few, many) for routing in ("drops", "empty", "one")]
+    return every
 
 
-def run_checks(found: Iterable[Check], device: str) -> list[dict[str, Any]]:
+def run_checks(group: Iterable[Check], device: str) -> list[dict[str, Any]]:
     """`run_check` of each."""
-    return [run_check(check, device) for check in found]
+    return [run_check(check, device) for check in group]
 
 
 def run_check(check: Check, device: str) -> dict[str, Any]:
     """JSON-able: the check, "errors" of each output and gradient, whether two runs gave the "same_bits", "passed"."""
-    said = asdict(check) | {"passed": False}
+    failed = asdict(check) | {"passed": False}
     dtype = torch.float32 if check.dtype == "tf32" else getattr(torch, check.dtype)
     run = on_triton(ours_fused) if check.tiles else ours_grouped
     try:
         with _precision("high" if check.dtype == "tf32" else "highest"):
-            if check.tiles and (found := _tiles_of(check.shape, dtype, device)) != check.tiles:
-                return said | {"error": f"the kernels choose {found} for this"}
+            if check.tiles and (chosen := _tiles_of(check.shape, dtype, device)) != check.tiles:
+                return failed | {"error": f"the kernels choose {chosen} for this"}
             case = make_case(check.shape, check.routing, device, dtype)
             first, second = (outputs_and_gradients(case, run, case.weights) for _ in range(2))
         errors = errors_of(first, reference(case, range(check.shape.experts)))
     except Exception as error:  # a kernel that does not compile is what a check is to find
-        return said | {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost_gpu": lost_gpu(device)}
+        return failed | {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost_gpu": lost_gpu(device)}
     same_bits = all(torch.equal(first[name], second[name]) for name in first)
     tolerance = (INTERPRETED_TOLERANCE if device == "cpu" else TOLERANCE)[check.dtype]
     is_close = all(error <= tolerance for error in errors.values())
-    return said | {"errors": errors, "same_bits": same_bits, "passed": same_bits and is_close}
+    return failed | {"errors": errors, "same_bits": same_bits, "passed": same_bits and is_close}
 
 
 def lost_gpu(device: str) -> bool:
@@ -102,14 +106,14 @@ def warm_up(shape: Shape, names: Collection[str], device: str = "cuda") -> None:
     experts = 16 if shape.experts % 16 == 0 else 8
     few = shape.tokens * shape.top_k < 96 * shape.experts
     tokens = (1024 if few else 2048) // shape.top_k
-    small = Shape(**(asdict(shape) | {"experts": experts, "tokens": tokens}))
-    if (found := _tiles_of(small, torch.bfloat16, device)) != _tiles_of(shape, torch.bfloat16, device):
-        raise ValueError(f"the small shape takes other tiles: {found}")
+    small = replace(shape, experts=experts, tokens=tokens)
+    if (chosen := _tiles_of(small, torch.bfloat16, device)) != _tiles_of(shape, torch.bfloat16, device):
+        raise ValueError(f"the small shape takes other tiles: {chosen}")
     case = make_case(small, "balanced", device, torch.bfloat16)
-    for name, contender in contenders()[0].items():
-        if name in names and contender.refuses(shape) is None:
-            weights = contender.prepare(case.weights)
-            outputs_and_gradients(case, contender.run, weights, contender.restore)
+    for name, candidate in candidates()[0].items():
+        if name in names and candidate.refuses(shape) is None:
+            weights = candidate.prepare(case.weights)
+            outputs_and_gradients(case, candidate.run, weights, candidate.restore)
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -140,8 +144,8 @@ def outputs_and_gradients(
     leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
     out = run(case.shape, leaves["x"], case.ids, leaves["scores"], {name: leaves[name] for name in weights})
     grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), case.grad), strict=True))
-    of_weights = restore({name: grads[name] for name in weights})
-    return {"out": out.detach(), "x": grads["x"], "scores": grads["scores"]} | of_weights
+    weight_grads = restore({name: grads[name] for name in weights})
+    return {"out": out.detach(), "x": grads["x"], "scores": grads["scores"]} | weight_grads
 
 
 def reference(case: Case, kept_experts: Collection[int]) -> dict[str, Tensor]:
@@ -171,14 +175,14 @@ def reference(case: Case, kept_experts: Collection[int]) -> dict[str, Tensor]:
 
 
 def errors_of(
-    found: dict[str, Tensor], expected: dict[str, Tensor], kept_experts: Collection[int] | None = None
+    actual: dict[str, Tensor], expected: dict[str, Tensor], kept_experts: Collection[int] | None = None
 ) -> dict[str, float]:
     """Name -> norm of the error over the norm of the result; nan where something is not finite."""
     errors = {}
-    for name, wanted in expected.items():
-        value = found[name]
+    for name, right in expected.items():
+        value = actual[name]
         if kept_experts is not None and name not in ("out", "x", "scores"):
             value = value[list(kept_experts)]
-        norm = float(wanted.norm())
-        errors[name] = float((value.double() - wanted).norm()) / (norm or 1.0)
+        norm = float(right.norm())
+        errors[name] = float((value.double() - right).norm()) / (norm or 1.0)
     return errors

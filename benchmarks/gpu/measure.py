@@ -1,4 +1,4 @@
-"""A clock for work on a GPU, a budget of time, and whole layers on it, contender beside contender.
+"""A clock for work on a GPU, a budget of time, and whole layers on it, candidate beside candidate.
 
 T tokens, D model dim, E experts, K top-k.
 """
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.spread import spread
+from benchmarks.common.turns import seconds_of
+from benchmarks.gpu.candidates import Candidate
 from benchmarks.gpu.check import TOLERANCE, errors_of, lost_gpu, outputs_and_gradients, reference
-from benchmarks.gpu.peers import Candidate
 from benchmarks.gpu.shapes import Case, Shape, make_case
 
 ROUNDS: Final = 3
-# Of a round, for each contender and pass.
+# Of a round, for each candidate and pass.
 _ROUND_MS: Final = 60.0
 _MOST_IN_A_ROUND: Final = 20
 # More than a GPU's L2 holds.
@@ -30,7 +31,7 @@ _WRONG_OURS: Final = TOLERANCE["bfloat16"]
 
 
 class Budget:
-    """seconds: for everything, from now on."""
+    """Seconds for everything, from now on."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -53,12 +54,7 @@ class Clock:
     def times(self, call: Callable[[], object], count: int) -> list[float]:
         """Of `count` calls, one after the other."""
         if self._flushed is None:
-            found = []
-            for _ in range(count):
-                start = time.perf_counter()
-                call()
-                found.append((time.perf_counter() - start) * 1e3)
-            return found
+            return [1e3 * seconds_of(call) for _ in range(count)]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for first, last in events:
             self._flushed.zero_()
@@ -81,18 +77,19 @@ class Clock:
 def measure_layer(
     shape: Shape,
     routing: str,
-    contenders: dict[str, Candidate],
+    candidates: dict[str, Candidate],
     clock: Clock,
     budget: Budget,
-    begin: Callable[[str], None] = lambda contender: None,
+    begin: Callable[[str], None] = lambda candidate: None,
 ) -> dict[str, Any]:
     """Candidate -> what was measured, or {"skipped": why}. First all are checked against float64, on the very inputs
     that they are timed with; then they run in turns, so that a GPU that grows warm or slow does so for all.
 
-    begin: told who runs from now on.
+    Args:
+        begin: called with the candidate that runs from now on.
     """
     case = make_case(shape, routing, clock.device, torch.bfloat16)
-    found, passes = _check(case, contenders, clock, budget, begin)
+    results, passes = _check(case, candidates, clock, budget, begin)
     times: dict[tuple[str, str], list[float]] = {}
     counts: dict[tuple[str, str], int] = {}
     # The first round counts and warms up.
@@ -106,47 +103,47 @@ def measure_layer(
                     else:
                         times.setdefault((name, kind), []).extend(clock.times(call, counts[name, kind]))
             except Exception as error:  # as for want of memory
-                found[name] = _failure(error, clock)
+                results[name] = _failure(error, clock)
                 del passes[name]
     flops = {"forward": shape.flops_forward, "forward_backward": 3 * shape.flops_forward}
     for name in passes:
-        found[name] |= {f"ms_{kind}": spread(times[name, kind]) for kind in flops}
-        medians = {kind: found[name][f"ms_{kind}"]["median"] for kind in flops}
-        found[name]["tflops"] = {kind: flops[kind] / medians[kind] / 1e9 for kind in flops}
-    return found
+        results[name] |= {f"ms_{kind}": spread(times[name, kind]) for kind in flops}
+        medians = {kind: results[name][f"ms_{kind}"]["median"] for kind in flops}
+        results[name]["tflops"] = {kind: flops[kind] / medians[kind] / 1e9 for kind in flops}
+    return results
 
 
 def _check(
-    case: Case, contenders: dict[str, Candidate], clock: Clock, budget: Budget, begin: Callable[[str], None]
+    case: Case, candidates: dict[str, Candidate], clock: Clock, budget: Budget, begin: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], object]]]]:
-    """(contender -> errors and bytes, or why it is skipped; contender -> its passes, if it is right)."""
+    """(candidate -> errors and bytes, or why it is skipped; candidate -> its passes, if it is right)."""
     counts_E = torch.bincount(case.ids.flatten(), minlength=case.shape.experts)
     kept = sorted({0, int(counts_E.argmax()), int(counts_E.argmin())})
     expected = reference(case, kept)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     passes: dict[str, dict[str, Callable[[], object]]] = {}
-    for name, contender in contenders.items():
-        if (reason := contender.refuses(case.shape)) is not None:
-            found[name] = {"skipped": reason}
+    for name, candidate in candidates.items():
+        if (reason := candidate.refuses(case.shape)) is not None:
+            results[name] = {"skipped": reason}
             continue
         if budget.left() < 0:
-            found[name] = {"skipped": "no time was left"}
+            results[name] = {"skipped": "no time was left"}
             continue
         begin(name)
         try:
-            weights = contender.prepare(case.weights)
-            errors = errors_of(outputs_and_gradients(case, contender.run, weights, contender.restore), expected, kept)
+            weights = candidate.prepare(case.weights)
+            errors = errors_of(outputs_and_gradients(case, candidate.run, weights, candidate.restore), expected, kept)
             # Not "any above": nan is above nothing.
-            if not all(error <= (_WRONG_OURS if contender.is_ours else _WRONG) for error in errors.values()):
-                found[name] = {"skipped": "wrong", "errors": errors}
+            if not all(error <= (_WRONG_OURS if candidate.is_ours else _WRONG) for error in errors.values()):
+                results[name] = {"skipped": "wrong", "errors": errors}
                 continue
-            calls = _passes(case, contender, weights)
-            found[name] = {"errors": errors} | _on_gpu(calls["forward"], calls["forward_backward"], clock)
+            calls = _passes(case, candidate, weights)
+            results[name] = {"errors": errors} | _on_gpu(calls["forward"], calls["forward_backward"], clock)
             passes[name] = calls
         except Exception as error:  # one that does not run here must not stop the others
-            found[name] = _failure(error, clock)
+            results[name] = _failure(error, clock)
         gc.collect()
-    return found, passes
+    return results, passes
 
 
 def _failure(error: Exception, clock: Clock) -> dict[str, Any]:
@@ -156,7 +153,7 @@ def _failure(error: Exception, clock: Clock) -> dict[str, Any]:
     return {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _passes(case: Case, contender: Candidate, weights: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+def _passes(case: Case, candidate: Candidate, weights: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
     """The forward of training, which keeps what backward needs, and forward with backward. Gradients come out as new
     tensors: nothing is added up, and nothing has to be zeroed."""
     x, scores = case.x.detach().requires_grad_(), case.scores.detach().requires_grad_()
@@ -164,7 +161,7 @@ def _passes(case: Case, contender: Candidate, weights: dict[str, Tensor]) -> dic
     leaves = [x, scores, *weights.values()]
 
     def forward() -> Tensor:
-        return contender.run(case.shape, x, case.ids, scores, weights)
+        return candidate.run(case.shape, x, case.ids, scores, weights)
 
     def forward_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, case.grad)

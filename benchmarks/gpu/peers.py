@@ -1,7 +1,7 @@
-"""Who computes the layer in the GPU benchmark: ours on each path, and others' ways, as far as they are installed.
+"""Other implementations of the layer, as far as they are installed, and why one does not run a shape.
 
-A contender takes x [T, D], expert ids [T, K] int64, scores [T, K] float32 and weights, and returns [T, D]. All get the
-same inputs; none gets a router's work done before. T tokens, D model dim, F hidden dim, E experts, K top-k, R = T * K.
+Each takes a shape, x [T, D], expert ids [T, K] int64, scores [T, K] float32 and weights, and returns [T, D].
+T tokens, D model dim, F hidden dim, E experts, K top-k, R = T * K.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,61 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.shapes import Shape
-from swiftmoe_lightning.ops import backend, combine, expert_layer, expert_mlp, permute, sort_choices
-
-Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """run: see the file's words. prepare: weights as it wants to have them, before the clock starts. restore: gradients
-    of those as gradients of the ones that were given. refuses: a reason not to run a shape, or None. is_ours: held to
-    our own tolerance."""
-
-    run: Callable[[Shape, Tensor, Tensor, Tensor, Weights], Tensor]
-    prepare: Callable[[Weights], Weights] = dict
-    restore: Callable[[Weights], Weights] = dict
-    refuses: Callable[[Shape], str | None] = lambda shape: None
-    is_ours: bool = False
-
-
-def ours_fused(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """Our fused kernels, whatever `choose_layer` would say."""
-    order = sort_choices(ids.flatten(), shape.experts)
-    rows_TK = order.row_N.view(ids.shape)
-    return expert_layer(x, scores, order.choice_N, rows_TK, order.ends_G, weights, shape.activation)
-
-
-def ours_grouped(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """Our operations around `F.grouped_mm`: what `expert_layer` does where it does not fuse."""
-    order = sort_choices(ids.flatten(), shape.experts)
-    rows_TK = order.row_N.view(ids.shape)
-    x_RD = permute(x, order.choice_N, rows_TK)
-    y_RD = expert_mlp(x_RD, weights, order.ends_G, shape.activation)
-    return combine(y_RD, scores, order.choice_N, rows_TK)
-
-
-def on_triton(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with every operation on Triton. Only around forward: the fused layer's backward is Triton's anyway."""
-
-    def forced(*inputs: Any) -> Tensor:
-        with backend.force_backend("triton"):
-            return run(*inputs)
-
-    return forced
-
-
-def activated(z: Tensor, activation: str) -> Tensor:
-    """As torch users write it."""
-    if activation == "swiglu":
-        gate, up = z.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return F.gelu(z) if activation == "gelu" else F.relu(z).square()
-
-
-def up_of(weights: Weights) -> Tensor:
-    return weights["gate_up_proj"] if "gate_up_proj" in weights else weights["up_proj"]
+from benchmarks.gpu.shapes import Shape, Weights, activated, up_weight
 
 
 def eager_loop(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
@@ -84,7 +29,7 @@ def eager_loop(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: We
         if expert == shape.experts:
             continue
         k, token = torch.where(chosen_EKT[expert])
-        hidden = activated(F.linear(x[token], up_of(weights)[expert]), shape.activation)
+        hidden = activated(F.linear(x[token], up_weight(weights)[expert]), shape.activation)
         y = F.linear(hidden, weights["down_proj"][expert]) * scores[token, k].unsqueeze(-1)
         out.index_add_(0, token, y)
     return out
@@ -112,7 +57,7 @@ def _plain_grouped_mm(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weig
         expert_R.float() if x.device.type == "cpu" else expert_R.int(), shape.experts, 0, shape.experts - 1
     )
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    z = F.grouped_mm(x[perm_R // shape.top_k], up_of(weights).transpose(1, 2), offs=ends_E)
+    z = F.grouped_mm(x[perm_R // shape.top_k], up_weight(weights).transpose(1, 2), offs=ends_E)
     y = F.grouped_mm(activated(z, shape.activation), weights["down_proj"].transpose(1, 2), offs=ends_E)
     y = y * scores.flatten()[perm_R].unsqueeze(-1)
     inverse_R = torch.empty_like(perm_R)
@@ -181,7 +126,7 @@ def liger() -> Callable[..., Tensor]:
     _tune_less("liger_kernel.ops.fused_moe_kernels")
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-        out: Tensor = function.apply(x, up_of(weights), weights["down_proj"], ids.int(), scores.to(x.dtype))
+        out: Tensor = function.apply(x, up_weight(weights), weights["down_proj"], ids.int(), scores.to(x.dtype))
         return out
 
     return run
@@ -191,22 +136,22 @@ def _tune_less(module: str) -> None:
     """Of Triton's autotuners and of those that are made after them."""
     for kernel in vars(importlib.import_module(module)).values():
         if type(kernel).__name__ == "Autotuner" and len(kernel.configs) > 1:
-            kernel.configs = [one for one in kernel.configs if _is_likely(one)] or kernel.configs
+            kernel.configs = [config for config in kernel.configs if _is_likely(config)] or kernel.configs
 
 
-def _is_likely(one: Any) -> bool:
+def _is_likely(config: Any) -> bool:
     """Of Liger's and SonicMoE's configurations: wide tiles, deep pipelines."""
-    sizes = one.kwargs
+    sizes = config.kwargs
     if "config" in sizes:
-        of = sizes["config"]
-        tile = (of.tile_m, of.tile_n, of.pingpong)
+        gemm = sizes["config"]
+        tile = (gemm.tile_m, gemm.tile_n, gemm.pingpong)
         is_wide = tile in ((128, 192, True), (128, 256, False), (256, 128, False), (256, 192, False))
-        return is_wide and (of.device_capacity, of.cluster_m, of.cluster_n, of.swap_ab) == (9, 2, 1, False)
+        return is_wide and (gemm.device_capacity, gemm.cluster_m, gemm.cluster_n, gemm.swap_ab) == (9, 2, 1, False)
     if "BLOCK_H" in sizes:
-        return one.num_warps == 4 and sizes["BLOCK_H"] in (256, 512) and sizes["BLOCK_K"] in (1, 4)
+        return config.num_warps == 4 and sizes["BLOCK_H"] in (256, 512) and sizes["BLOCK_K"] in (1, 4)
     if "BLOCK_M" in sizes:
         return (sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 128, 32)
-    return (sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 64) and one.num_stages in (3, 4)
+    return (sizes["BLOCK_N"], sizes["BLOCK_K"]) == (128, 64) and config.num_stages in (3, 4)
 
 
 def scattermoe() -> Callable[..., Tensor]:
@@ -216,7 +161,7 @@ def scattermoe() -> Callable[..., Tensor]:
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
         order = sort(ids, num_experts=shape.experts)
-        z = linear(x, up_of(weights).transpose(1, 2), shape.top_k, *order, grouped_out=True)
+        z = linear(x, up_weight(weights).transpose(1, 2), shape.top_k, *order, grouped_out=True)
         w2 = weights["down_proj"].transpose(1, 2)
         gates = scores.to(x.dtype)
         out: Tensor = linear(activated(z, shape.activation), w2, 1, *order, grouped_in=True, gates=gates)
@@ -230,21 +175,21 @@ def sonicmoe() -> Callable[..., Tensor]:
     own configurations: it would compile dozens for each of six products and shape."""
     # It compiles so few faster by itself than in workers, each of which has to import torch first.
     os.environ.setdefault("QUACK_COMPILE_WORKERS", "1")
-    kinds = importlib.import_module("sonicmoe.enums").ActivationType
+    activations = importlib.import_module("sonicmoe.enums").ActivationType
     function = importlib.import_module("sonicmoe.functional").moe_general_routing_inputs
     _tune_less("sonicmoe.functional.reduction_over_k_gather")
     _tune_less("quack.gemm_interface")
 
     def run(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
         token_R = torch.arange(shape.tokens, device=x.device, dtype=torch.int32).repeat_interleave(shape.top_k)
-        w1, w2 = up_of(weights).permute(1, 2, 0), weights["down_proj"].permute(1, 2, 0)
+        w1, w2 = up_weight(weights).permute(1, 2, 0), weights["down_proj"].permute(1, 2, 0)
         stream = torch.cuda.current_stream().cuda_stream
-        found = function(
+        result = function(
             *(x, scores.flatten(), token_R, ids.flatten().int(), w1, None, w2, None, shape.experts, stream),
-            *(kinds.SWIGLU, False),
+            *(activations.SWIGLU, False),
             concat_layout=True,
         )
-        out: Tensor = found[0] if isinstance(found, tuple) else found
+        out: Tensor = result[0] if isinstance(result, tuple) else result
         return out
 
     return run
@@ -262,22 +207,3 @@ def sorting_in_reason(shape: Shape) -> str | None:
 
 def few_tokens_only(shape: Shape) -> str | None:
     return None if shape.tokens <= 8192 else "a loop over experts that waits for the GPU: for 8,192 tokens at most"
-
-
-def contenders() -> tuple[dict[str, Candidate], dict[str, str]]:
-    """(name -> contender, name -> why it is not there)."""
-    found = {
-        "ours, fused": Candidate(on_triton(ours_fused), is_ours=True),
-        "ours, grouped_mm": Candidate(ours_grouped, is_ours=True),
-        "HF grouped_mm": Candidate(hf_grouped_mm),
-        "torchtitan": Candidate(torchtitan, split_matrices, joined_matrices, sorting_in_reason),
-        "torchtitan, atomic": Candidate(torchtitan_atomic, split_matrices, joined_matrices, gated_only),
-        "HF eager": Candidate(eager_loop, refuses=few_tokens_only),
-    }
-    missing = {}
-    for name, load in {"Liger": liger, "ScatterMoE": scattermoe, "SonicMoE": sonicmoe}.items():
-        try:
-            found[name] = Candidate(load(), refuses=gated_only)
-        except Exception as error:  # whatever a package of others raises where it does not fit this machine
-            missing[name] = f"{type(error).__name__}: {error}"
-    return found, missing

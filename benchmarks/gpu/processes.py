@@ -12,14 +12,18 @@ from typing import Any, Final
 
 LATE: Final = "no time was left"
 
-Say = Callable[[Any], None]
+Send = Callable[[Any], None]
 
 
-def listen(task: Callable[[Say], object], seconds: float, silence: float, hear: Say) -> str | None:
-    """Run `task(say)` in a new process, and `hear` here, in order, whatever it says.
+def listen(task: Callable[[Send], object], seconds: float, silence: float, receive: Send) -> str | None:
+    """Run `task(send)` in a new process, and call `receive` here with each message that it sends, in order.
 
-    The process is killed when `seconds` are over, or when it has said nothing for `silence`. Returns None where the
-    task came to its end, else why it did not.
+    Args:
+        seconds: after which the process is killed.
+        silence: seconds without a message after which it is killed, too.
+
+    Returns:
+        None where the task came to its end, else why it did not.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -31,11 +35,11 @@ def listen(task: Callable[[Say], object], seconds: float, silence: float, hear: 
         while True:
             left = max(end - time.monotonic(), 0.0)
             if not receiver.poll(min(left, silence)):
-                return LATE if left <= silence else f"nothing was heard of it for {silence:.0f} seconds"
+                return LATE if left <= silence else f"it sent nothing for {silence:.0f} seconds"
             ended, message = receiver.recv()
             if ended:
                 return None if message is None else str(message)
-            hear(message)
+            receive(message)
     except EOFError:
         process.join(10)
         return f"its process died with exit code {process.exitcode}"
@@ -45,7 +49,7 @@ def listen(task: Callable[[Say], object], seconds: float, silence: float, hear: 
         receiver.close()
 
 
-def _run(task: Callable[[Say], object], sender: Connection) -> None:
+def _run(task: Callable[[Send], object], sender: Connection) -> None:
     try:
         task(lambda message: sender.send((False, message)))
     except Exception as error:
@@ -65,10 +69,10 @@ def _result_of(end: float, task: Callable[[], Any]) -> tuple[Any, str | None]:
     left = end - time.monotonic()
     if left <= 0:
         return None, LATE
-    heard: list[Any] = []
-    reason = listen(partial(_say_result, task), left, left, heard.append)
-    return (None, reason) if reason is not None else (heard[0], None)
+    results: list[Any] = []
+    reason = listen(partial(_send_result, task), left, left, results.append)
+    return (None, reason) if reason is not None else (results[0], None)
 
 
-def _say_result(task: Callable[[], Any], say: Say) -> None:
-    say(task())
+def _send_result(task: Callable[[], Any], send: Send) -> None:
+    send(task())

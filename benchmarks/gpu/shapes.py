@@ -1,4 +1,4 @@
-"""What the GPU benchmark computes with: the shapes of published models' layers, ways to route, and random inputs.
+"""The GPU benchmark's inputs: the shapes of published models' layers, ways to route, random values, and activations.
 
 T tokens, D model dim, F hidden dim, E experts, K top-k.
 """
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Case:
     """Inputs of one layer.
 
     x: [T, D]. ids: [T, K] int64, E for a choice that is unassigned. scores: [T, K] float32, holding bfloat16's values,
-    so that a contender may cast them. grad: [T, D], the output's gradient.
+    so that a candidate may cast them. grad: [T, D], the output's gradient.
     weights: `gate_up_proj` [E, 2F, D] or `up_proj` [E, F, D], and `down_proj` [E, D, F].
     """
 
@@ -58,7 +61,7 @@ class Case:
     x: Tensor
     ids: Tensor
     scores: Tensor
-    weights: dict[str, Tensor]
+    weights: Weights
     grad: Tensor
 
 
@@ -78,6 +81,19 @@ def make_case(shape: Shape, routing: str, device: str, dtype: torch.dtype, seed:
     }
     x_TD, grad_TD = normal(shape.tokens, shape.dim), normal(shape.tokens, shape.dim)
     return Case(shape, x_TD, route(shape, routing, generator), scores_TK, weights, grad_TD)
+
+
+def activated(z: Tensor, activation: str) -> Tensor:
+    """The activation, as torch users write it."""
+    if activation == "swiglu":
+        gate, up = z.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(z) if activation == "gelu" else F.relu(z).square()
+
+
+def up_weight(weights: Weights) -> Tensor:
+    """The first matrix: gate and up, or up alone."""
+    return weights["gate_up_proj"] if "gate_up_proj" in weights else weights["up_proj"]
 
 
 def route(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.measure import Clock
-from benchmarks.gpu.peers import up_of
-from benchmarks.gpu.shapes import Shape, make_case
+from benchmarks.gpu.shapes import Shape, make_case, up_weight
 from swiftmoe_lightning.ops import activate, backend, combine, permute, sort_choices
 
 _COPIED_ELEMENTS: Final = 2**29
@@ -38,8 +37,8 @@ def _rate(ms: dict[str, float], num_bytes: int = 0, flops: int = 0, copy: float 
     """ms with "gb_per_s" of `num_bytes` and its share of the copy's, or with "tflops"."""
     if flops:
         return {"ms": ms, "tflops": flops / ms["median"] / 1e9}
-    found: dict[str, Any] = {"ms": ms, "gb_per_s": num_bytes / ms["median"] / 1e6}
-    return found if copy is None else found | {"share_of_copy": found["gb_per_s"] / copy}
+    rate: dict[str, Any] = {"ms": ms, "gb_per_s": num_bytes / ms["median"] / 1e6}
+    return rate if copy is None else rate | {"share_of_copy": rate["gb_per_s"] / copy}
 
 
 def measure_stages(shape: Shape, clock: Clock, copy_gb_per_s: float | None) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
     order = sort_choices(key_N, shape.experts)
     rows_TK = order.row_N.view(case.ids.shape)
     y_RD = torch.randn(len(key_N), shape.dim, device=clock.device, dtype=torch.bfloat16)
-    z_RO = torch.randn(len(key_N), up_of(case.weights).shape[1], device=clock.device, dtype=torch.bfloat16)
+    z_RO = torch.randn(len(key_N), up_weight(case.weights).shape[1], device=clock.device, dtype=torch.bfloat16)
     a_RF = activate(z_RO, shape.activation)
     rows, tokens = y_RD.nbytes + 4 * len(key_N), case.x.nbytes + 4 * len(key_N)
     return {
@@ -84,7 +83,7 @@ def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object
     from swiftmoe_lightning.ops.triton import gemm_forward, grad_hidden, grad_weight, tiles
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
-    first, second = up_of(case.weights), case.weights["down_proj"]
+    first, second = up_weight(case.weights), case.weights["down_proj"]
     order = sort_choices(case.ids.flatten(), shape.experts)
     choice_R, ends_s, num_rows = order.choice_N, order.ends_G, case.ids.numel()
     chosen = tiles.choose_tiles(case.x, num_rows, shape.experts)

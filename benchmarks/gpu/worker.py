@@ -1,4 +1,4 @@
-"""The timed part of the GPU benchmark, as a process of its own that says what it does and what it finds."""
+"""The timed part of the GPU benchmark, in a process of its own that sends what it begins and what it measured."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.check import lost_gpu
 from benchmarks.gpu.measure import Budget, Clock, measure_layer
-from benchmarks.gpu.peers import contenders
-from benchmarks.gpu.processes import LATE, Say
-from benchmarks.gpu.shapes import SHAPES, Shape
+from benchmarks.gpu.processes import LATE, Send
+from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.stages import ceilings, measure_stages
 
 # A part is not begun with less.
@@ -21,7 +21,13 @@ _LEAST_SECONDS: Final = 15.0
 
 @dataclass(frozen=True)
 class Part:
-    """kind: "ceilings", "stages" of a shape, or a "layer", which has a routing, too."""
+    """What is measured in one piece.
+
+    Attributes:
+        kind: "ceilings", "stages" of a shape, or a "layer".
+        shape: a name in SHAPES.
+        routing: a layer's.
+    """
 
     kind: str
     shape: str = ""
@@ -31,43 +37,43 @@ class Part:
         return f"{self.shape}, {self.routing}" if self.routing else f"{self.kind} of {self.shape or 'the GPU'}"
 
 
-def work(parts: Sequence[Part], left_out: Collection[str], copy: float | None, seconds: float, say: Say) -> None:
-    """Measure part after part, and say ("missing", {contender: why}), ("begins", part, contender or ""),
-    ("found", part, what), ("failed", part, why).
+def work(parts: Sequence[Part], left_out: Collection[str], copy: float | None, seconds: float, send: Send) -> None:
+    """Measure part after part, and send ("missing", {candidate: why}), ("begins", part, candidate or ""),
+    ("measured", part, results), ("failed", part, why).
 
-    left_out: contenders not to run. copy: GB/s of the ceilings, if they are known already.
-    A part that fails, as for want of memory, is said to, and the others go on; with the GPU lost, nothing does.
+    A part that fails, as for want of memory, is sent as such, and the others go on; with the GPU lost, nothing does.
+
+    Args:
+        left_out: candidates not to run.
+        copy: GB/s of the ceilings, if they are known already.
     """
     budget, clock = Budget(seconds), Clock("cuda")
-    found, missing = contenders()
-    found = {name: contender for name, contender in found.items() if name not in left_out}
-    say(("missing", missing))
+    installed, missing = candidates()
+    installed = {name: candidate for name, candidate in installed.items() if name not in left_out}
+    send(("missing", missing))
     for part in parts:
         if budget.left() < _LEAST_SECONDS:
-            say(("failed", part, LATE))
+            send(("failed", part, LATE))
             continue
-        say(("begins", part, ""))
+        send(("begins", part, ""))
         try:
             if part.kind == "ceilings":
-                what: dict[str, Any] = ceilings(clock)
-                copy = what["copy"]["gb_per_s"]
+                results: dict[str, Any] = ceilings(clock)
+                copy = results["copy"]["gb_per_s"]
             elif part.kind == "stages":
-                what = measure_stages(_shape(part), clock, copy)
+                results = measure_stages(SHAPES[part.shape], clock, copy)
             else:
 
-                def begin(contender: str, part: Part = part) -> None:
-                    say(("begins", part, contender))
+                def begin(candidate: str, part: Part = part) -> None:
+                    send(("begins", part, candidate))
 
-                what = measure_layer(_shape(part), part.routing, found, clock, budget, begin)
+                shape = SHAPES[part.shape]
+                results = measure_layer(shape, part.routing, installed, clock, budget, begin)
         except Exception as error:
             if lost_gpu(clock.device):
                 raise
-            say(("failed", part, f"{type(error).__name__}: {str(error)[:300]}"))
+            send(("failed", part, f"{type(error).__name__}: {str(error)[:300]}"))
         else:
-            say(("found", part, what))
+            send(("measured", part, results))
         if clock.device != "cpu":
             torch.cuda.empty_cache()
-
-
-def _shape(part: Part) -> Shape:
-    return SHAPES[part.shape]

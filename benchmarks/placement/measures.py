@@ -77,11 +77,14 @@ def time_planning(seconds: float) -> dict[str, Any]:
     def split(ranks_per_node: int) -> Callable[[], object]:
         return lambda: plan_dispatch(counts_WE, placement, "balanced", Capacity(1.0), ranks_per_node).for_rank(3)
 
+    def place(name: str) -> Callable[[], object]:
+        policy = make_policy(name, 2048, 2)
+        return lambda: policy.place(Forecast.of(popularity_LE))
+
     popularity_LE = (rng.dirichlet(np.full(256, 0.5), size=60) * 1e6).astype(np.int64)
     plans = {"split": split(1), "split_nodes_of_8": split(8)}
     for name in ("balanced", "packed", "symi"):
-        policy = make_policy(name, 2048, 2)
-        plans[f"place_{name}"] = lambda policy=policy: policy.place(Forecast.of(popularity_LE))
+        plans[f"place_{name}"] = place(name)
     return {f"{name}_us": spread(_microseconds(plan, seconds)) for name, plan in plans.items()}
 
 

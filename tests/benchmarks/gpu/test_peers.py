@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
-from benchmarks import gpu_contenders
+from benchmarks.gpu import peers
+from benchmarks.gpu.candidates import Candidate, candidates
 from benchmarks.gpu.check import errors_of, outputs_and_gradients, reference
-from benchmarks.gpu.peers import Candidate, contenders
-from benchmarks.gpu.shapes import Case, Shape, make_case
-
-TINY = Shape("tiny", 12, 16, 8, 4, 2)
-
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu() -> Iterator[None]:
-    with np.errstate(all="ignore"):
-        yield
+from benchmarks.gpu.shapes import Case, make_case
+from tests.benchmarks.gpu.cases import TINY
 
 
 def tiny_case(dtype: torch.dtype = torch.float32) -> Case:
@@ -43,15 +32,15 @@ def tiny_case(dtype: torch.dtype = torch.float32) -> Case:
         *("plain grouped_mm", "Liger", "ScatterMoE"),
     ],
 )
-def test_every_contender_computes_the_layer(name: str) -> None:
-    found = contenders()[0] | {"plain grouped_mm": Candidate(gpu_contenders._plain_grouped_mm)}
-    if name not in found:
+def test_every_candidate_computes_the_layer(name: str) -> None:
+    installed = candidates()[0] | {"plain grouped_mm": Candidate(peers._plain_grouped_mm)}
+    if name not in installed:
         pytest.skip(f"{name} is not installed")
     if name in ("Liger", "ScatterMoE") and os.environ.get("LIGER_FUSED_MOE_AUTOTUNE") != "0":
         pytest.skip(f"{name} would be tuned or compiled, which needs a GPU")
-    case, contender = tiny_case(), found[name]
-    weights = contender.prepare(case.weights)
-    outputs = outputs_and_gradients(case, contender.run, weights, contender.restore)
+    case, candidate = tiny_case(), installed[name]
+    weights = candidate.prepare(case.weights)
+    outputs = outputs_and_gradients(case, candidate.run, weights, candidate.restore)
     errors = errors_of(outputs, reference(case, range(4)))
     assert errors.keys() == {"out", "x", "scores", "gate_up_proj", "down_proj"}
     assert max(errors.values()) < 1e-5
@@ -68,7 +57,7 @@ def test_few_of_the_many_configurations_of_others_are_tried() -> None:
     products = configurations(BLOCK_N=[64, 128], BLOCK_K=[32, 64], warps=[4, 8], stages=[2, 3, 4, 5])
     gradients = configurations(BLOCK_M=[64, 128], BLOCK_N=[64, 128], BLOCK_K=[16, 32], warps=[4, 8], stages=[2])
     sums = configurations(BLOCK_H=[256, 512, 1024, 2048, 4096], BLOCK_K=[1, 2, 4, 8], warps=[4, 8], stages=[4])
-    kept = [sum(map(gpu_contenders._is_likely, every)) for every in (products, gradients, sums)]
+    kept = [sum(map(peers._is_likely, every)) for every in (products, gradients, sums)]
     assert kept == [4, 2, 4]
 
 
@@ -90,7 +79,7 @@ def test_sonicmoe_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
         assert (double_hidden, dim, experts) == (16, 16, 4)
         assert w2.shape == (16, 8, 4)
         weights = {"gate_up_proj": w1.permute(2, 0, 1), "down_proj": w2.permute(2, 0, 1)}
-        out = gpu_contenders.eager_loop(TINY, x, ids, router_scores.view(ids.shape), weights)
+        out = peers.eager_loop(TINY, x, ids, router_scores.view(ids.shape), weights)
         return out, torch.bincount(expert_indices)
 
     modules = {
@@ -99,8 +88,8 @@ def test_sonicmoe_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
         "sonicmoe.functional.reduction_over_k_gather": SimpleNamespace(),
         "quack.gemm_interface": SimpleNamespace(),
     }
-    monkeypatch.setattr(gpu_contenders.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(peers.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     case = tiny_case()
-    outputs = outputs_and_gradients(case, gpu_contenders.sonicmoe(), case.weights)
+    outputs = outputs_and_gradients(case, peers.sonicmoe(), case.weights)
     assert max(errors_of(outputs, reference(case, range(4))).values()) < 1e-5
