@@ -24,6 +24,7 @@ from benchmarks.step.measures import Effort, measure
 from benchmarks.step.workload import Sizes
 from tests.helpers import run_ranks
 
+# What ranks run comes from other modules: processes do not import `__main__` of a package.
 # Of a collective: the others wait in one while rank 0 times the update alone.
 _TIMEOUT_S: Final = 3600
 

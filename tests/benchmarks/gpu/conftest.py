@@ -1,4 +1,4 @@
-"""The GPU benchmark's tests run as on a GPU: the interpreter's numpy warns of what a kernel computes silently."""
+"""The GPU benchmark's tests need Triton, and run as on a GPU, where kernels compute without numpy's warnings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-pytest.importorskip("triton")
-
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu() -> Iterator[None]:
+    pytest.importorskip("triton")
     with np.errstate(all="ignore"):
         yield

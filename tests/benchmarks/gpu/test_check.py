@@ -11,7 +11,6 @@ from benchmarks.gpu import check, peers
 from benchmarks.gpu.candidates import Candidate
 from benchmarks.gpu.check import checks
 from benchmarks.gpu.shapes import Shape
-from swiftmoe_lightning.ops.triton import tiles
 
 
 def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +27,8 @@ def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pyt
 
 
 def test_every_tile_configuration_that_ships_is_checked() -> None:
+    from swiftmoe_lightning.ops.triton import tiles
+
     shipped = {name for name, value in vars(tiles).items() if isinstance(value, tiles.MlpTiles)}
     for tiny in (True, False):
         assert {one.tiles for one in checks(tiny)} == shipped | {""}
