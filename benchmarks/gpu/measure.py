@@ -37,6 +37,7 @@ class Budget:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Seconds; below 0 when they are over."""
         return self._end - time.monotonic()
 
 

@@ -111,11 +111,13 @@ class _DeterministicScatterAdd(torch.autograd.Function):
 
 
 def split_matrices(weights: Weights) -> Weights:
+    """As torchtitan has them: gate and up apart, under its names."""
     w1, w3 = (part.contiguous() for part in weights["gate_up_proj"].chunk(2, dim=1))
     return {"w1": w1, "w3": w3, "w2": weights["down_proj"]}
 
 
 def joined_matrices(grads: Weights) -> Weights:
+    """Gradients of `split_matrices` as those of the weights that were split."""
     return {"gate_up_proj": torch.cat([grads["w1"], grads["w3"]], dim=1), "down_proj": grads["w2"]}
 
 
@@ -196,14 +198,17 @@ def sonicmoe() -> Callable[..., Tensor]:
 
 
 def gated_only(shape: Shape) -> str | None:
+    """Why a peer without plain activations does not run this shape."""
     return None if shape.activation == "swiglu" else "for gated experts only"
 
 
 def sorting_in_reason(shape: Shape) -> str | None:
+    """Why torchtitan's deterministic scatter-add does not run this shape."""
     if shape.tokens * shape.top_k * shape.dim > 2**27:
         return "its deterministic scatter-add sorts every number of every row: for 2^27 of them at most"
     return gated_only(shape)
 
 
 def few_tokens_only(shape: Shape) -> str | None:
+    """Why a loop over experts does not run this shape."""
     return None if shape.tokens <= 8192 else "a loop over experts that waits for the GPU: for 8,192 tokens at most"

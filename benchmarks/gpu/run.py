@@ -81,7 +81,7 @@ class TimedRun:
         Args:
             shapes: names, in the order to measure.
             failed: checks that are wrong: what they are about is not timed.
-            results: filled, and written after every part, since a run may be cut off.
+            results: with "name" and "not_measured". Filled, and written after every part, since a run may be cut off.
             certificate: where they come from.
         """
         self.results, self.certificate = results, certificate

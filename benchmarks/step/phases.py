@@ -28,6 +28,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """What runs inside is charged to phase `name`."""
         self._charge()
         self._running.append(name)
         try:
