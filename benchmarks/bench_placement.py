@@ -23,7 +23,7 @@ _KEPT: Final = (
     "bytes_weights",
     "bytes_paper",
     "bytes_state_moved",
-    "hosts",
+    "pairs",
     "replicas_moved",
     "planning_seconds",
     "achieved",

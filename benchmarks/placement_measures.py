@@ -49,18 +49,18 @@ def switch_domains(path: Path) -> dict[str, Any]:
     Policies have their own budgets, as in `swiftmoe plan`. "uniform" is `static`: judged by slots, the paper's way, and
     with our pooled budgets and split, which no other static placement has.
     """
-    popularity_SLE = read_trace(path).popularity_SLE
-    num_domains, _, num_experts = popularity_SLE.shape
+    popularity_ULE = read_trace(path).popularity_ULE
+    num_domains, _, num_experts = popularity_ULE.shape
     rows = []
     for num_ranks, slots in ((8, 12), (16, 6), (8, 9)):
-        uniform = make_policy("static", num_ranks, slots).place(Forecast.of(popularity_SLE[0]))
+        uniform = make_policy("static", num_ranks, slots).place(Forecast.of(popularity_ULE[0]))
         contenders = [("balanced", "balanced", "rank"), ("packed", "balanced", "rank"), ("symi", "uniform", "slot")]
         for name, split, per in contenders:
             dropped, slot, pooled = [], [], []
             for planned in range(num_domains):
-                placements = make_policy(name, num_ranks, slots).place(Forecast.of(popularity_SLE[planned]))
+                placements = make_policy(name, num_ranks, slots).place(Forecast.of(popularity_ULE[planned]))
                 for run in set(range(num_domains)) - {planned}:
-                    popularity_LE = popularity_SLE[run]
+                    popularity_LE = popularity_ULE[run]
                     dropped.append(_dropped(popularity_LE, placements, split, per))
                     slot.append(_dropped(popularity_LE, uniform, "uniform", "slot"))
                     pooled.append(_dropped(popularity_LE, uniform, "balanced", "rank"))

@@ -53,7 +53,7 @@ def test_the_json_has_these_keys_and_types(capacity_factor: float | None, speeds
             "bytes_state_moved": int,
             "step_seconds": seconds,
             "step_seconds_paper": seconds,
-            "hosts": float,
+            "pairs": float,
             "replicas_moved": float,
             "planning_seconds": float,
             "capacity_per": type(None) if capacity_factor is None else str,
@@ -83,7 +83,7 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
     # Budgets are 2 a slot: of the eight four are computed, then all eight.
     assert static["dropped"] == 4 / 16
     assert (static["imbalance"], static["imbalance_max"]) == (1.5, 2.0)
-    assert static["hosts"] == 2
+    assert static["pairs"] == 2
     # G (D - D / W) = 10 * 1; the paper's way 10 * (2 D - E - D / W) + 10 * S (1 - 1 / W) = 10 + 20.
     assert (static["bytes_gradients"], static["bytes_weights"], static["bytes_paper"]) == (10, 10, 30)
     # 4 choices of half a second, both times. Phases: half a gradient and half a weight, 10 bytes in all; tokens:
@@ -122,7 +122,7 @@ def test_without_a_capacity_nobody_is_judged_and_nothing_dropped() -> None:
 def test_only_where_state_lives_beside_weights_does_it_move() -> None:
     moved = numbers(policies=[*CANDIDATES])
     assert [name for name, values in moved.items() if values["bytes_state_moved"]] == ["lpt"]
-    # New hosts a step, each with state of 5 and weights of 2 bytes.
+    # New pairs a step, each with state of 5 and weights of 2 bytes.
     small = Machine(num_ranks=4, slots_per_rank=3, expert_bytes=2, state_bytes=5)
     lpt = numbers(small, policies=["lpt"])["lpt"]
     assert lpt["bytes_state_moved"] == round(lpt["replicas_moved"] * 7) > 0
@@ -137,18 +137,18 @@ def test_flexmoe_moves_state_at_its_interval() -> None:
     assert found["balanced"]["replicas_moved"] > 0
 
 
-def test_a_clairvoyant_is_one_whatever_the_lag() -> None:
-    late = plan(policies=["exact", "shadowing", "packed"], lag=3)
+def test_an_oracle_is_one_whatever_the_lag() -> None:
+    late = plan(policies=["oracle", "shadowing", "packed"], lag=3)
     assert {name: outcome.rules.lag for name, outcome in late.outcomes.items()} == {
-        "exact": 0,
+        "oracle": 0,
         "shadowing": 0,
         "packed": 3,
     }
 
 
-def test_a_lag_of_0_and_a_clairvoyant_are_the_same() -> None:
-    found = numbers(policies=["exact", "packed"], capacity_factor=1.0, lag=0)
-    assert found["exact"]["dropped"] == found["packed"]["dropped"]
+def test_a_lag_of_0_and_an_oracle_are_the_same() -> None:
+    found = numbers(policies=["oracle", "packed"], capacity_factor=1.0, lag=0)
+    assert found["oracle"]["dropped"] == found["packed"]["dropped"]
 
 
 @given(
@@ -160,10 +160,10 @@ def test_a_lag_of_0_and_a_clairvoyant_are_the_same() -> None:
 def test_nobody_beats_the_bounds(
     history: tuple[np.ndarray, int, int], capacity_factor: float | None, capacity: str | None
 ) -> None:
-    popularity_SLE, world_size, slots_per_rank = history
+    popularity_ULE, world_size, slots_per_rank = history
     options = PlanOptions(policies=[*CANDIDATES], capacity_factor=capacity_factor, capacity_per=capacity)
     machine = Machine(num_ranks=world_size, slots_per_rank=slots_per_rank)
-    found = make_plan(Trace(popularity_SLE[:, None]), machine, options).as_json()
+    found = make_plan(Trace(popularity_ULE[:, None]), machine, options).as_json()
     json.dumps(found, allow_nan=False)
     for values in found["policies"].values():
         assert values["dropped"] >= found["bounds"]["dropped"] - 1e-9

@@ -84,9 +84,9 @@ def test_a_parquet_path_gets_the_counts_as_a_table(tmp_path: Path) -> None:
     path = tmp_path / "new" / "trace.parquet"
     found = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
     trace = read_trace(path)
-    assert trace.counts_SWLE.shape == (NUM_STEPS, 2, 1, 5)
-    assert trace.counts_SWLE.sum(0)[:, 0].tolist() == found["counts"]
-    assert trace.step_S.tolist() == list(range(1, NUM_STEPS + 1))
+    assert trace.counts_UWLE.shape == (NUM_STEPS, 2, 1, 5)
+    assert trace.counts_UWLE.sum(0)[:, 0].tolist() == found["counts"]
+    assert trace.step_U.tolist() == list(range(1, NUM_STEPS + 1))
     assert trace.metadata == {
         "format_version": 1,
         "capacity_factor": 1.0,

@@ -52,7 +52,7 @@ def test_an_expert_has_one_host_where_there_are_enough_experts(history):
     num_experts = steps_NLE.shape[2]
     for popularity_LE in steps_NLE:
         for placement in policy.place(Forecast.of(popularity_LE)):
-            assert len(placement.pair_host_P) == max(num_experts, world_size)
+            assert len(placement.pair_rank_P) == max(num_experts, world_size)
 
 
 def test_an_interval_keeps_placements_between_revisions():
