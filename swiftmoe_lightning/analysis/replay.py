@@ -198,7 +198,7 @@ class _Arrays:
             placement = load.placement
             self.replicas_ULE[step, layer] = placement.replica_counts_E
             self.wanted_ULW[step, layer], self.load_ULW[step, layer] = load.wanted_W, load.load_W
-            self.num_pairs_UL[step, layer] = len(placement.pair_rank_P)
+            self.num_pairs_UL[step, layer] = placement.num_pairs
             self.busiest_UL[step, layer] = busiest_phase(placement)
             if self._before:
                 self.moved_UL[step, layer] = self._before[layer].placement.num_moved(placement)

@@ -83,6 +83,11 @@ class Placement:
         rank_S = np.repeat(np.arange(self.world_size), self.slots_per_rank)
         return np.unique(rank_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
 
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self._pairs[0])
+
     @cached_property
     def pair_rank_P(self) -> np.ndarray:
         """[P] int64: the rank of each pair; pairs are ordered by (rank, expert)."""

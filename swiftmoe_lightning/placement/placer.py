@@ -189,7 +189,7 @@ def _uniform(num_experts: int, policy: PlacementPolicy) -> Placement:
 
 def _may_stay(load: ExpertLoad, planned: Placement) -> bool:
     is_even = load.wanted_W.max() <= _EVEN * load.wanted_W.mean()
-    return bool(is_even) and len(load.placement.pair_rank_P) <= len(planned.pair_rank_P)
+    return bool(is_even) and load.placement.num_pairs <= planned.num_pairs
 
 
 def excess(load_W: np.ndarray) -> float:

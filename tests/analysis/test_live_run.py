@@ -97,13 +97,13 @@ def replayed(trace: Trace, placement: str = "balanced", **rules: Any) -> Replay:
     return replay(trace.popularity_ULE, make_policy(placement, W, slots_per_rank), Rules(**rules))
 
 
-def assert_same(found: Replay, trace: Trace) -> None:
+def assert_same(replayed_run: Replay, trace: Trace) -> None:
     """Loads, drops, replicas and moves of every step and layer, to the last assignment."""
     arrays = {
-        "loads": found.load_ULW,
-        "dropped": found.dropped_UL,
-        "replicas": found.replicas_ULE,
-        "moved": found.moved_UL,
+        "loads": replayed_run.load_ULW,
+        "dropped": replayed_run.dropped_UL,
+        "replicas": replayed_run.replicas_ULE,
+        "moved": replayed_run.moved_UL,
     }
     assert trace.recorded.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -164,24 +164,24 @@ def test_uniform_replicas_take_over_in_the_replay_when_they_did_in_the_run(tmp_p
     trace = recorded(partial(WithScript, JUMPING, **CAPPED), tmp_path, replace_every=2, slots_per_rank=2)
     rules = Rules(capacity=Capacity(1.0), interval=2)
     assert_same(replay(trace.popularity_ULE, make_policy("balanced", W, 2), rules), trace)
-    unguarded = make_policy("balanced", W, 2)
-    unguarded.has_uniform_fallback = False  # type: ignore[misc]
-    found = replay(trace.popularity_ULE, unguarded, rules)
-    stepped_in_S = (found.replicas_ULE != trace.recorded["replicas"]).any(2)[:, 0]
+    policy = make_policy("balanced", W, 2)
+    policy.has_uniform_fallback = False  # type: ignore[misc]
+    without_fallback = replay(trace.popularity_ULE, policy, rules)
+    fell_back_U = (without_fallback.replicas_ULE != trace.recorded["replicas"]).any(2)[:, 0]
     uniform_E = Placement.uniform(E, W, 2).replica_counts_E
-    assert stepped_in_S.any()
-    assert (trace.recorded["replicas"][stepped_in_S, 0] == uniform_E).all()
+    assert fell_back_U.any()
+    assert (trace.recorded["replicas"][fell_back_U, 0] == uniform_E).all()
 
 
 @pytest.mark.parametrize("interval", [2, "auto"])
 def test_layers_that_a_step_did_not_use_wait_in_the_replay_as_in_the_run(tmp_path: Path, interval: int | str) -> None:
     trace = recorded(Alternates, tmp_path, replace_every=interval, find_unused_parameters=True)
-    found, is_used_UL = replayed(trace, interval=interval), trace.popularity_ULE.any(2)
+    replayed_run, is_used_UL = replayed(trace, interval=interval), trace.popularity_ULE.any(2)
     assert is_used_UL.mean(0).tolist() == [1, 0.5, 0.5]
-    np.testing.assert_array_equal(found.load_ULW, trace.recorded["loads"])
-    for layer, is_used_S in enumerate(is_used_UL.T):
-        replicas, moved = (trace.recorded[name][is_used_S, layer] for name in ("replicas", "moved"))
-        np.testing.assert_array_equal(found.replicas_ULE[is_used_S, layer], replicas)
+    np.testing.assert_array_equal(replayed_run.load_ULW, trace.recorded["loads"])
+    for layer, is_used_U in enumerate(is_used_UL.T):
+        replicas, moved = (trace.recorded[name][is_used_U, layer] for name in ("replicas", "moved"))
+        np.testing.assert_array_equal(replayed_run.replicas_ULE[is_used_U, layer], replicas)
         # The recorder sees a move when the layer is used again.
-        moved_so_far = found.moved_UL[:, layer].cumsum()[is_used_S]
+        moved_so_far = replayed_run.moved_UL[:, layer].cumsum()[is_used_U]
         np.testing.assert_array_equal(np.diff(moved_so_far, prepend=0), moved)

@@ -86,12 +86,12 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_line(
     else:
         content[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    found = outcome(path)
-    if isinstance(found, str):
-        assert found.startswith(f"{path}: ")
-        assert "\n" not in found
+    result = outcome(path)
+    if isinstance(result, str):
+        assert result.startswith(f"{path}: ")
+        assert "\n" not in result
     else:
-        np.testing.assert_array_equal(found.counts_UWLE, COUNTS)
+        np.testing.assert_array_equal(result.counts_UWLE, COUNTS)
 
 
 def test_an_npz_file_needs_nothing_but_counts(tmp_path: Path) -> None:

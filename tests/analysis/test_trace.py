@@ -133,9 +133,9 @@ def outcome(values: np.ndarray) -> Trace | str:
     )
 )
 def test_whatever_the_array_it_is_a_trace_or_is_refused(values: np.ndarray) -> None:
-    found = outcome(values)
-    if isinstance(found, str):
-        assert found.startswith("counts ")
+    result = outcome(values)
+    if isinstance(result, str):
+        assert result.startswith("counts ")
     else:
-        assert found.counts_UWLE.dtype == np.int64
-        np.testing.assert_array_equal(found.counts_UWLE, values)
+        assert result.counts_UWLE.dtype == np.int64
+        np.testing.assert_array_equal(result.counts_UWLE, values)

@@ -55,24 +55,24 @@ def steps(draw):
 def test_nothing_drops_less_than_its_bounds(step, split, factor, per):
     counts_WE, placement = step
     plan = plan_dispatch(counts_WE, placement, split, Capacity(factor, per))
-    found = drop_bounds(counts_WE.sum(0), placement, plan.num_dropped_tokens, plan.budget, per)
-    check_chain(found)
-    assert plan.num_dropped_tokens == pytest.approx(found.achieved * counts_WE.sum())
+    bounds = drop_bounds(counts_WE.sum(0), placement, plan.num_dropped_tokens, plan.budget, per)
+    check_chain(bounds)
+    assert plan.num_dropped_tokens == pytest.approx(bounds.achieved * counts_WE.sum())
 
 
 @given(step=steps(), split=st.sampled_from(["balanced", "local_first", "uniform"]))
 @settings(max_examples=200, deadline=None)
 def test_nothing_is_more_even_than_its_bounds(step, split):
     counts_WE, placement = step
-    found = imbalance_bounds(counts_WE.sum(0), placement, plan_dispatch(counts_WE, placement, split).wanted_W)
-    check_chain(found)
+    bounds = imbalance_bounds(counts_WE.sum(0), placement, plan_dispatch(counts_WE, placement, split).wanted_W)
+    check_chain(bounds)
 
 
-def check_chain(found):
-    values = [found.achieved, *found.by_cause.values()]
-    assert tuple(found.by_cause) == CAUSES
+def check_chain(bounds):
+    values = [bounds.achieved, *bounds.by_cause.values()]
+    assert tuple(bounds.by_cause) == CAUSES
     assert all(a >= b - 1e-12 for a, b in zip(values, values[1:], strict=False))
-    assert sum(found.losses.values()) + values[-1] == pytest.approx(found.achieved)
+    assert sum(bounds.losses.values()) + values[-1] == pytest.approx(bounds.achieved)
 
 
 @given(step=steps(), factor=st.sampled_from([0.5, 1.0, 1.3]))
@@ -96,11 +96,11 @@ def test_no_placement_of_the_same_replicas_beats_the_bound_on_them(placement, da
         return
     placement = Placement(table, placement.num_experts, placement.world_size)
     load_E = counts_WE.sum(0)
-    found = imbalance_bounds(load_E, placement, np.array([10**6]))
+    bounds = imbalance_bounds(load_E, placement, np.array([10**6]))
     for other in set(permutations(table)):
         plan = plan_dispatch(counts_WE, Placement(other, placement.num_experts, placement.world_size))
         if load_E.sum():
-            assert plan.wanted_W.max() / plan.wanted_W.mean() >= found.by_cause["placement"] - 1e-9
+            assert plan.wanted_W.max() / plan.wanted_W.mean() >= bounds.by_cause["placement"] - 1e-9
 
 
 @given(
@@ -119,8 +119,8 @@ def test_the_oracles_replicas_are_the_best_of_all(loads, budget, spare, least, m
         for counts in every
         if sum(counts) <= num_slots
     )
-    found = _least_over_budget(np.array(loads), budget, num_slots, least_replicas=least, most_replicas=most)
-    assert found == best
+    least_drops = _least_over_budget(np.array(loads), budget, num_slots, least_replicas=least, most_replicas=most)
+    assert least_drops == best
 
 
 def test_a_step_without_tokens_lost_nothing():

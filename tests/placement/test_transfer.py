@@ -65,7 +65,7 @@ def test_bytes_on_the_wire_are_what_the_design_says_when_ranks_divide_the_rows(p
     world_size = placement.world_size
     expert_elements = rows * world_size * elements
     plan = plan_of(placement, [(rows * world_size, elements)])
-    num_pairs = len(placement.pair_rank_P)
+    num_pairs = placement.num_pairs
     on_the_wire = sum(plan.elements_sent(rank) for rank in range(world_size))
     assert on_the_wire * world_size == expert_elements * (num_pairs * world_size - num_pairs)
 
@@ -77,7 +77,7 @@ def test_every_rank_receives_its_rows_of_every_pair_and_whole_experts_of_its_own
     whole = sum(rows * elements for rows, elements in row_elements)
     assert owned_W.sum() == whole
     collection, distribution = plan_collection(placement, row_elements), plan_distribution(placement, row_elements)
-    num_pairs = len(placement.pair_rank_P)
+    num_pairs = placement.num_pairs
     for rank in range(placement.world_size):
         assert sum(collection.receive_splits(rank)) == num_pairs * owned_W[rank]
         assert sum(distribution.receive_splits(rank)) == placement.num_pairs_W[rank] * whole

@@ -27,10 +27,10 @@ def test_other_systems_are_named_and_run_as_their_authors_do():
 def replay(name, steps_ULE, world_size, slots_per_rank):
     policy = BASELINES[name](world_size, slots_per_rank)
     # Every step ten times: "flexmoe-10" then revises.
-    found = [policy.place(Forecast.of(popularity_LE)) for popularity_LE in steps_ULE for _ in range(10)]
-    for placements in found:
+    placements_of_calls = [policy.place(Forecast.of(popularity_LE)) for popularity_LE in steps_ULE for _ in range(10)]
+    for placements in placements_of_calls:
         check_placements(policy, placements, *steps_ULE.shape[1:])
-    return found
+    return placements_of_calls
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -38,9 +38,9 @@ def replay(name, steps_ULE, world_size, slots_per_rank):
 @settings(max_examples=60, deadline=None)
 def test_every_baseline_keeps_every_expert_fills_all_slots_and_follows_from_its_history(name, history):
     steps_ULE, world_size, slots_per_rank = history
-    found = replay(name, *history)
-    assert found == replay(name, *history)
-    for placement in (placement for placements in found for placement in placements):
+    placements_of_calls = replay(name, *history)
+    assert placements_of_calls == replay(name, *history)
+    for placement in (placement for placements in placements_of_calls for placement in placements):
         assert placement.replica_counts_E.min() >= 1
         assert placement.replica_counts_E.sum() == world_size * slots_per_rank
 

@@ -49,9 +49,9 @@ def written(data: PageData, folder: Path) -> str:
 
 
 def embedded(html: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert script is not None
+    return json.loads(script[1])
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
@@ -64,11 +64,11 @@ class Tags(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 def test_the_sentence_names_what_is_dropped_best_policy_first() -> None:
@@ -122,7 +122,7 @@ def test_bytes_are_read_in_fitting_units() -> None:
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
     html = written(page(), tmp_path)
     assert set(re.findall(r"https?://[^\"'\s]*", html)) == {"http://www.w3.org/2000/svg"}
-    for tag, attributes in Tags(html).found:
+    for tag, attributes in Tags(html).tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
         assert not {"src", "href", "srcset", "data"} & attributes.keys()
     for loader in ("@import", "url(http", "fetch(", "XMLHttpRequest", "import("):
@@ -137,7 +137,7 @@ def test_names_cannot_add_elements_or_fill_gaps_of_the_template(tmp_path: Path) 
     html = written(named, tmp_path)
     tame = tuple(replace(p, losses={"x": 0.1}) for p in data.policies)
     plain = Tags(written(replace(data, policies=tame), tmp_path))
-    assert [tag for tag, _ in Tags(html).found] == [tag for tag, _ in plain.found]
+    assert [tag for tag, _ in Tags(html).tags] == [tag for tag, _ in plain.tags]
     assert embedded(html)["layers"] == [HOSTILE, HOSTILE]
     assert html.count("<title>&lt;/script&gt;") == 1
 
@@ -196,38 +196,38 @@ def test_averaged_lines_weigh_steps_by_their_tokens() -> None:
     load_ULW = np.full((801, 1, 2), 5)
     load_ULW[-1, 0] = [30, 10]
     one = replace(policy(counts_ULE, "symi"), dropped_UL=dropped_UL, load_ULW=load_ULW)
-    found = lines(PageData("", "", counts_ULE, np.arange(801), ("a",), (one,), 1.0))
-    assert (len(found["first"]), found["first"][-1], found["last"][-1]) == (400, 798, 800)
+    series = lines(PageData("", "", counts_ULE, np.arange(801), ("a",), (one,), 1.0))
+    assert (len(series["first"]), series["first"][-1], series["last"][-1]) == (400, 798, 800)
     for layer in (0, 400):
-        at = layer + 399
-        assert unpack(found["survival"][0]["mean"])[at] == pytest.approx(0.7, abs=1e-4)
-        assert unpack(found["survival"][0]["worst"])[at] == pytest.approx(0.5, abs=1e-4)
-        assert unpack(found["imbalance"][0]["mean"])[at] == pytest.approx((1 + 1 + 1.5) / 3, abs=1e-4)
-        assert unpack(found["imbalance"][0]["worst"])[at] == pytest.approx(1.5, abs=1e-4)
+        column = layer + 399
+        assert unpack(series["survival"][0]["mean"])[column] == pytest.approx(0.7, abs=1e-4)
+        assert unpack(series["survival"][0]["worst"])[column] == pytest.approx(0.5, abs=1e-4)
+        assert unpack(series["imbalance"][0]["mean"])[column] == pytest.approx((1 + 1 + 1.5) / 3, abs=1e-4)
+        assert unpack(series["imbalance"][0]["worst"])[column] == pytest.approx(1.5, abs=1e-4)
 
 
 def test_whole_replicas_stay_whole_and_popularity_is_relative_to_the_mean() -> None:
     counts_ULE = np.array([[[30, 10]], [[5, 15]]])
     replicas_ULE = np.array([[[5, 2]], [[1, 6]]])
     one = replace(policy(counts_ULE, "symi"), replicas_ULE=replicas_ULE)
-    found = maps(PageData("", "", counts_ULE, np.arange(2), ("a",), (one,), 1.0))
-    assert np.allclose(unpack(found["popularity"]), [1.5, 0.5, 0.5, 1.5], atol=1e-4)
-    assert np.allclose(unpack(found["replicas"][0]), [5, 1, 2, 6], atol=1e-9)
-    assert found["replicas"][0]["slots"] == 7
+    heat_maps = maps(PageData("", "", counts_ULE, np.arange(2), ("a",), (one,), 1.0))
+    assert np.allclose(unpack(heat_maps["popularity"]), [1.5, 0.5, 0.5, 1.5], atol=1e-4)
+    assert np.allclose(unpack(heat_maps["replicas"][0]), [5, 1, 2, 6], atol=1e-9)
+    assert heat_maps["replicas"][0]["slots"] == 7
 
 
 def test_more_replicas_than_a_byte_counts_are_shown_rounded() -> None:
     counts_ULE = np.ones((1, 1, 2), dtype=int)
     one = replace(policy(counts_ULE, "symi"), replicas_ULE=np.array([[[1000, 24]]]))
-    found = maps(PageData("", "", counts_ULE, np.arange(1), ("a",), (one,), 1.0))
-    assert np.allclose(unpack(found["replicas"][0]), [1000, 24], atol=2)
+    heat_maps = maps(PageData("", "", counts_ULE, np.arange(1), ("a",), (one,), 1.0))
+    assert np.allclose(unpack(heat_maps["replicas"][0]), [1000, 24], atol=2)
 
 
 def test_of_too_many_experts_fewer_layers_are_shown() -> None:
-    found = maps(page(steps=250, layers=40, experts=512))
-    assert 1 < len(found["layers"]) < 40
-    assert (found["layers"][0], found["layers"][-1]) == (0, 39)
-    assert len(found["first"]) >= 200
+    heat_maps = maps(page(steps=250, layers=40, experts=512))
+    assert 1 < len(heat_maps["layers"]) < 40
+    assert (heat_maps["layers"][0], heat_maps["layers"][-1]) == (0, 39)
+    assert len(heat_maps["first"]) >= 200
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 4), (7, 1, 1), (401, 2, 3)])
@@ -236,11 +236,11 @@ def test_runs_of_all_sizes_make_a_page(
     sizes: tuple[int, int, int], capacity_factor: float | None, tmp_path: Path
 ) -> None:
     data = page(*sizes, capacity_factor)
-    found = embedded(written(data, tmp_path))
-    assert found["dropless"] is (capacity_factor is None)
+    chart_data = embedded(written(data, tmp_path))
+    assert chart_data["dropless"] is (capacity_factor is None)
     num_columns = min(sizes[0], 400)
-    assert unpack(found["maps"]["popularity"]).size == num_columns * sizes[1] * sizes[2]
-    assert unpack(found["lines"]["survival"][0]["mean"]).size == num_columns * (sizes[1] + 1)
+    assert unpack(chart_data["maps"]["popularity"]).size == num_columns * sizes[1] * sizes[2]
+    assert unpack(chart_data["lines"]["survival"][0]["mean"]).size == num_columns * (sizes[1] + 1)
 
 
 def test_policies_without_replicas_bytes_or_losses_make_a_page(tmp_path: Path) -> None:
@@ -262,9 +262,9 @@ def test_steps_without_tokens_count_as_even_and_complete(tmp_path: Path) -> None
     data = page()
     nothing_ULE = np.zeros_like(data.counts_ULE)
     empty = replace(data, counts_ULE=nothing_ULE, policies=(policy(nothing_ULE, "symi", 0.0, (0, 0)),))
-    found = embedded(written(empty, tmp_path))["lines"]
-    assert unpack(found["survival"][0]["mean"]).min() == 1
-    assert unpack(found["imbalance"][0]["worst"]).tolist() == [1.0] * 15
+    series = embedded(written(empty, tmp_path))["lines"]
+    assert unpack(series["survival"][0]["mean"]).min() == 1
+    assert unpack(series["imbalance"][0]["worst"]).tolist() == [1.0] * 15
 
 
 def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:

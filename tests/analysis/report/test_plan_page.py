@@ -106,14 +106,14 @@ def test_the_page_has_every_series_of_every_policy(capacity_factor: float | None
 def test_the_pages_table_has_the_plans_numbers(tmp_path: Path) -> None:
     trace, machine = Trace(COUNTS), Machine(num_ranks=W, slots_per_rank=SLOTS, expert_bytes=1000)
     made = make_plan(trace, machine, PlanOptions(policies=["symi", "lpt"], capacity_factor=1.0))
-    found = table(plan_page(made, "a trace"), tmp_path)
+    cells = table(plan_page(made, "a trace"), tmp_path)
     for name, values in made.as_json()["policies"].items():
-        assert found[name][0] == f"{100 * values['dropped']:.2f}"
-        assert found[name][2:4] == [f"{values['imbalance']:.3f}", f"{values['imbalance_max']:.2f}"]
-        assert found[name][8] == f"{values['replicas_moved']:.1f}"
+        assert cells[name][0] == f"{100 * values['dropped']:.2f}"
+        assert cells[name][2:4] == [f"{values['imbalance']:.3f}", f"{values['imbalance_max']:.2f}"]
+        assert cells[name][8] == f"{values['replicas_moved']:.1f}"
     # G (D - D / 2) in each of two layers.
     num_pairs = made.as_json()["policies"]["symi"]["pairs"]
-    assert found["symi"][4] == f"{num_pairs * 1000 / 2 * 2 / 1000:.3g} kB"
+    assert cells["symi"][4] == f"{num_pairs * 1000 / 2 * 2 / 1000:.3g} kB"
 
 
 @pytest.mark.parametrize(("lag", "words"), [(0, "from the step itself"), (1, "1 step old"), (3, "3 steps old")])

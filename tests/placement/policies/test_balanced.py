@@ -98,17 +98,17 @@ PRIMES = [101, 211, 307, 401, 503, 601, 701, 809, 907, 1009, 5003, 20011]
 @settings(max_examples=40, deadline=None)
 def test_placements_follow_the_experts_when_they_are_renamed(popularity, world_size, spread):
     expected = table_of(PRIMES, world_size, 3, spread)
-    found = table_of(popularity, world_size, 3, spread)
+    renamed = table_of(popularity, world_size, 3, spread)
 
     # Without spare pairs names cannot matter, as no two loads tie; spare pairs may tie in their places on the ring.
     def experts_of_ranks(table, names):
         return sorted(sorted({names[e] for e in row}) for row in table)
 
     if spread == 0:
-        assert experts_of_ranks(found, popularity) == experts_of_ranks(expected, PRIMES)
+        assert experts_of_ranks(renamed, popularity) == experts_of_ranks(expected, PRIMES)
     else:
         counts = [
             sorted(names[e] for row in table for e in set(row))
-            for table, names in ((found, popularity), (expected, PRIMES))
+            for table, names in ((renamed, popularity), (expected, PRIMES))
         ]
         assert counts[0] == pytest.approx(counts[1])

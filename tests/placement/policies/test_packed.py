@@ -37,5 +37,5 @@ PRIMES = [101, 211, 307, 401, 503, 601, 701, 809, 907, 1009, 5003, 20011]
 def test_packed_follows_the_experts_when_they_are_renamed(popularity, world_size, slots_per_rank):
     # Primes: no two shares tie, so names cannot matter.
     expected = table_of("packed", PRIMES, world_size, slots_per_rank)
-    found = table_of("packed", popularity, world_size, slots_per_rank)
-    assert [[popularity[e] for e in row] for row in found] == [[PRIMES[e] for e in row] for row in expected]
+    renamed = table_of("packed", popularity, world_size, slots_per_rank)
+    assert [[popularity[e] for e in row] for row in renamed] == [[PRIMES[e] for e in row] for row in expected]

@@ -14,8 +14,8 @@ class TooNarrowPolicy(PlacementPolicy):
 
 def test_a_policy_that_forgets_slots_or_layers_is_told_so():
     policy = make_policy(TooNarrowPolicy, 2, 2)
-    found = policy.place(Forecast.of(np.ones((1, 2), dtype=np.int64)))
+    placements = policy.place(Forecast.of(np.ones((1, 2), dtype=np.int64)))
     with pytest.raises(ValueError, match=r"must place 2 experts on 2 ranks of 2 slots, got .* 2 ranks of 1 slots"):
-        check_placements(policy, found, 1, 2)
+        check_placements(policy, placements, 1, 2)
     with pytest.raises(ValueError, match=r"TooNarrowPolicy.place gave 1 placements for 3 layers"):
-        check_placements(policy, found, 3, 2)
+        check_placements(policy, placements, 3, 2)

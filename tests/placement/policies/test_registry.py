@@ -42,8 +42,8 @@ def test_edge_sizes_work_with_any_popularity(name, num_experts, world_size, slot
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_a_thousand_ranks_are_placed(name):
     popularity_LE = np.random.default_rng(0).zipf(1.3, (12, 256)).clip(max=10**7)
-    found = make_policy(name, 1200, 2).place(Forecast.of(popularity_LE))
-    assert all(p.slot_to_expert_S.size == 2400 for p in found)
+    placements = make_policy(name, 1200, 2).place(Forecast.of(popularity_LE))
+    assert all(p.slot_to_expert_S.size == 2400 for p in placements)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -61,9 +61,9 @@ class ReversedPolicy(PlacementPolicy):
 
 def test_a_policy_of_ones_own_is_made_from_its_class():
     policy = make_policy(ReversedPolicy, 2, 2)
-    found = policy.place(Forecast.of(np.ones((2, 3), dtype=np.int64)))
-    assert found == [Placement([0, 2, 1, 0], 3, 2)] * 2
-    check_placements(policy, found, 2, 3)
+    placements = policy.place(Forecast.of(np.ones((2, 3), dtype=np.int64)))
+    assert placements == [Placement([0, 2, 1, 0], 3, 2)] * 2
+    check_placements(policy, placements, 2, 3)
 
 
 def test_unknown_names_and_things_that_are_no_policy_are_refused():
