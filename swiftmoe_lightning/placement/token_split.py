@@ -1,7 +1,7 @@
 """Which rank computes which assignments: exact integers from this step's counts and the placement.
 
-W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q prefixes.
-An assignment is one token's choice of one expert; a token with top-k routing makes k of them.
+W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q
+prefixes. An assignment is one token's choice of one expert; a token with top-k routing makes k of them.
 
 A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d):
 the table of all ranks has W P entries, and nobody needs it.

@@ -70,7 +70,7 @@ def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]
         placement: which ranks have which expert.
         row_elements: for each tensor of an expert, its rows and the elements of one row.
     """
-    return TransferPlan(placement.num_pairs_W, shard_elements(row_elements, placement.world_size))
+    return TransferPlan(placement.num_pairs_W, shard_elements(tuple(row_elements), placement.world_size))
 
 
 def plan_distribution(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
@@ -80,10 +80,11 @@ def plan_distribution(placement: Placement, row_elements: Sequence[tuple[int, in
         placement: which ranks have which expert.
         row_elements: for each tensor of an expert, its rows and the elements of one row.
     """
-    return TransferPlan(shard_elements(row_elements, placement.world_size), placement.num_pairs_W)
+    return TransferPlan(shard_elements(tuple(row_elements), placement.world_size), placement.num_pairs_W)
 
 
-def shard_elements(row_elements: Sequence[tuple[int, int]], world_size: int) -> np.ndarray:
+@lru_cache(maxsize=1024)
+def shard_elements(row_elements: tuple[tuple[int, int], ...], world_size: int) -> np.ndarray:
     """Elements of one expert that each rank owns, over all its tensors.
 
     Args:
@@ -91,11 +92,12 @@ def shard_elements(row_elements: Sequence[tuple[int, int]], world_size: int) -> 
         world_size: W.
 
     Returns:
-        [W] int64.
+        [W] int64, read-only.
     """
     owned_W = np.zeros(world_size, dtype=np.int64)
     for num_rows, elements in row_elements:
         owned_W += [(stop - start) * elements for start, stop in shard_rows(num_rows, world_size)]
+    owned_W.flags.writeable = False
     return owned_W
 
 

@@ -39,7 +39,7 @@ def test_neighbours_that_own_equally_many_rows_form_a_block() -> None:
 # Rank 0 has experts 0 and 1, rank 1 has 1 in both its slots.
 PLACEMENT = Placement([0, 1, 1, 1], 2, 2)
 # A matrix of 3 rows of 10 elements and a bias of 2: rank 0 owns 2 * 10 + 1 of them, rank 1 owns 10 + 1.
-ROW_ELEMENTS = [(3, 10), (2, 1)]
+ROW_ELEMENTS = ((3, 10), (2, 1))
 
 
 def test_collection_sends_the_rows_of_every_gradient_to_their_owners():
@@ -73,7 +73,7 @@ def test_bytes_on_the_wire_are_what_the_design_says_when_ranks_divide_the_rows(p
 @given(placements(), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_every_rank_receives_its_rows_of_every_pair_and_whole_experts_of_its_own(placement, row_elements):
-    owned_W = shard_elements(row_elements, placement.world_size)
+    owned_W = shard_elements(tuple(row_elements), placement.world_size)
     whole = sum(rows * elements for rows, elements in row_elements)
     assert owned_W.sum() == whole
     collection, distribution = plan_collection(placement, row_elements), plan_distribution(placement, row_elements)

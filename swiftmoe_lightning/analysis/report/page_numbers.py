@@ -1,6 +1,7 @@
 """Long series -> what fits a page: steps averaged into columns, values as small integers in base64.
 
-U steps, L layers, E experts, W ranks, C columns (neighbouring steps taken together).
+U steps, L layers, E experts, W ranks, C columns (neighbouring steps taken together), M lines (one of all layers
+together, then one of each).
 """
 
 from __future__ import annotations
