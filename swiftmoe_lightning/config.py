@@ -19,12 +19,12 @@ class SwiftMoEConfig:
     Attributes:
         slots_per_rank: slots (places for one expert's weights) on each rank, s. None picks
             max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
-        placement: "balanced" (the fewest hosts that carry the load and its movement, so the fewest bytes), "packed" (a
-            replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1, contiguous), "static"
-            (uniform, contiguous), or a subclass of `PlacementPolicy`.
+        placement: "balanced" (the fewest (rank, expert) pairs that carry the load and its movement, so the fewest
+            bytes), "packed" (a replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1,
+            contiguous), "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
         replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves
-            a layer as it is while its loads are even and no fewer hosts would do.
-        token_split: how an expert's tokens are shared by its hosts: "balanced" (so that the loads of all ranks are as
+            a layer as it is while its loads are even, unless a new placement has fewer (rank, expert) pairs.
+        token_split: how an expert's tokens are shared by its ranks: "balanced" (so that the loads of all ranks are as
             even as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal
             shares a slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its
             node, as far as the shares allow.
@@ -35,7 +35,7 @@ class SwiftMoEConfig:
             own.
         reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in
             float32 or wider.
-        offload_optimizer: keep experts and optimizer state in host memory. Needs a process group that also serves the
+        offload_optimizer: keep experts and optimizer state in CPU memory. Needs a process group that also serves the
             CPU ("cpu:gloo,cuda:nccl").
 
     Raises:
@@ -72,7 +72,7 @@ class SwiftMoEConfig:
             )
         if self.dense == "fsdp2" and self.offload_optimizer:
             raise ValueError(
-                "offload_optimizer=True keeps experts in host memory, and dense='fsdp2' needs all parameters on one "
+                "offload_optimizer=True keeps experts in CPU memory, and dense='fsdp2' needs all parameters on one "
                 "kind of device. Leave one of them out."
             )
         if self.param_dtype is not None:

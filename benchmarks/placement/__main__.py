@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "rows": [row for path in arguments.traces for row in compare_policies(path, arguments.ranks)],
     }
     if arguments.domains:
-        results["domain_switch"] = switch_domains(read_trace(arguments.domains).popularity_SLE)
+        results["domain_switch"] = switch_domains(read_trace(arguments.domains).popularity_ULE)
     path = write_result(arguments.name, certificate, results)
     tables = write_tables(results, path.with_suffix(".md"))
     picture = draw_frontier(results, path.with_name(f"{arguments.name}_frontier.png"))

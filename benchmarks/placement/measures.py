@@ -26,7 +26,7 @@ _KEYS: Final = (
     "bytes_weights",
     "bytes_paper",
     "bytes_state_moved",
-    "hosts",
+    "pairs",
     "replicas_moved",
     "planning_seconds",
     "achieved",

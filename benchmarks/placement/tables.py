@@ -16,7 +16,7 @@ _LOOKS: Final = {
     "flexmoe-10": ("#009e73", "D"),
     "eplb": ("#cc79a7", "v"),
     "shadowing": ("#e69f00", "P"),
-    "exact": ("#999999", "*"),
+    "oracle": ("#999999", "*"),
 }
 
 
@@ -28,7 +28,7 @@ def write_tables(results: dict[str, Any], path: Path) -> Path:
         "Plans are one step old. Each cell: dropped assignments / imbalance (busiest rank's load over the mean) "
         "/ bytes of both weight phases, over what the paper's way sends with symi's placements. Without a capacity "
         "nothing is dropped. `static`, `symi` and FlexMoE have slot budgets, the others budgets pooled "
-        "over a rank. FlexMoE, EPLB, LPT and shadowing are re-implementations; `exact` and `shadowing` know the "
+        "over a rank. FlexMoE, EPLB, LPT and shadowing are re-implementations; `oracle` and `shadowing` know the "
         "step that they serve.",
     ]
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}

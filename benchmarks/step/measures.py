@@ -145,7 +145,7 @@ def check_bytes(loop: TrainingLoop, steps: int) -> dict[str, Any]:
             sent = engine.traffic[phase] - before[phase]
             planned = size * sum(plan(p, row_elements).elements_sent(rank) for p in placements[phase])
             assert sent == planned, (phase, rank, sent, planned)
-            hosted = sum(len(p.pair_host_P) for p in placements[phase])
+            hosted = sum(p.num_pairs for p in placements[phase])
             counted.append(float(sent))
             formula.append(size * elements * hosted * (world_size - 1) / world_size)
     all_ranks = total(counted)

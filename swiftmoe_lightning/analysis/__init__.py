@@ -2,6 +2,7 @@
 
 from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
 from swiftmoe_lightning.analysis.cost import Machine
+from swiftmoe_lightning.analysis.megatron import read_megatron
 from swiftmoe_lightning.analysis.plan import Plan, PlanOptions, make_plan
 from swiftmoe_lightning.analysis.read_trace import read_trace
 from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
@@ -21,6 +22,7 @@ __all__ = [
     "Trace",
     "check_writable",
     "make_plan",
+    "read_megatron",
     "read_trace",
     "replay",
     "writer_for",

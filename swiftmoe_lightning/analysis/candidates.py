@@ -1,4 +1,4 @@
-"""The policies that a trace can be planned with, each judged as its authors do."""
+"""The policies that a trace can be planned with, each with the capacity and the token split of its authors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Candidate:
         make: (world_size, slots_per_rank) -> the policy.
         split: its token split.
         capacity_per: what has a budget where there is a capacity: a "rank" or a "slot".
-        knows_the_step: plans a step from the step itself, whatever the lag.
-        moves_state: a new host gets the expert's whole optimizer state, as where it lives beside the weights.
+        is_oracle: plans a step from the step itself, whatever the lag.
+        moves_state: a rank where an expert is new gets its whole optimizer state, which lives beside the weights.
         label: one or two words to set it apart.
     """
 
     make: Callable[[int, int], PlacementPolicy]
     split: str = "uniform"
     capacity_per: str = "rank"
-    knows_the_step: bool = False
+    is_oracle: bool = False
     moves_state: bool = False
     label: str
 
@@ -55,8 +55,8 @@ CANDIDATES: Final[Mapping[str, Candidate]] = {
     },
     "eplb": Candidate(make=EPLBPolicy, label=_BASELINE),
     "lpt": Candidate(make=LPTPolicy, moves_state=True, label=_BASELINE),
-    "shadowing": Candidate(make=ShadowingPolicy, knows_the_step=True, label=_BASELINE),
-    "exact": Candidate(
-        make=partial(make_policy, "packed"), split="balanced", knows_the_step=True, label="packed, knowing the step"
+    "shadowing": Candidate(make=ShadowingPolicy, is_oracle=True, label=_BASELINE),
+    "oracle": Candidate(
+        make=partial(make_policy, "packed"), split="balanced", is_oracle=True, label="packed, knowing the step"
     ),
 }

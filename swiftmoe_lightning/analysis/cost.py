@@ -1,6 +1,6 @@
 """Bytes and seconds of a step's phases: ours, and the paper's (SYMI, arXiv 2504.19925, section 3 and appendix).
 
-W ranks (the paper's N), E experts, s slots of a rank, S = W * s, P hosted (rank, expert) pairs, d of one rank.
+W ranks (the paper's N), E experts, s slots of a rank, S = W * s, P (rank, expert) pairs, d of one rank.
 G: bytes of one expert's gradient, and of its weights, which are as many here.
 """
 
@@ -72,24 +72,24 @@ class Machine:
         return 8 * self.expert_bytes if self.state_bytes is None else self.state_bytes
 
 
-def phase_bytes(num_hosted: float, machine: Machine) -> float:
+def phase_bytes(num_pairs: float, machine: Machine) -> float:
     """What collect, or distribute, puts on the wire in one layer, all ranks together: G (P - P / W).
 
     Args:
-        num_hosted: P, or its mean.
+        num_pairs: P, or its mean.
         machine: the ranks.
     """
-    return machine.expert_bytes * num_hosted * (1 - 1 / machine.num_ranks)
+    return machine.expert_bytes * num_pairs * (1 - 1 / machine.num_ranks)
 
 
-def paper_bytes(num_hosted: float, num_experts: int, machine: Machine) -> float:
+def paper_bytes(num_pairs: float, num_experts: int, machine: Machine) -> float:
     """Both phases of one layer, sent the paper's way with the same placement.
 
-    Gradients: an all-reduce over each expert's hosts and one fetch of every shard, G (2 P - E - P / W). Weights: point
+    Gradients: an all-reduce over each expert's ranks and one fetch of every shard, G (2 P - E - P / W). Weights: point
     to point to every slot, G S (1 - 1 / W).
 
     Args:
-        num_hosted: P, or its mean.
+        num_pairs: P, or its mean.
         num_experts: E.
         machine: the ranks.
 
@@ -97,18 +97,18 @@ def paper_bytes(num_hosted: float, num_experts: int, machine: Machine) -> float:
         Bytes, all ranks together.
     """
     num_ranks = machine.num_ranks
-    gradients = 2 * num_hosted - num_experts - num_hosted / num_ranks
+    gradients = 2 * num_pairs - num_experts - num_pairs / num_ranks
     return machine.expert_bytes * (gradients + machine.slots_per_rank * (num_ranks - 1))
 
 
 def busiest_phase(placement: Placement) -> float:
     """The most that a rank sends or receives in one of the two phases, in units of G.
 
-    A rank with d hosted experts sends their shards to the W - 1 others, and gets its own of the P - d pairs elsewhere:
+    A rank with d experts sends their shards to the W - 1 others, and gets its own of the P - d pairs elsewhere:
     max(d (W - 1), P - d) / W. Distribute is the same the other way round.
     """
-    hosted_W, num_ranks = placement.num_hosted_W, placement.world_size
-    return float(np.maximum(hosted_W * (num_ranks - 1), hosted_W.sum() - hosted_W).max() / num_ranks)
+    num_pairs_W, num_ranks = placement.num_pairs_W, placement.world_size
+    return float(np.maximum(num_pairs_W * (num_ranks - 1), num_pairs_W.sum() - num_pairs_W).max() / num_ranks)
 
 
 def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine) -> float | None:

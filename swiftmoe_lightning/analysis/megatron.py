@@ -1,4 +1,4 @@
-"""Router traces of Megatron-Core -> `Trace`. S steps, W ranks, L layers, E experts.
+"""Router traces of Megatron-Core -> `Trace`. U steps, W ranks, L layers, E experts.
 
 `--moe-routing-trace-path FOLDER` makes every rank write `FOLDER/router_trace_rank{N}.jsonl`, one line for each router
 call (megatron/core/transformer/moe/router_trace.py in https://github.com/NVIDIA/Megatron-LM):
@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from swiftmoe_lightning.analysis.trace import Trace, check_bytes
+from swiftmoe_lightning.config import check_whole
 
 FILES_OF_A_FOLDER: Final = "router_trace_rank*.jsonl"
 _REQUIRED: Final = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
@@ -56,17 +57,19 @@ def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trac
     call a layer in a step has zeros there. Source ranks are those found, in order (`metadata["ranks"]`); layers are
     named "3", or "mtp.0.1" for the multi-token prediction's.
 
-    The lines say what a rank routed, so some things they cannot say: recomputed activations count a token twice,
-    evenly so; and in versions that write `block`, each pipeline stage numbers its layers from 0, so that the files of
-    different stages must be read apart.
+    The lines are of router calls, so recomputed activations count every token twice. In versions that write `block`,
+    each pipeline stage numbers its layers from 0, so that the files of different stages must be read apart.
 
     Args:
         paths: the files.
         num_experts: E. None takes it from `logit_shape`; without that, it is the highest id found plus 1.
 
     Raises:
-        ValueError: with file and line, for what is not such a line, or does not agree with the lines before it.
+        ValueError: with file and line, for what is not such a line, or does not agree with the lines before it; for a
+            `num_experts` that is not a whole number of 1 or more.
     """
+    if num_experts is not None:
+        check_whole(num_experts=num_experts)
     calls = [call for path in paths for call in _calls_of(path)]
     if not calls:
         raise ValueError("there is not one line in it. Trace at least one step with --moe-routing-trace-path.")
@@ -78,11 +81,11 @@ def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trac
     # A few damaged numbers in each place make a table of all their combinations.
     check_bytes(f"counts of the shape {shape}", 8 * math.prod(shape))
     row_of, source_of, layer_of = _positions(steps), _positions(ranks), _positions(layers)
-    counts_SWLE = np.zeros(shape, dtype=np.int64)
+    counts_UWLE = np.zeros(shape, dtype=np.int64)
     for call in calls:
-        target_E = counts_SWLE[row_of[call.step], source_of[call.rank], layer_of[call.layer]]
+        target_E = counts_UWLE[row_of[call.step], source_of[call.rank], layer_of[call.layer]]
         target_E[: len(call.counts_E)] += call.counts_E
-    return Trace(counts_SWLE, [names[layer] for layer in layers], np.array(steps), {"ranks": ranks})
+    return Trace(counts_UWLE, [names[layer] for layer in layers], np.array(steps), {"ranks": ranks})
 
 
 def _positions(values: Iterable[Any]) -> dict[Any, int]:
@@ -90,21 +93,21 @@ def _positions(values: Iterable[Any]) -> dict[Any, int]:
 
 
 def _num_experts(calls: list[_Call], num_experts: int | None) -> int:
-    said_by = "num_experts"
+    source = "num_experts"
     for call in calls:
         if call.num_experts is None:
             continue
         if num_experts is None:
-            num_experts, said_by = call.num_experts, call.where
+            num_experts, source = call.num_experts, call.where
         elif call.num_experts != num_experts:
             raise ValueError(
-                f"{call.where}: its logit_shape says {call.num_experts} experts, and {said_by} says {num_experts}. All "
+                f"{call.where}: its logit_shape says {call.num_experts} experts, and {source} says {num_experts}. All "
                 "layers need the same number: trace one model to a folder of its own."
             )
     highest = max(calls, key=lambda call: len(call.counts_E))
     if num_experts is not None and len(highest.counts_E) > num_experts:
         raise ValueError(
-            f"{highest.where}: expert {len(highest.counts_E) - 1} was chosen, and {said_by} says that there are "
+            f"{highest.where}: expert {len(highest.counts_E) - 1} was chosen, and {source} says that there are "
             f"{num_experts}. Experts are numbered from 0: give the model's number of experts."
         )
     return num_experts or max(len(highest.counts_E), 1)

@@ -1,4 +1,4 @@
-"""What policies would have made of a trace: numbers to choose by. S steps, L layers, E experts, W ranks."""
+"""What policies would have made of a trace: numbers to choose by. U steps, L layers, E experts, W ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swiftmoe_lightning.analysis.cost import Machine, paper_bytes, paper_step_se
 from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
 from swiftmoe_lightning.analysis.trace import Trace, check_bytes
 from swiftmoe_lightning.config import SwiftMoEConfig, check_choice, check_whole
-from swiftmoe_lightning.placement import Capacity, Placement, certify_drops, certify_imbalance
+from swiftmoe_lightning.placement import Capacity, Placement, drop_bounds, imbalance_bounds
 
 DEFAULT_POLICIES: Final = ("balanced", "packed", "symi", "static")
 _MOST_SLOTS: Final = 2**20
@@ -26,8 +26,8 @@ class PlanOptions:
     Attributes:
         policies: names of `CANDIDATES`.
         capacity_factor: None is dropless.
-        capacity_per: what has a budget, "rank" or "slot"; None judges each policy by its own (see `Candidate`).
-        lag: rows between the step that a plan is made from and the one that it serves; 0 is a clairvoyant's.
+        capacity_per: what has a budget, "rank" or "slot"; None takes each policy's own (see `Candidate`).
+        lag: rows between the step that a plan is made from and the one that it serves; 0 is an oracle's.
         replace_every: as in `SwiftMoEConfig`.
 
     Raises:
@@ -61,7 +61,7 @@ class PlanOptions:
         return Rules(
             split=candidate.split,
             capacity=capacity,
-            lag=0 if candidate.knows_the_step else self.lag,
+            lag=0 if candidate.is_oracle else self.lag,
             interval=self.replace_every,
         )
 
@@ -79,7 +79,7 @@ class Outcome:
         bytes_gradients: collecting gradients.
         bytes_weights: distributing weights.
         bytes_paper: both phases, the paper's way, with the same placements.
-        bytes_state_moved: optimizer state and weights that go to new hosts, where the candidate moves them.
+        bytes_state_moved: optimizer state and weights of experts that are new on a rank, if the candidate moves them.
         seconds: modelled, of a step; None without speeds.
         seconds_paper: the same, phases at the paper's bound.
     """
@@ -115,7 +115,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Numbers only, by policy; means over all steps and layers."""
-        num_assignments = int(self.trace.popularity_SLE.sum())
+        num_assignments = int(self.trace.popularity_ULE.sum())
         return {
             "policies": {name: _numbers(outcome, num_assignments) for name, outcome in self.outcomes.items()},
             "bounds": self.bounds,
@@ -148,46 +148,47 @@ def make_plan(
         ValueError: when the slots cannot hold the experts, or the replays would not fit the memory.
     """
     _check_size(trace, machine)
-    popularity_SLE = trace.popularity_SLE
+    popularity_ULE = trace.popularity_ULE
     # The bounds come first: they say at once when the slots are too few.
-    bounds = _bounds(popularity_SLE, machine, options.capacity_factor)
+    bounds = _bounds(popularity_ULE, machine, options.capacity_factor)
     outcomes = {}
     for name in options.policies:
         if report is not None:
             report(name)
         candidate = CANDIDATES[name]
         rules = options.rules(candidate)
-        found = replay(popularity_SLE, candidate.make(machine.num_ranks, machine.slots_per_rank), rules)
-        outcomes[name] = _outcome(candidate, rules, found, machine, trace.num_experts)
+        policy = candidate.make(machine.num_ranks, machine.slots_per_rank)
+        outcomes[name] = _outcome(candidate, rules, replay(popularity_ULE, policy, rules), machine, trace.num_experts)
     return Plan(trace, machine, options, outcomes, bounds)
 
 
 def _check_size(trace: Trace, machine: Machine) -> None:
-    """Refuse what would fill the memory: one layer's slots, and a replay's arrays [S, L, W] and [S, L, E]."""
+    """Refuse what would fill the memory: one layer's slots, and a replay's arrays [U, L, W] and [U, L, E]."""
     if (num_slots := machine.num_ranks * machine.slots_per_rank) > _MOST_SLOTS:
         raise ValueError(f"{num_slots} slots on all ranks are more than {_MOST_SLOTS}. Plan for fewer ranks or slots.")
     check_bytes("a replay", 8 * trace.num_steps * trace.num_layers * (2 * machine.num_ranks + trace.num_experts))
 
 
-def _outcome(candidate: Candidate, rules: Rules, found: Replay, machine: Machine, num_experts: int) -> Outcome:
-    num_steps, num_layers = found.hosted_SL.shape
-    hosted = found.hosted_SL.sum() / num_steps
+def _outcome(candidate: Candidate, rules: Rules, replayed: Replay, machine: Machine, num_experts: int) -> Outcome:
+    num_steps, num_layers = replayed.num_pairs_UL.shape
+    num_pairs = replayed.num_pairs_UL.sum() / num_steps
     # Both phases of a step have the same placement but for the step between; means over a run hardly differ.
-    phase = round(phase_bytes(hosted, machine))
-    moved_SL = found.moved_SL if candidate.moves_state else np.zeros_like(found.moved_SL)
-    state = moved_SL.sum() / num_steps * (machine.moved_state_bytes + machine.expert_bytes)
-    max_SL = found.load_SLW.max(2)
+    phase = round(phase_bytes(num_pairs, machine))
+    moved_UL = replayed.moved_UL if candidate.moves_state else np.zeros_like(replayed.moved_UL)
+    state = moved_UL.sum() / num_steps * (machine.moved_state_bytes + machine.expert_bytes)
+    max_UL = replayed.load_ULW.max(2)
     seconds = [
-        step_seconds(*layer, machine) for layer in zip(max_SL.flat, found.busiest_SL.flat, moved_SL.flat, strict=True)
+        step_seconds(*layer, machine)
+        for layer in zip(max_UL.flat, replayed.busiest_UL.flat, moved_UL.flat, strict=True)
     ]
-    paper = [paper_step_seconds(max_load, machine) for max_load in max_SL.flat]
+    paper = [paper_step_seconds(max_load, machine) for max_load in max_UL.flat]
     return Outcome(
         candidate,
         rules,
-        found,
+        replayed,
         bytes_gradients=phase,
         bytes_weights=phase,
-        bytes_paper=round(num_layers * paper_bytes(hosted / num_layers, num_experts, machine)),
+        bytes_paper=round(num_layers * paper_bytes(num_pairs / num_layers, num_experts, machine)),
         bytes_state_moved=round(state),
         seconds=_sum_of_step(seconds, num_steps),
         seconds_paper=_sum_of_step(paper, num_steps),
@@ -199,47 +200,47 @@ def _sum_of_step(seconds: list[float | None], num_steps: int) -> float | None:
     return float(sum(known)) / num_steps if known else None
 
 
-def _bounds(popularity_SLE: np.ndarray, machine: Machine, capacity_factor: float | None) -> dict[str, float]:
-    """Means over all steps and layers of a clairvoyant's best: whole replicas, at least one of every expert.
+def _bounds(popularity_ULE: np.ndarray, machine: Machine, capacity_factor: float | None) -> dict[str, float]:
+    """Means over all steps and layers of an oracle's best: whole replicas, at least one of every expert.
 
     As in a replay, a layer's step without tokens counts as even.
     """
-    uniform = Placement.uniform(popularity_SLE.shape[2], machine.num_ranks, machine.slots_per_rank)
+    uniform = Placement.uniform(popularity_ULE.shape[2], machine.num_ranks, machine.slots_per_rank)
     no_load_W = np.zeros(machine.num_ranks, dtype=np.int64)
     dropped, imbalance = 0.0, []
-    for popularity_E in popularity_SLE.reshape(-1, popularity_SLE.shape[2]):
-        imbalance.append(certify_imbalance(popularity_E, uniform, no_load_W).bounds["prediction"])
+    for popularity_E in popularity_ULE.reshape(-1, popularity_ULE.shape[2]):
+        imbalance.append(imbalance_bounds(popularity_E, uniform, no_load_W).by_cause["prediction"])
         if capacity_factor is not None:
             total = int(popularity_E.sum())
             # Budgets of slots are rounded up one by one, so that a rank's may add up to a little more.
             budgets = [Capacity(capacity_factor, per).budget(total, uniform) for per in ("rank", "slot")]
             budget = max(budgets[0], budgets[1] * machine.slots_per_rank)
-            dropped += total * certify_drops(popularity_E, uniform, 0, budget, "rank").bounds["prediction"]
+            dropped += total * drop_bounds(popularity_E, uniform, 0, budget, "rank").by_cause["prediction"]
     # Where tokens are dropped, loads can be as even as one likes.
     least = 1.0 if capacity_factor is not None else float(np.mean(imbalance))
-    return {"dropped": dropped / float(popularity_SLE.sum()), "imbalance": least}
+    return {"dropped": dropped / float(popularity_ULE.sum()), "imbalance": least}
 
 
 def _numbers(outcome: Outcome, num_assignments: int) -> dict[str, Any]:
-    found = outcome.replay
+    replayed = outcome.replay
     capacity = outcome.rules.capacity
     return {
-        "dropped": float(found.dropped_SL.sum() / num_assignments),
-        "imbalance": float(found.imbalance_SL.mean()),
-        "imbalance_max": float(found.imbalance_SL.max()),
+        "dropped": float(replayed.dropped_UL.sum() / num_assignments),
+        "imbalance": float(replayed.imbalance_UL.mean()),
+        "imbalance_max": float(replayed.imbalance_UL.max()),
         "bytes_gradients": outcome.bytes_gradients,
         "bytes_weights": outcome.bytes_weights,
         "bytes_paper": outcome.bytes_paper,
         "bytes_state_moved": outcome.bytes_state_moved,
         "step_seconds": outcome.seconds,
         "step_seconds_paper": outcome.seconds_paper,
-        "hosts": float(found.hosted_SL.mean()),
-        "replicas_moved": float(found.moved_SL.sum(1).mean()),
-        "planning_seconds": found.planning_seconds,
+        "pairs": float(replayed.num_pairs_UL.mean()),
+        "replicas_moved": float(replayed.moved_UL.sum(1).mean()),
+        "planning_seconds": replayed.planning_seconds,
         "capacity_per": None if capacity is None else capacity.per,
         "token_split": outcome.rules.split,
         "label": outcome.candidate.label,
-        "achieved": found.achieved,
-        "losses": found.losses,
-        "bounds": found.bounds,
+        "achieved": replayed.achieved,
+        "losses": replayed.losses,
+        "bounds": replayed.bounds,
     }

@@ -1,4 +1,4 @@
-"""Files of token counts -> `Trace`. S steps, W ranks, L layers, E experts."""
+"""Files of token counts -> `Trace`. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from swiftmoe_lightning.analysis.write_trace import (
     import_parquet,
     parquet_schema,
 )
-from swiftmoe_lightning.config import check_whole
 
 _READABLE: Final = (
     "an .npz or .parquet file of PlacementRecorder, an .npz file with an array `counts`, or Megatron's "
@@ -36,7 +35,7 @@ _HEADERS: Final = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 _DAMAGE: Final = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, MemoryError)
 
 
-def read_trace(path: str | Path, num_experts: int | None = None) -> Trace:
+def read_trace(path: str | Path) -> Trace:
     """The trace in a file. What kind of file it is, its first bytes tell.
 
     .npz: `counts` [steps, layers, experts] or [steps, ranks, layers, experts]; and, where they are there, `step`,
@@ -47,9 +46,8 @@ def read_trace(path: str | Path, num_experts: int | None = None) -> Trace:
         (see `read_megatron`).
 
     Args:
-        path: the file, or Megatron's folder.
-        num_experts: E, for Megatron's files, which do not say it: None takes the highest expert that was chosen for
-            the last. Other files must agree with it.
+        path: the file, or Megatron's folder. Where Megatron's files do not say how many experts there are, the highest
+            one that was chosen is taken for the last: `read_megatron` can be told their number.
 
     Raises:
         FileNotFoundError: where there is nothing.
@@ -57,15 +55,10 @@ def read_trace(path: str | Path, num_experts: int | None = None) -> Trace:
         ValueError: one line with the path, for all that is not a trace.
     """
     path = Path(path)
-    if num_experts is not None:
-        check_whole(num_experts=num_experts)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}. Give {_READABLE}.")
     with _naming(path):
-        trace = _read(path, num_experts)
-        if num_experts not in (None, trace.num_experts):
-            raise ValueError(f"it has {trace.num_experts} experts, and num_experts says {num_experts}. Leave it out.")
-        return trace
+        return _read(path)
 
 
 @contextmanager
@@ -77,10 +70,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {' '.join(str(error).splitlines())}") from error
 
 
-def _read(path: Path, num_experts: int | None) -> Trace:
+def _read(path: Path) -> Trace:
     if path.is_dir():
         if files := sorted(path.glob(FILES_OF_A_FOLDER)):
-            return read_megatron(files, num_experts)
+            return read_megatron(files)
         raise ValueError(f"it is a folder without {FILES_OF_A_FOLDER}. Give {_READABLE}.")
     if not path.is_file():
         # A pipe or a device may never end.
@@ -94,7 +87,7 @@ def _read(path: Path, num_experts: int | None) -> Trace:
     if start.startswith(b"PAR1"):
         return _read_parquet(path)
     if path.suffix.lower() == ".jsonl" or start.lstrip().startswith(b"{"):
-        return read_megatron([path], num_experts)
+        return read_megatron([path])
     raise ValueError(f"it is no trace: its first bytes are {start[:4]!r}. Give {_READABLE}.")
 
 
@@ -119,15 +112,15 @@ def _trace_of(archive: Any) -> Trace:
             "`counts` must be [steps, layers, experts] or [steps, ranks, layers, experts], got shape "
             f"{counts.shape}. Save it with those axes."
         )
-    counts_SWLE = counts[:, None] if counts.ndim == 3 else counts
+    counts_UWLE = counts[:, None] if counts.ndim == 3 else counts
     options: dict[str, Any] = {}
     if "step" in archive.files:
-        options["step_S"] = _member(archive, "step")
+        options["step_U"] = _member(archive, "step")
     if "metadata" in archive.files:
         options["metadata"] = _metadata(str(_member(archive, "metadata")))
         options["layers"] = options["metadata"].get("layers", ())
     recorded = {name: _member(archive, name) for name in RECORDED_AXES if name in archive.files}
-    return Trace(counts_SWLE, recorded=recorded, **options)
+    return Trace(counts_UWLE, recorded=recorded, **options)
 
 
 def _member(archive: Any, name: str) -> np.ndarray:
@@ -185,31 +178,31 @@ def _read_parquet(path: Path) -> Trace:
     try:
         # Not `read_table`: it takes folders like layer=3/ on the way for further columns.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema, about = file.schema_arrow, file.schema_arrow.metadata or {}
-            wanted = parquet_schema(pa)
+            schema, metadata_of_schema = file.schema_arrow, file.schema_arrow.metadata or {}
+            needed = parquet_schema(pa)
             if file.metadata.num_rows > _MOST_ROWS:
                 raise ValueError(
                     f"it claims {file.metadata.num_rows} rows, and at most {_MOST_ROWS} are read. Record fewer steps."
                 )
-            if not schema.equals(wanted):
+            if not schema.equals(needed):
                 raise ValueError(
-                    f"its columns must be {_columns(wanted)}, got {_columns(schema)}. Record the run again."
+                    f"its columns must be {_columns(needed)}, got {_columns(schema)}. Record the run again."
                 )
             columns = {name: column.to_numpy() for name, column in zip(schema.names, file.read().columns, strict=True)}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"the file is cut off or damaged ({error!r}). Copy or record it again.") from error
-    metadata = _metadata(about.get(METADATA_KEY, b""))
-    step_S, row = np.unique(columns["step"], return_inverse=True)
-    shape = _shape(about.get(SHAPE_KEY, b""), len(step_S))
+    metadata = _metadata(metadata_of_schema.get(METADATA_KEY, b""))
+    step_U, row = np.unique(columns["step"], return_inverse=True)
+    shape = _shape(metadata_of_schema.get(SHAPE_KEY, b""), len(step_U))
     ids = (row, columns["rank"], columns["layer"], columns["expert"])
     for name, values, size in zip(("rank", "layer", "expert"), ids[1:], shape[1:], strict=True):
         if len(values) and not 0 <= values.min() <= values.max() < size:
             raise ValueError(
                 f"its {name}s must be numbers 0..{size - 1}, got {values.min()}..{values.max()}. Record the run again."
             )
-    counts_SWLE = np.zeros(shape, dtype=np.int64)
-    np.add.at(counts_SWLE, ids, columns["count"])
-    return Trace(counts_SWLE, metadata.get("layers", ()), step_S, metadata)
+    counts_UWLE = np.zeros(shape, dtype=np.int64)
+    np.add.at(counts_UWLE, ids, columns["count"])
+    return Trace(counts_UWLE, metadata.get("layers", ()), step_U, metadata)
 
 
 def _columns(schema: Any) -> str:

@@ -1,6 +1,6 @@
-"""A policy, run on a trace: where experts would have been, and what that would have done.
+"""A policy, run on a trace: where experts would have been, and what loads the ranks would have had.
 
-S steps, L layers, E experts, W ranks, P hosted (rank, expert) pairs.
+U steps, L layers, E experts, W ranks, P (rank, expert) pairs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 from swiftmoe_lightning.analysis.cost import busiest_phase
 from swiftmoe_lightning.placement import (
     CAUSES,
+    Bounds,
     Capacity,
-    Certificate,
     ExpertLoad,
     Forecast,
     PlacementPolicy,
     Placer,
-    certify,
+    find_bounds,
     imbalance,
     plan_dispatch,
 )
 
-# Certificates cost as much as the replay itself: this many steps, evenly spread over those with tokens, stand for all.
-_CERTIFIED_STEPS: Final = 200
+# Bounds cost as much as the replay itself: this many steps, evenly spread over those with tokens, stand for all.
+_BOUNDED_STEPS: Final = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,38 +37,38 @@ class Replay:
     """What a policy did on a trace.
 
     Attributes:
-        replicas_SLE: [S, L, E] int32, slots of each expert.
-        wanted_SLW: [S, L, W] int64, assignments that went to each rank.
-        load_SLW: [S, L, W] int64, those of them that it computed.
-        hosted_SL: [S, L] int64, P.
-        moved_SL: [S, L] int64, pairs that were not hosted a step before.
-        busiest_SL: [S, L] float, see `busiest_phase`.
-        achieved: mean of what the certificates explain.
-        losses: means of the certificates, by cause.
-        bounds: means of the certificates, by cause.
+        replicas_ULE: [U, L, E] int32, slots of each expert.
+        wanted_ULW: [U, L, W] int64, assignments that went to each rank.
+        load_ULW: [U, L, W] int64, those of them that it computed.
+        num_pairs_UL: [U, L] int64, P.
+        moved_UL: [U, L] int64, pairs that were not there a step before.
+        busiest_UL: [U, L] float, see `busiest_phase`.
+        achieved: mean of `Bounds.achieved`.
+        losses: cause -> mean of `Bounds.losses`.
+        bounds: cause -> mean of `Bounds.by_cause`.
         planning_seconds: mean time to place all layers and split their tokens, one step.
     """
 
-    replicas_SLE: np.ndarray
-    wanted_SLW: np.ndarray
-    load_SLW: np.ndarray
-    hosted_SL: np.ndarray
-    moved_SL: np.ndarray
-    busiest_SL: np.ndarray
+    replicas_ULE: np.ndarray
+    wanted_ULW: np.ndarray
+    load_ULW: np.ndarray
+    num_pairs_UL: np.ndarray
+    moved_UL: np.ndarray
+    busiest_UL: np.ndarray
     achieved: float
     losses: dict[str, float]
     bounds: dict[str, float]
     planning_seconds: float
 
     @property
-    def dropped_SL(self) -> np.ndarray:
-        """[S, L] assignments over capacity."""
-        return self.wanted_SLW.sum(2) - self.load_SLW.sum(2)
+    def dropped_UL(self) -> np.ndarray:
+        """[U, L] assignments over capacity."""
+        return self.wanted_ULW.sum(2) - self.load_ULW.sum(2)
 
     @property
-    def imbalance_SL(self) -> np.ndarray:
-        """[S, L] largest load of a rank over the mean load; 1 where nothing was computed."""
-        return imbalance(self.load_SLW)
+    def imbalance_UL(self) -> np.ndarray:
+        """[U, L] largest load of a rank over the mean load; 1 where nothing was computed."""
+        return imbalance(self.load_ULW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Rules:
     Attributes:
         split: token split.
         capacity: None is dropless.
-        lag: a step is planned from the one this many rows before it; 1 is what training does. 0 is a clairvoyant's: the
+        lag: a step is planned from the one this many rows before it; 1 is what training does. 0 is an oracle's: the
             policy alone, told of the very step that it serves.
         interval: rows between two placements, or "auto". See `SwiftMoEConfig`.
     """
@@ -89,45 +89,45 @@ class Rules:
     interval: int | str = 1
 
 
-def replay(popularity_SLE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
+def replay(popularity_ULE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Replay:
     """Run `policy` on a trace, by the placer and the token split of training.
 
     Args:
-        popularity_SLE: [S, L, E] int64 assignments, not all 0.
+        popularity_ULE: [U, L, E] int64 assignments, not all 0.
         policy: a new one, where it remembers.
         rules: how it is run.
     """
-    num_steps, num_layers, num_experts = popularity_SLE.shape
+    num_steps, num_layers, num_experts = popularity_ULE.shape
     run = _Run(policy, rules, num_layers, num_experts)
-    certified = _spread(np.flatnonzero(popularity_SLE.any((1, 2))))
-    certificates: list[Certificate] = []
-    found = _Arrays(num_steps, num_layers, num_experts, policy.world_size)
+    bounded_steps = _spread(np.flatnonzero(popularity_ULE.any((1, 2))))
+    bounds: list[Bounds] = []
+    arrays = _Arrays(num_steps, num_layers, num_experts, policy.world_size)
     seconds = 0.0
-    for step, popularity_LE in enumerate(popularity_SLE):
+    for step, popularity_LE in enumerate(popularity_ULE):
         begin = time.perf_counter()
         loads = run.step(popularity_LE)
         seconds += time.perf_counter() - begin
-        found.keep(step, loads)
-        if step in certified:
-            certificates += [certify(load, rules.capacity) for load in loads if load.num_assignments]
+        arrays.keep(step, loads)
+        if step in bounded_steps:
+            bounds += [find_bounds(load, rules.capacity) for load in loads if load.num_assignments]
     return Replay(
-        found.replicas_SLE,
-        found.wanted_SLW,
-        found.load_SLW,
-        found.hosted_SL,
-        found.moved_SL,
-        found.busiest_SL,
-        float(np.mean([c.achieved for c in certificates])),
-        {cause: float(np.mean([c.losses[cause] for c in certificates])) for cause in CAUSES},
-        {cause: float(np.mean([c.bounds[cause] for c in certificates])) for cause in CAUSES},
+        arrays.replicas_ULE,
+        arrays.wanted_ULW,
+        arrays.load_ULW,
+        arrays.num_pairs_UL,
+        arrays.moved_UL,
+        arrays.busiest_UL,
+        float(np.mean([b.achieved for b in bounds])),
+        {cause: float(np.mean([b.losses[cause] for b in bounds])) for cause in CAUSES},
+        {cause: float(np.mean([b.by_cause[cause] for b in bounds])) for cause in CAUSES},
         seconds / num_steps,
     )
 
 
 def _spread(steps: np.ndarray) -> set[int]:
-    """At most `_CERTIFIED_STEPS` of these steps, the first and the last among them."""
-    places = np.linspace(0, len(steps) - 1, min(len(steps), _CERTIFIED_STEPS)).round().astype(int)
-    return set(steps[places].tolist())
+    """At most `_BOUNDED_STEPS` of these steps, the first and the last among them."""
+    rows = np.linspace(0, len(steps) - 1, min(len(steps), _BOUNDED_STEPS)).round().astype(int)
+    return set(steps[rows].tolist())
 
 
 class _Run:
@@ -172,11 +172,13 @@ class _Run:
                 since.clear()
         # All layers or none: some policies remember them as one table.
         if any(load.num_assignments for load in seen.values()):
-            found = self._placer.next_placements(seen)
+            placements = self._placer.next_placements(seen)
             self._placements = [
-                # With a lag, to stay is not to go back to where it was when that step ran.
-                now if self._rules.interval == "auto" and found[name] is seen[name].placement else found[name]
-                for name, now in zip(self._names, self._placements, strict=True)
+                # A layer that is to stay as it is keeps its placement of now: with a lag, not that of the step it saw.
+                current
+                if self._rules.interval == "auto" and placements[name] is seen[name].placement
+                else placements[name]
+                for name, current in zip(self._names, self._placements, strict=True)
             ]
 
 
@@ -184,20 +186,20 @@ class _Arrays:
     """The arrays of a `Replay`, filled step by step."""
 
     def __init__(self, num_steps: int, num_layers: int, num_experts: int, world_size: int) -> None:
-        self.replicas_SLE = np.zeros((num_steps, num_layers, num_experts), dtype=np.int32)
-        self.wanted_SLW = np.zeros((num_steps, num_layers, world_size), dtype=np.int64)
-        self.load_SLW = np.zeros_like(self.wanted_SLW)
-        self.hosted_SL, self.moved_SL = np.zeros((2, num_steps, num_layers), dtype=np.int64)
-        self.busiest_SL = np.zeros((num_steps, num_layers))
+        self.replicas_ULE = np.zeros((num_steps, num_layers, num_experts), dtype=np.int32)
+        self.wanted_ULW = np.zeros((num_steps, num_layers, world_size), dtype=np.int64)
+        self.load_ULW = np.zeros_like(self.wanted_ULW)
+        self.num_pairs_UL, self.moved_UL = np.zeros((2, num_steps, num_layers), dtype=np.int64)
+        self.busiest_UL = np.zeros((num_steps, num_layers))
         self._before: list[ExpertLoad] = []
 
     def keep(self, step: int, loads: list[ExpertLoad]) -> None:
         for layer, load in enumerate(loads):
             placement = load.placement
-            self.replicas_SLE[step, layer] = placement.replica_counts_E
-            self.wanted_SLW[step, layer], self.load_SLW[step, layer] = load.wanted_W, load.load_W
-            self.hosted_SL[step, layer] = len(placement.pair_host_P)
-            self.busiest_SL[step, layer] = busiest_phase(placement)
+            self.replicas_ULE[step, layer] = placement.replica_counts_E
+            self.wanted_ULW[step, layer], self.load_ULW[step, layer] = load.wanted_W, load.load_W
+            self.num_pairs_UL[step, layer] = placement.num_pairs
+            self.busiest_UL[step, layer] = busiest_phase(placement)
             if self._before:
-                self.moved_SL[step, layer] = self._before[layer].placement.num_moved(placement)
+                self.moved_UL[step, layer] = self._before[layer].placement.num_moved(placement)
         self._before = loads

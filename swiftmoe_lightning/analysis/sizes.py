@@ -47,10 +47,10 @@ class Sizes:
             value = trace.metadata.get(key) if given is None else given
             if value is None:
                 raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
-            said = name if given is not None else f"{key} of the trace's metadata"
-            check_whole(**{said: value})
+            source = name if given is not None else f"{key} of the trace's metadata"
+            check_whole(**{source: value})
             if value > _MOST:
-                raise ValueError(f"{said} must be at most {_MOST}, got {value}. Give the run's own with --{name}.")
+                raise ValueError(f"{source} must be at most {_MOST}, got {value}. Give the run's own with --{name}.")
             return int(value)
 
         factor = trace.metadata.get("capacity_factor") if capacity_factor is None else capacity_factor

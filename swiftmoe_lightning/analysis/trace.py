@@ -1,6 +1,6 @@
 """Token counts of a run, step by step: what all plans are made from.
 
-S steps, W source ranks, L layers, E experts. An assignment is one token's choice of one expert.
+U steps, W source ranks, L layers, E experts. An assignment is one token's choice of one expert.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from swiftmoe_lightning.config import check_whole
-
 # What a recording may hold besides counts, and its axes.
 RECORDED_AXES: Final[Mapping[str, str]] = MappingProxyType(
-    {"replicas": "SLE", "loads": "SLW", "dropped": "SL", "moved": "SL"}
+    {"replicas": "ULE", "loads": "ULW", "dropped": "UL", "moved": "UL"}
 )
-_AXES: Final = {"S": "steps", "W": "ranks", "L": "layers", "E": "experts"}
+_AXES: Final = {"U": "steps", "W": "ranks", "L": "layers", "E": "experts"}
 # Budgets and shares of counts stay within int64 below it, and counts are exact in float64.
 _MOST_CHOICES: Final = 2**50
 # No trace needs more; a claim of more is damage, or an attack, and is refused before memory is asked for.
@@ -31,43 +29,43 @@ class Trace:
     """Assignments that each source rank routed to each expert, in every step and layer.
 
     Attributes:
-        counts_SWLE: [S, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
+        counts_UWLE: [U, W, L, E] whole numbers of 0 or more, kept as int64. W is 1 where ranks were not told apart.
         layers: L names; left out, "0", "1", ...
-        step_S: [S] rising whole numbers, the training step of each row; left out, 0, 1, ...
+        step_U: [U] rising whole numbers, the training step of each row; left out, 0, 1, ...
         metadata: whatever else the file says about the run.
-        recorded: what the run itself did, if it is known: any of `replicas` [S, L, E], `loads` [S, L, ranks],
-            `dropped` [S, L], `moved` [S, L], as `PlacementRecorder` describes them.
+        recorded: what the run itself did, if it is known: any of `replicas` [U, L, E], `loads` [U, L, ranks],
+            `dropped` [U, L], `moved` [U, L], as `PlacementRecorder` describes them.
 
     Raises:
         ValueError: for counts of another shape or type, negative, fractional or not finite ones, no step, layer or
             expert, not a single assignment, other arrays that do not fit the counts, or more dropped than was there.
     """
 
-    counts_SWLE: np.ndarray
+    counts_UWLE: np.ndarray
     layers: Sequence[str] = ()
-    step_S: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    step_U: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     metadata: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts_SWLE = np.asarray(self.counts_SWLE)
-        if counts_SWLE.ndim != 4:
+        counts_UWLE = np.asarray(self.counts_UWLE)
+        if counts_UWLE.ndim != 4:
             raise ValueError(
-                f"counts must have 4 axes, [steps, source ranks, layers, experts], got shape {counts_SWLE.shape}. "
+                f"counts must have 4 axes, [steps, source ranks, layers, experts], got shape {counts_UWLE.shape}. "
                 "Without ranks, give them an axis of 1."
             )
-        if not counts_SWLE.size:
+        if not counts_UWLE.size:
             raise ValueError(
-                f"counts must hold at least one step, rank, layer and expert, got shape {counts_SWLE.shape}. "
+                f"counts must hold at least one step, rank, layer and expert, got shape {counts_UWLE.shape}. "
                 "Record at least one step."
             )
-        counts_SWLE = _whole_numbers("counts", counts_SWLE)
-        if not counts_SWLE.any():
+        counts_UWLE = _whole_numbers("counts", counts_UWLE)
+        if not counts_UWLE.any():
             raise ValueError(
-                f"counts of shape {counts_SWLE.shape} are all 0, and a plan needs at least one assignment. Record "
+                f"counts of shape {counts_UWLE.shape} are all 0, and a plan needs at least one assignment. Record "
                 "steps that route tokens."
             )
-        object.__setattr__(self, "counts_SWLE", counts_SWLE)
+        object.__setattr__(self, "counts_UWLE", counts_UWLE)
         self._check_layers()
         self._check_steps()
         object.__setattr__(self, "recorded", {name: self._checked(name, a) for name, a in self.recorded.items()})
@@ -75,51 +73,28 @@ class Trace:
 
     @property
     def num_steps(self) -> int:
-        """How many steps, S."""
-        return self.counts_SWLE.shape[0]
+        """How many steps, U."""
+        return self.counts_UWLE.shape[0]
 
     @property
     def num_sources(self) -> int:
         """How many source ranks, W; 1 where ranks were not told apart."""
-        return self.counts_SWLE.shape[1]
+        return self.counts_UWLE.shape[1]
 
     @property
     def num_layers(self) -> int:
         """How many layers, L."""
-        return self.counts_SWLE.shape[2]
+        return self.counts_UWLE.shape[2]
 
     @property
     def num_experts(self) -> int:
         """How many experts, E."""
-        return self.counts_SWLE.shape[3]
+        return self.counts_UWLE.shape[3]
 
     @cached_property
-    def popularity_SLE(self) -> np.ndarray:
-        """[S, L, E] int64: assignments of all ranks."""
-        return self.counts_SWLE.sum(1)
-
-    def counts_for(self, world_size: int) -> np.ndarray:
-        """The same assignments, as `world_size` ranks would have made them.
-
-        The trace's own where it has as many source ranks. Else every sum over ranks, c, is cut into W whole parts that
-        differ by 1 at the most: rank r gets floor((r + 1) c / W) - floor(r c / W).
-
-        Args:
-            world_size: W.
-
-        Returns:
-            [S, W, L, E] int64.
-
-        Raises:
-            ValueError: unless `world_size` is a whole number of 1 or more.
-        """
-        check_whole(world_size=world_size)
-        if world_size == self.num_sources:
-            return self.counts_SWLE
-        # The floor of r c / W with c = share * W + rest, so that no product leaves int64.
-        share_SWLE, rest_SWLE = np.divmod(self.popularity_SLE[:, None], world_size)
-        rank_WLE = np.arange(world_size)[:, None, None]
-        return share_SWLE + (rank_WLE + 1) * rest_SWLE // world_size - rank_WLE * rest_SWLE // world_size
+    def popularity_ULE(self) -> np.ndarray:
+        """[U, L, E] int64: assignments of all ranks."""
+        return self.counts_UWLE.sum(1)
 
     def _check_layers(self) -> None:
         names = tuple(self.layers) or tuple(str(layer) for layer in range(self.num_layers))
@@ -131,35 +106,36 @@ class Trace:
         object.__setattr__(self, "layers", names)
 
     def _check_steps(self) -> None:
-        step_S = np.asarray(self.step_S)
-        if not step_S.size:
-            step_S = np.arange(self.num_steps)
-        if step_S.shape != (self.num_steps,):
+        step_U = np.asarray(self.step_U)
+        if not step_U.size:
+            step_U = np.arange(self.num_steps)
+        if step_U.shape != (self.num_steps,):
             raise ValueError(
                 f"step must hold one number for each of the {self.num_steps} steps of counts, got shape "
-                f"{step_S.shape}. Leave it out for 0, 1, ..."
+                f"{step_U.shape}. Leave it out for 0, 1, ..."
             )
-        step_S = _whole_numbers("step", step_S)
-        falls_S = np.diff(step_S) <= 0
-        if falls_S.any():
-            at = int(falls_S.argmax())
+        step_U = _whole_numbers("step", step_U)
+        falls_U = np.diff(step_U) <= 0
+        if falls_U.any():
+            row = int(falls_U.argmax())
             raise ValueError(
-                f"step must rise from row to row, got {step_S[at + 1]} after {step_S[at]}. Leave it out for 0, 1, ..."
+                f"step must rise from row to row, got {step_U[row + 1]} after {step_U[row]}. Leave it out for 0, 1, ..."
             )
-        object.__setattr__(self, "step_S", step_S)
+        object.__setattr__(self, "step_U", step_U)
 
     def _check_totals(self) -> None:
         """No step dropped, or computed, more assignments than it had."""
-        total_SL = self.counts_SWLE.sum((1, 3))
+        total_UL = self.counts_UWLE.sum((1, 3))
         for name in ("dropped", "loads"):
             if name not in self.recorded:
                 continue
-            found_SL = self.recorded[name].reshape(*total_SL.shape, -1).sum(2)
-            if (is_more_SL := found_SL > total_SL).any():
-                at = np.unravel_index(int(is_more_SL.argmax()), is_more_SL.shape)
+            recorded_UL = self.recorded[name].reshape(*total_UL.shape, -1).sum(2)
+            if (is_more_UL := recorded_UL > total_UL).any():
+                first = np.unravel_index(int(is_more_UL.argmax()), is_more_UL.shape)
                 raise ValueError(
-                    f"{name} must be at most the assignments of its step, got {found_SL[at]} of {total_SL[at]} in "
-                    f"row {int(at[0])}, layer {int(at[1])}: the trace is damaged. Copy or record it again."
+                    f"{name} must be at most the assignments of its step, got {recorded_UL[first]} of "
+                    f"{total_UL[first]} in row {int(first[0])}, layer {int(first[1])}: the trace is damaged. Copy or "
+                    "record it again."
                 )
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -167,17 +143,21 @@ class Trace:
         if name not in RECORDED_AXES:
             raise ValueError(f"recorded may hold {', '.join(RECORDED_AXES)}, got {name!r}. Keep it in metadata.")
         axes, values = RECORDED_AXES[name], np.asarray(values)
-        sizes: dict[str, int | None] = dict(zip("SWLE", self.counts_SWLE.shape, strict=True))
+        sizes: dict[str, int | None] = dict(zip("UWLE", self.counts_UWLE.shape, strict=True))
         if self.num_sources == 1:
             # Ranks of the run, of which the counts do not tell.
             sizes["W"] = None
-        wanted = [sizes[axis] for axis in axes]
-        fits = values.ndim == len(wanted) and all(
-            want in (None, size) for want, size in zip(wanted, values.shape, strict=True)
+        needed_shape = [sizes[axis] for axis in axes]
+        fits = values.ndim == len(needed_shape) and all(
+            needed in (None, size) for needed, size in zip(needed_shape, values.shape, strict=True)
         )
         if not fits:
-            needed = ", ".join(f"{_AXES[axis]}{'' if sizes[axis] is None else f' = {sizes[axis]}'}" for axis in axes)
-            raise ValueError(f"{name} must have the axes [{needed}] to fit counts, got shape {values.shape}. Drop it.")
+            needed_axes = ", ".join(
+                f"{_AXES[axis]}{'' if sizes[axis] is None else f' = {sizes[axis]}'}" for axis in axes
+            )
+            raise ValueError(
+                f"{name} must have the axes [{needed_axes}] to fit counts, got shape {values.shape}. Drop it."
+            )
         return _whole_numbers(name, values)
 
 
@@ -213,6 +193,6 @@ def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
 
 def _refuse(name: str, values: np.ndarray, is_wrong: np.ndarray, fix: str) -> None:
     if is_wrong.any():
-        at = np.unravel_index(int(is_wrong.argmax()), is_wrong.shape)
-        place = ", ".join(str(int(index)) for index in at)
-        raise ValueError(f"{name} must be whole numbers of 0 or more, got {values[at]} at [{place}]. {fix}")
+        first = np.unravel_index(int(is_wrong.argmax()), is_wrong.shape)
+        index = ", ".join(str(int(i)) for i in first)
+        raise ValueError(f"{name} must be whole numbers of 0 or more, got {values[first]} at [{index}]. {fix}")

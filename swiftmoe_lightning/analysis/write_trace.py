@@ -1,4 +1,4 @@
-"""A recording as a file: .npz with all of it, or Parquet with the counts. S steps, W ranks, L layers, E experts."""
+"""A recording as a file: .npz with all of it, or Parquet with the counts. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -61,35 +61,35 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
 
 
 def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """`counts` [S, W, L, E] as one long table; its other arrays, `step` excepted, are left out.
+    """`counts` [U, W, L, E] as one long table; its other arrays, `step` excepted, are left out.
 
     Columns are step (int64, the training step), layer, rank, expert (int32, numbered from 0) and count (int64). Rows
     with count 0 are left out, but for one in a step that has no others. The schema's metadata holds `metadata` under
-    "swiftmoe.metadata" and [S, W, L, E] under "swiftmoe.shape", as JSON. The file's folder is made.
+    "swiftmoe.metadata" and [U, W, L, E] under "swiftmoe.shape", as JSON. The file's folder is made.
 
     Args:
         path: the file.
-        arrays: `counts`, and `step` [S].
+        arrays: `counts`, and `step` [U].
         metadata: JSON-able.
 
     Raises:
         ImportError: when pyarrow is not installed.
     """
     pa, pq = import_parquet()
-    counts_SWLE = arrays["counts"]
-    is_row_SWLE = counts_SWLE != 0
+    counts_UWLE = arrays["counts"]
+    is_row_UWLE = counts_UWLE != 0
     # A step without tokens was a step all the same.
-    is_row_SWLE[:, 0, 0, 0] |= ~is_row_SWLE.any((1, 2, 3))
-    row, rank, layer, expert = np.nonzero(is_row_SWLE)
+    is_row_UWLE[:, 0, 0, 0] |= ~is_row_UWLE.any((1, 2, 3))
+    row, rank, layer, expert = np.nonzero(is_row_UWLE)
     ids = {"layer": layer, "rank": rank, "expert": expert}
     columns = {
         "step": arrays["step"][row],
         **{name: values.astype(np.int32) for name, values in ids.items()},
-        "count": counts_SWLE[is_row_SWLE],
+        "count": counts_UWLE[is_row_UWLE],
     }
-    about = {METADATA_KEY: json.dumps(metadata), SHAPE_KEY: json.dumps(counts_SWLE.shape)}
+    metadata_of_schema = {METADATA_KEY: json.dumps(metadata), SHAPE_KEY: json.dumps(counts_UWLE.shape)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns, schema=parquet_schema(pa).with_metadata(about))
+    table = pa.table(columns, schema=parquet_schema(pa).with_metadata(metadata_of_schema))
     # Checksums, so that a damaged file is not taken for other counts.
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 

@@ -1,4 +1,4 @@
-"""Keeps what every MoE layer was given in every step, in one file. S steps, W ranks, L layers, E experts."""
+"""Keeps what every MoE layer was given in every step, in one file. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class PlacementRecorder(Callback):
     Rank 0 writes it when training ends or breaks off, over any file of an earlier fit. `np.load(path)` gives, one
     row an optimizer step (a layer that a step did not use has zeros there):
 
-    `counts`    [S, W, L, E] int64, assignments of each rank's tokens for each expert
-    `replicas`  [S, L, E] int64, slots of each expert
-    `loads`     [S, L, W] int64, assignments that each rank computed
-    `dropped`   [S, L] int64, assignments over capacity
-    `moved`     [S, L] int64, (rank, expert) pairs that became hosts for this step
-    `step`      [S] int64, `trainer.global_step` after the step
+    `counts`    [U, W, L, E] int64, assignments of each rank's tokens for each expert
+    `replicas`  [U, L, E] int64, slots of each expert
+    `loads`     [U, L, W] int64, assignments that each rank computed
+    `dropped`   [U, L] int64, assignments over capacity
+    `moved`     [U, L] int64, (rank, expert) pairs that were not there a step before
+    `step`      [U] int64, `trainer.global_step` after the step
     `metadata`  [] str, JSON: `format_version`, `layers` (names of the `Experts` modules, in the order of L),
                 `world_size`, `slots_per_rank`, `capacity_factor` (of the first layer; null if it drops nothing)
 

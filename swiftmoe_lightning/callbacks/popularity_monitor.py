@@ -37,12 +37,12 @@ class ExpertPopularityMonitor(Callback):
     `moe/imbalance_max`                 the same, the largest of all layers and steps
     `moe/token_survival_rate`           share of assignments that were computed, 0..1
     `moe/num_dropped_tokens`            assignments over capacity, sum over layers and steps
-    `moe/num_replicas_moved`            (rank, expert) pairs that became hosts, sum over layers and steps
+    `moe/num_replicas_moved`            (rank, expert) pairs that were not there a step before, sum
     `moe/<layer>/...`                   the same five, of one layer
     `moe/lost/<cause>`                  what the last of these steps lost to each cause, mean over layers: in a layer
                                         with a capacity the share of assignments dropped, else imbalance. Causes
                                         are `split`, `placement`, `prediction`, `floor` (of one replica an expert) and
-                                        `rounding` (replicas are whole); see `Certificate`
+                                        `rounding` (replicas are whole); see `placement.Bounds`
     `moe/<layer>/popularity/<expert>`   share of the layer's assignments, 0..1; balanced is 1/E
     `moe/<layer>/replicas/<expert>`     slots of the expert in the last of these steps
 
@@ -143,7 +143,7 @@ class _Window:
         """Key -> value since the last call."""
         loads, self._loads = self._loads, defaultdict(list)
         values = {f"moe/{k}": v for k, v in _totals(chain.from_iterable(loads.values())).items()}
-        if losses := [found[-1].certificate.losses for found in loads.values() if found]:
+        if losses := [layer_loads[-1].bounds.losses for layer_loads in loads.values() if layer_loads]:
             values |= {f"moe/lost/{cause}": float(np.mean([each[cause] for each in losses])) for cause in CAUSES}
         for name in self._layers:
             values |= {f"moe/{name}/{k}": v for k, v in _totals(loads[name]).items()}

@@ -1,4 +1,4 @@
-"""The engine's books on each MoE layer: what its experts got since the last step, and where they are.
+"""What the engine knows of each MoE layer: what its experts got since the last step, and where they are.
 
 W ranks, E experts.
 """

@@ -140,7 +140,7 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
-        """Begin to send the parameters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
+        """Begin to send updated rows to the experts' ranks in `placement`. Frozen experts that stay are not sent."""
         stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # Who was frozen between backward and step still has a gradient, and was updated.
         if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):

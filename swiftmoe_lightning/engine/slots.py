@@ -1,25 +1,26 @@
 """One layer's working weights on this rank, and the two exchanges that tie them to the sharded parameters.
 
-    host side      [W destinations or sources] x [d hosted experts x the other rank's rows]
-    owner side     [P hosted pairs, by (rank, expert)] x [this rank's rows]
+Each exchange has two ends. At one, a rank has whole experts in its slots, and `plan_buffer` says how their rows lie in
+its buffer. At the other, it owns some rows of every expert, and its buffer is [P, c]: these rows, for each pair.
 
-W ranks, E experts, s slots of this rank, d different experts on it, P hosted (rank, expert) pairs, c elements that a
-rank owns of one expert, over all its tensors.
+W ranks, E experts, s slots of this rank, d different experts on it, P (rank, expert) pairs, c elements that this rank
+owns of one expert, over all its tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange, local_shard
-from swiftmoe_lightning.placement import Placement, peer_runs, plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution
 
 
 class ExpertSlots:
-    """Leaf tensors [s, rows, ...], one for each tensor of an expert; row i is the i-th expert hosted here.
+    """Leaf tensors [s, rows, ...], one for each tensor of an expert; row i is the i-th expert on this rank.
 
     Their shape never changes: slots of one rank that hold the same expert share its row, and the rest is unused.
 
@@ -56,14 +57,14 @@ class ExpertSlots:
         self.collection_bytes = 0
 
     def start_distribution(self, placement: Placement) -> None:
-        """Begin to send this rank's rows of every expert to the experts' hosts in `placement`."""
+        """Begin to send this rank's rows of every expert to the ranks that have the expert in `placement`."""
         self.move_to(placement)
         parameters = self._parameters()
         self._sent_versions = _versions(parameters)
         self._match_slots(parameters)
         dtype = next(iter(self.weights.values())).dtype
-        # Every expert's rows once to the device and dtype they travel in; then once for each of its hosts.
-        rows_Ec = torch.cat([local_shard(m).flatten(1) for m in parameters.values()], dim=1).to(self._device, dtype)
+        # Every expert's rows once to the device and dtype they travel in; then once for each of its ranks.
+        rows_Ec = torch.cat([local_shard(p).flatten(1) for p in parameters.values()], dim=1).to(self._device, dtype)
         expert_P = torch.from_numpy(placement.pair_expert_P).to(self._device)
         send = rows_Ec.index_select(0, expert_P).flatten()
         plan = plan_distribution(placement, _row_elements(parameters))
@@ -85,9 +86,8 @@ class ExpertSlots:
         if self._distribution is None:
             return
         received, self._distribution = self._distribution.wait(), None
-        num_local = int(self.placement.num_hosted_W[self._group.rank])
-        for part, slots in self._host_parts(received, self.weights, num_local):
-            slots.copy_(part)
+        for part, rows in self._rows_in(received, self.weights):
+            rows.copy_(part)
 
     def holds(self, placement: Placement) -> bool:
         """Whether the slots still are what a forward under `placement` computed with."""
@@ -100,11 +100,11 @@ class ExpertSlots:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a backward has left gradients here that no collection has taken."""
+        """Whether a backward has left gradients in the slots that no collection has taken."""
         return any(w.grad is not None for w in self.weights.values())
 
     def start_collection(self) -> PendingCollection | None:
-        """Begin to send row shard j of every gradient here to rank j; takes the gradients out of the slots.
+        """Begin to send row shard j of every gradient of this rank to rank j; takes the gradients out of the slots.
 
         Returns:
             None when there are none.
@@ -112,15 +112,14 @@ class ExpertSlots:
         names = [name for name, w in self.weights.items() if w.grad is not None]
         if not names:
             return None
-        num_local = int(self.placement.num_hosted_W[self._group.rank])
         row_elements = _row_elements({name: self.weights[name] for name in names})
         plan = plan_collection(self.placement, row_elements)
-        double = self.weights[names[0]].dtype == torch.float64
-        wire_dtype = torch.float64 if double else self._wire_dtype
+        is_double = self.weights[names[0]].dtype == torch.float64
+        wire_dtype = torch.float64 if is_double else self._wire_dtype
         send = torch.empty(sum(plan.send_splits(self._group.rank)), dtype=wire_dtype, device=self._device)
         gradients = {name: gradient for name in names if (gradient := self.weights[name].grad) is not None}
-        for part, slots in self._host_parts(send, gradients, num_local):
-            part.copy_(slots)
+        for part, rows in self._rows_in(send, gradients):
+            part.copy_(rows)
         for name in names:
             self.weights[name].grad = None
         rank = self._group.rank
@@ -128,23 +127,18 @@ class ExpertSlots:
         self.collection_bytes += pending.bytes_sent
         return PendingCollection(pending, self.placement, names)
 
-    def _host_parts(
-        self, buffer: Tensor, slots: Mapping[str, Tensor], num_local: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pieces of a host-side buffer and the rows of `slots` they are for: two [peers, d, rows, ...] views."""
-        world_size, offset = self._group.world_size, 0
-        shards = {name: shard_rows(slot.shape[1], world_size) for name, slot in slots.items()}
-        for peers in peer_runs([slot.shape[1] for slot in slots.values()], world_size):
-            rows = {name: shard[peers[0]][1] - shard[peers[0]][0] for name, shard in shards.items()}
-            widths = [rows[name] * slot[0, :1].numel() for name, slot in slots.items()]
-            num_elements = len(peers) * num_local * sum(widths)
-            block = buffer[offset : offset + num_elements].view(len(peers), num_local, sum(widths))
-            offset += num_elements
-            for (name, slot), part in zip(slots.items(), block.split(widths, dim=2), strict=True):
-                if rows[name]:
-                    first, last = shards[name][peers[0]][0], shards[name][peers[-1]][1]
-                    own = slot[:num_local, first:last].unflatten(1, (len(peers), rows[name])).transpose(0, 1)
-                    yield part.unflatten(2, own.shape[2:]), own
+    def _rows_in(self, buffer: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces of a buffer, and the rows of `tensors` that they are: pairs of [peers, d, rows, ...] views."""
+        num_experts = int(self.placement.num_pairs_W[self._group.rank])
+        for block in plan_buffer(_row_elements(tensors), self._group.world_size, num_experts):
+            shape = (len(block.peers), num_experts, sum(block.widths))
+            elements = buffer[block.offset : block.offset + math.prod(shape)]
+            pieces = elements.view(shape).split(list(block.widths), dim=2)
+            for tensor, rows, piece in zip(tensors.values(), block.rows, pieces, strict=True):
+                if rows:
+                    rows_of_peers = tensor[:num_experts, rows.start : rows.stop].unflatten(1, (len(block.peers), -1))
+                    by_peer = rows_of_peers.transpose(0, 1)
+                    yield piece.unflatten(2, by_peer.shape[2:]), by_peer
 
     def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
         """Make the slots anew when the sharded parameters' dtype or sizes no longer fit them."""
@@ -183,7 +177,7 @@ class PendingCollection:
         received = self._exchange.wait()
         expert_P = self._placement.pair_expert_P
         wide = torch.promote_types(received.dtype, torch.float32)
-        turns = [
+        replicas = [
             (torch.from_numpy(pairs).to(received.device), torch.from_numpy(expert_P[pairs]).to(received.device))
             for pairs in self._placement.pairs_by_replica_index
         ]
@@ -191,18 +185,18 @@ class PendingCollection:
         totals = {}
         for name, part_Pc in zip(self.names, received.view(len(expert_P), -1).split(widths, dim=1), strict=True):
             shape = shard_shapes[name]
-            # The first turn has one pair for each expert.
-            total_Ec = part_Pc.index_select(0, turns[0][0]).to(wide)
-            for pair, expert in turns[1:]:
-                total_Ec.index_add_(0, expert, part_Pc.index_select(0, pair).to(wide))
+            # Every expert has a first pair, in the order of the experts.
+            total_Ec = part_Pc.index_select(0, replicas[0][0]).to(wide)
+            for pairs, experts in replicas[1:]:
+                total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
             totals[name] = total_Ec.div_(self._placement.world_size).view(shape)
         return totals
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     """Counts of writes: an operation on a DTensor counts on it alone, one on its shard on the shard."""
-    return [(m._version, local_shard(m)._version) for m in parameters.values()]
+    return [(p._version, local_shard(p)._version) for p in parameters.values()]
 
 
-def _row_elements(tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    return [(t.shape[1], t.shape[2:].numel()) for t in tensors.values()]
+def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((t.shape[1], t.shape[2:].numel()) for t in tensors.values())

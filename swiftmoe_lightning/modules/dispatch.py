@@ -1,7 +1,7 @@
 """This rank's part of a `DispatchPlan`: which choice travels in which row, and the way there and back.
 
-W ranks, B budgets, D hosted pairs (in the plan) or model dim (in tensors), d experts hosted here, T tokens, K top-k,
-N = T * K choices, R rows sent, M rows received.
+W ranks, B budgets, P (rank, expert) pairs, d experts of this rank, T tokens, D model dim, K top-k, N = T * K choices,
+ R rows sent, M rows received.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    """The rows this rank sends, ordered by (host, expert), inside that by token.
+    """The rows this rank sends, ordered by (rank, expert) that they go to, inside that by token.
 
     Attributes:
         choice_R: [R] int32, the choice t * K + k in each row.
         rows_TK: [T, K] int32, its inverse, -1 where dropped.
-        counts_P: [D] int64, rows for each hosted pair.
+        counts_P: [P] int64, rows for each pair.
     """
 
     choice_R: Tensor
@@ -33,7 +33,7 @@ class SourceRows:
 
 
 def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
-    """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
+    """Which of this rank's choices go to which rank, and which are dropped: in each budget the lowest scores.
 
     Args:
         by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get
@@ -77,7 +77,7 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
 
 
 class TokenDispatcher:
-    """The way of one forward's tokens to their experts' hosts and back.
+    """The way of one forward's tokens to their experts' ranks and back.
 
     Args:
         context: what carries the rows.
@@ -113,12 +113,13 @@ class TokenDispatcher:
         return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
 
     def _received_counts(self) -> Tensor:
-        """[W, d] int64: rows from each source for each expert hosted here."""
+        """[W, d] int64: rows from each source for each expert of this rank."""
         placement, rank = self._plan.placement, self._context.rank
         counts_P = self._source.counts_P
         if self._plan.num_dropped_tokens == 0:
             return torch.from_numpy(self._side.received_Wd).to(counts_P.device)
         # Which experts lost how much depends on the scores, which only the sources know.
-        num_hosted = placement.num_hosted_W.tolist()
-        here = [num_hosted[rank]] * placement.world_size
-        return self._context.exchange_rows(counts_P, num_hosted, here).view(placement.world_size, num_hosted[rank])
+        num_pairs_W = placement.num_pairs_W.tolist()
+        num_local = num_pairs_W[rank]
+        counts = self._context.exchange_rows(counts_P, num_pairs_W, [num_local] * placement.world_size)
+        return counts.view(placement.world_size, num_local)

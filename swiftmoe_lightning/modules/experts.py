@@ -222,7 +222,7 @@ class Experts(nn.Module):
         return ExpertsOutput(run_once_in_backward(out_TD, on_backward), order.counts_G, 1, _in_backward())
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the host gives to compute with, as [s, out, in] and in the dtype of the rows."""
+        """What the context gives to compute with, as [s, out, in] and in the dtype of the rows."""
         return as_computed(self.context.weights(), dtype, self.transposed)
 
     def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:

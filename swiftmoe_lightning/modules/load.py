@@ -25,7 +25,8 @@ class TrainedLoad:
 
     def __init__(self, placement: Placement) -> None:
         self._total = ExpertLoad.zero(placement)
-        # [E + 1] int64: what one device counted, and forwards with non-finite scores, not yet asked for.
+        # [E + 1] int64, what one device has counted and `total` has not read: assignments, and in the last entry
+        # forwards with non-finite scores.
         self._on_device: Tensor | None = None
 
     @property
@@ -46,7 +47,7 @@ class TrainedLoad:
         return self._total
 
     def add(self, load: ExpertLoad) -> None:
-        """Count a load that the host knows.
+        """Count a load that the CPU knows.
 
         Raises:
             FloatingPointError: if scores that the device has looked at before were not finite.
@@ -57,7 +58,7 @@ class TrainedLoad:
         """Count the load of a single device, without waiting for it.
 
         Args:
-            counts_E: [E] int, choices for each expert.
+            counts_E: [E] int, assignments to each expert.
             scores_finite: [] bool, whether the router's scores were; reading `total` raises if not.
         """
         numbers = torch.cat([counts_E.to(torch.int64), scores_finite.logical_not().view(1).to(torch.int64)])

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from swiftmoe_lightning.modules.experts import Experts
-from swiftmoe_lightning.placement import Capacity, Certificate, ExpertLoad, certify
+from swiftmoe_lightning.placement import Bounds, Capacity, ExpertLoad, find_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class LayerLoad(ExpertLoad):
     """What one MoE layer trained on between two reads; equal on all ranks.
 
     Attributes:
-        num_moved: its hosted (rank, expert) pairs that were not hosted in the read before.
+        num_moved: its (rank, expert) pairs that were not there in the read before.
         capacity: the layer's; None is dropless.
     """
 
@@ -29,12 +29,12 @@ class LayerLoad(ExpertLoad):
         return self.placement.replica_counts_E
 
     @property
-    def certificate(self) -> Certificate:
+    def bounds(self) -> Bounds:
         """The least that could have been lost, and what the rest was lost to: drops with a capacity, imbalance without.
 
         For reads of one step; over several it asks for one placement to fit them all.
         """
-        return certify(self, self.capacity)
+        return find_bounds(self, self.capacity)
 
 
 class LoadReader:
@@ -58,12 +58,12 @@ class LoadReader:
 
     def read(self) -> dict[str, LayerLoad]:
         """Layer name -> its load since the last read, or since the reader was made; layers without any are left out."""
-        found = {}
+        loads = {}
         for name, experts in self._layers.items():
-            load, before = self._cursors[name].read(), self._placements[name]
-            now = self._placements[name] = load.placement
+            load, previous = self._cursors[name].read(), self._placements[name]
+            current = self._placements[name] = load.placement
             if load.num_assignments:
-                moved = before.num_moved(now) if before.world_size == now.world_size else 0
+                moved = previous.num_moved(current) if previous.world_size == current.world_size else 0
                 parts = (load.counts_WE, load.wanted_W, load.load_W, load.budget)
-                found[name] = LayerLoad(now, *parts, moved, experts.capacity)
-        return found
+                loads[name] = LayerLoad(current, *parts, moved, experts.capacity)
+        return loads

@@ -1,28 +1,23 @@
 """Pure maths of where experts live and which tokens go where. No torch, no processes."""
 
-from swiftmoe_lightning.placement.balanced import BalancedPolicy
-from swiftmoe_lightning.placement.certificate import (
-    CAUSES,
-    Certificate,
-    certify,
-    certify_drops,
-    certify_imbalance,
-)
+from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
+    BalancedPolicy,
     PackedPolicy,
+    PlacementPolicy,
     StaticPolicy,
     SymiPolicy,
     make_policy,
 )
-from swiftmoe_lightning.placement.policy import PlacementPolicy
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
+    PeerBlock,
     TransferPlan,
-    peer_runs,
+    plan_buffer,
     plan_collection,
     plan_distribution,
     shard_rows,
@@ -31,13 +26,14 @@ from swiftmoe_lightning.placement.transfer import (
 __all__ = [
     "CAUSES",
     "BalancedPolicy",
+    "Bounds",
     "Capacity",
-    "Certificate",
     "DispatchPlan",
     "ExpertLoad",
     "Forecast",
     "LayerMemory",
     "PackedPolicy",
+    "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
@@ -45,12 +41,12 @@ __all__ = [
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
-    "certify",
-    "certify_drops",
-    "certify_imbalance",
+    "drop_bounds",
+    "find_bounds",
     "imbalance",
+    "imbalance_bounds",
     "make_policy",
-    "peer_runs",
+    "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",

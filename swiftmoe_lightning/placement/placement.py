@@ -1,6 +1,7 @@
 """Which expert each slot holds, for one layer and one step.
 
-W ranks, s slots of a rank, S = W * s slots, E experts, P hosted (rank, expert) pairs. The paper writes N for W.
+W ranks, s slots of a rank, S = W * s slots, E experts, P pairs: the (rank, expert) pairs in which the rank has a
+replica of the expert, each counted once. The paper writes N for W.
 """
 
 from __future__ import annotations
@@ -79,27 +80,32 @@ class Placement:
 
     @cached_property
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        host_S = np.repeat(np.arange(self.world_size), self.slots_per_rank)
-        return np.unique(host_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
+        rank_S = np.repeat(np.arange(self.world_size), self.slots_per_rank)
+        return np.unique(rank_S * self.num_experts + self.slot_to_expert_S, return_counts=True)
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self._pairs[0])
 
     @cached_property
-    def pair_host_P(self) -> np.ndarray:
-        """[P] int64: the rank of each hosted pair; pairs are ordered by (rank, expert)."""
+    def pair_rank_P(self) -> np.ndarray:
+        """[P] int64: the rank of each pair; pairs are ordered by (rank, expert)."""
         return self._pairs[0] // self.num_experts
 
     @cached_property
     def pair_expert_P(self) -> np.ndarray:
-        """[P] int64: the expert of each hosted pair."""
+        """[P] int64: the expert of each pair."""
         return self._pairs[0] % self.num_experts
 
     @property
     def pair_slots_P(self) -> np.ndarray:
-        """[P] int64: how many slots of that rank hold that expert; they sum to S."""
+        """[P] int64: how many slots of the pair's rank have its expert; they sum to S."""
         return self._pairs[1]
 
     @cached_property
     def by_expert_P(self) -> np.ndarray:
-        """[P] int64: numbers of pairs in the order (expert, rank): an expert's hosts stand side by side."""
+        """[P] int64: indices of the pairs in the order (expert, rank), so that an expert's pairs are neighbours."""
         return np.argsort(self.pair_expert_P, kind="stable")
 
     @cached_property
@@ -109,30 +115,39 @@ class Placement:
 
     @cached_property
     def pairs_by_replica_index(self) -> list[np.ndarray]:
-        """Numbers of pairs, in turns: the i-th holds every expert's i-th host, if it has so many, by expert.
+        """For i = 0, 1, ...: the index of every expert's i-th pair, of those experts that have so many; by expert.
 
-        The first turn is a pair for each of the E experts. No expert is in a turn twice.
+        The first array has a pair for each of the E experts. No array has two pairs of one expert.
         """
-        num_hosts_E = np.bincount(self.pair_expert_P, minlength=self.num_experts)
-        first_P = np.repeat(np.cumsum(num_hosts_E) - num_hosts_E, num_hosts_E)
-        turn_P = np.arange(len(first_P)) - first_P
-        return [self.by_expert_P[turn_P == turn] for turn in range(num_hosts_E.max())]
+        num_pairs_E = np.bincount(self.pair_expert_P, minlength=self.num_experts)
+        first_P = np.repeat(np.cumsum(num_pairs_E) - num_pairs_E, num_pairs_E)
+        index_P = np.arange(len(first_P)) - first_P
+        return [self.by_expert_P[index_P == index] for index in range(num_pairs_E.max())]
 
     @cached_property
-    def num_hosted_W(self) -> np.ndarray:
-        """[W] int64: different experts on each rank, d_k; they sum to P."""
-        return np.bincount(self.pair_host_P, minlength=self.world_size)
+    def num_pairs_W(self) -> np.ndarray:
+        """[W] int64: pairs of each rank, which are the different experts on it; they sum to P."""
+        return np.bincount(self.pair_rank_P, minlength=self.world_size)
 
     @cached_property
     def _experts_of_rank(self) -> list[np.ndarray]:
-        return np.split(self.pair_expert_P, np.cumsum(self.num_hosted_W)[:-1])
+        return np.split(self.pair_expert_P, np.cumsum(self.num_pairs_W)[:-1])
 
     def experts_of(self, rank: int) -> np.ndarray:
-        """[d_k] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""
+        """[d] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""
         return self._experts_of_rank[rank]
 
+    def sum_by_rank(self, values_xP: np.ndarray) -> np.ndarray:
+        """[..., P] of each pair -> [..., W] of each rank; every rank has at least one pair.
+
+        Args:
+            values_xP: [..., P], in the order of `pair_rank_P`.
+        """
+        first_W = np.cumsum(self.num_pairs_W) - self.num_pairs_W
+        return np.add.reduceat(values_xP, first_W, axis=-1)
+
     def num_moved(self, later: Placement) -> int:
-        """Hosted pairs of `later` that are not hosted here: the replicas that arrive on a new rank.
+        """Pairs of `later` that this placement has not: the replicas that arrive on a new rank.
 
         Args:
             later: a placement of the same experts on the same ranks.

@@ -1,4 +1,4 @@
-"""The placements of a run's layers, step after step: what is expected, where it goes, whether it is worth it.
+"""The placements of a run's layers, step after step: forecast, policy, uniform fallback.
 
 L layers, E experts, W ranks, s slots of a rank, S = W * s slots.
 """
@@ -16,15 +16,14 @@ import numpy as np
 from swiftmoe_lightning.placement.forecast import Forecast, Forecaster
 from swiftmoe_lightning.placement.load import ExpertLoad
 from swiftmoe_lightning.placement.placement import Placement
-from swiftmoe_lightning.placement.policy import PlacementPolicy, check_placements
+from swiftmoe_lightning.placement.policies.policy import PlacementPolicy, check_placements
 from swiftmoe_lightning.placement.shares import balanced_shares, rank_loads
-from swiftmoe_lightning.placement.token_split import sum_by_host
 
-# The guard's memory: what plans gained over uniform replicas is averaged over some ten placements. A shorter one tells
-# noise: on traces, a half-life of one placement switched up to 200 times, and dropped more than no guard at all.
-_GUARD_FADE: Final = 0.9
-# It steps in for a mean loss of so much, in shares of all choices, and out again for as much of a gain.
-_GUARD_MARGIN: Final = 0.01
+# What plans gained over uniform replicas is averaged over some ten placements. Over fewer it is noise: on traces, a
+# half-life of one placement switched up to 200 times, and dropped more than with no fallback at all.
+_GAIN_FADE: Final = 0.9
+# Uniform replicas take over at a mean loss of so much, in shares of all assignments, and the policy at as much gain.
+_FALLBACK_MARGIN: Final = 0.01
 # Loads whose largest is this near to the mean leave nothing to gain.
 _EVEN: Final = 1.02
 
@@ -33,16 +32,16 @@ class Placer:
     """Places the layers of a run by a policy, with three additions that need a memory.
 
     forecast   what the next step will bring: the last step again, and how far that may be off
-    guard      where a guarded policy's loads were, on balance, less even than uniform replicas' would have been,
-               the layer has uniform replicas until the policy would do better again
-    cadence    with `skip_when_balanced`, a placement stays while its loads are even and no fewer hosts would do
+    fallback   where the loads of a policy that has the uniform fallback were, on average, less even than those of
+               uniform replicas would have been, the layer has uniform replicas until the policy would do better again
+    cadence    with `skip_when_balanced`, a placement stays while its loads are even, unless the next has fewer pairs
 
     Deterministic: every rank that is told the same finds the same placements.
 
     Args:
         make_policy: E -> the rule for layers of E experts; called once for each E.
         skip_when_balanced: see `cadence`.
-        report: called with one line whenever the guard steps in or out.
+        report: called with one line whenever a layer falls back to uniform replicas, or returns from them.
 
     Attributes:
         layers: layer name -> what is remembered of it.
@@ -95,11 +94,11 @@ class Placer:
             if self._skip_when_balanced and _may_stay(load, placements[name]):
                 placements[name] = load.placement
             if self._policy_of(load.placement.num_experts).has_uniform_fallback:
-                placements[name] = self._guarded(name, load, placements[name])
+                placements[name] = self._with_fallback(name, load, placements[name])
         return placements
 
     def expect(self, name: str, popularity_E: np.ndarray) -> None:
-        """Say what a layer got in a step that no placement of ours served.
+        """Take in what a layer got in a step that was not placed by this placer.
 
         Args:
             name: the layer's; it must have been `planned` before.
@@ -110,8 +109,8 @@ class Placer:
     def state_dict(self, name: str) -> dict[str, np.ndarray]:
         """What is remembered of a layer, to be saved."""
         memory = self.layers[name]
-        guard = np.array([memory.gain, memory.suspended_plan is not None])
-        return {**memory.forecaster.state_dict(), "guard": guard}
+        fallback = np.array([memory.gain, memory.suspended_plan is not None])
+        return {**memory.forecaster.state_dict(), "fallback": fallback}
 
     def load_state_dict(self, name: str, state: Mapping[str, np.ndarray]) -> None:
         """Go on where `state` was saved, maybe at another number of ranks.
@@ -122,34 +121,35 @@ class Placer:
         """
         memory = self.layers[name]
         memory.forecaster.load_state_dict(state)
-        memory.gain, falls_back = map(float, state["guard"])
+        memory.gain, falls_back = map(float, state["fallback"])
         memory.suspended_plan = self._plans([name])[name] if falls_back else None
 
     def _plans(self, names: Iterable[str]) -> dict[str, Placement]:
-        """What the policies say, all layers of one number of experts at once; in the order of the names."""
+        """The policies' placements, all layers of one number of experts at once; in the order of the names."""
         by_size: dict[int, list[str]] = defaultdict(list)
         for name in names:
             by_size[len(self.layers[name].forecaster.expected_E)].append(name)
         plans: dict[str, Placement] = {}
-        for num_experts, same in by_size.items():
-            policy, forecasters = self._policy_of(num_experts), [self.layers[name].forecaster for name in same]
+        for num_experts, same_size in by_size.items():
+            policy, forecasters = self._policy_of(num_experts), [self.layers[name].forecaster for name in same_size]
             spread_L = np.array([forecaster.spread(policy.world_size) for forecaster in forecasters])
             placements = policy.place(Forecast(np.stack([f.expected_E for f in forecasters]), spread_L))
-            check_placements(policy, placements, len(same), num_experts)
-            plans |= zip(same, placements, strict=True)
+            check_placements(policy, placements, len(same_size), num_experts)
+            plans |= zip(same_size, placements, strict=True)
         return {name: plans[name] for name in names}
 
-    def _guarded(self, name: str, load: ExpertLoad, planned: Placement) -> Placement:
+    def _with_fallback(self, name: str, load: ExpertLoad, planned: Placement) -> Placement:
+        """`planned`, or uniform replicas where those would be more even. load: the layer's since it was placed last."""
         memory, uniform = self.layers[name], self._uniform_of(planned.num_experts)
         if memory.suspended_plan is None:
             wanted_W = load.wanted_W
         else:
-            # What the plan that was not followed would have done.
-            wanted_W = sum_by_host(balanced_shares(load.popularity_E, memory.suspended_plan), memory.suspended_plan)
+            # Loads of the plan that uniform replicas stood in for.
+            wanted_W = memory.suspended_plan.sum_by_rank(balanced_shares(load.popularity_E, memory.suspended_plan))
         gain = excess(rank_loads(load.popularity_E, uniform.table_Ws)) - excess(wanted_W)
-        memory.gain = _GUARD_FADE * memory.gain + (1 - _GUARD_FADE) * gain
+        memory.gain = _GAIN_FADE * memory.gain + (1 - _GAIN_FADE) * gain
         fell_back = memory.suspended_plan is not None
-        falls_back = memory.gain < (_GUARD_MARGIN if fell_back else -_GUARD_MARGIN)
+        falls_back = memory.gain < (_FALLBACK_MARGIN if fell_back else -_FALLBACK_MARGIN)
         memory.suspended_plan = planned if falls_back else None
         memory.num_placements += 1
         memory.num_fallbacks += falls_back
@@ -169,10 +169,10 @@ class LayerMemory:
 
     Attributes:
         forecaster: what the next step will bring.
-        gain: by how much placements were more even than uniform ones, in shares of all choices; a fading mean, which
-            begins at 0.
+        gain: by how much placements were more even than uniform ones, in shares of all assignments; a fading mean,
+            which begins at 0.
         suspended_plan: the plan that uniform replicas stand in for, if they do.
-        num_placements: placements of a guarded policy here.
+        num_placements: by a policy that has the uniform fallback.
         num_fallbacks: those of them that uniform replicas stood in for.
     """
 
@@ -189,11 +189,11 @@ def _uniform(num_experts: int, policy: PlacementPolicy) -> Placement:
 
 def _may_stay(load: ExpertLoad, planned: Placement) -> bool:
     is_even = load.wanted_W.max() <= _EVEN * load.wanted_W.mean()
-    return bool(is_even) and len(load.placement.pair_host_P) <= len(planned.pair_host_P)
+    return bool(is_even) and load.placement.num_pairs <= planned.num_pairs
 
 
 def excess(load_W: np.ndarray) -> float:
-    """Share of all choices that lies above the mean load of a rank: what a capacity factor of 1 would drop.
+    """Share of all assignments that lies above the mean load of a rank: what a capacity factor of 1 would drop.
 
     Args:
         load_W: [W] assignments of each rank.

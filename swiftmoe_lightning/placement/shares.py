@@ -1,6 +1,6 @@
-"""How much of each expert's load every one of its hosts takes.
+"""How an expert's load is shared by the ranks that have it.
 
-W ranks, s slots of a rank, E experts, P hosted (rank, expert) pairs.
+W ranks, s slots of a rank, E experts, P (rank, expert) pairs.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
 
     The most even loads have, at once, the least largest load and the least sum over any budget, so one split serves
     dropless and capacity alike. It is found by scaling a matrix (Sinkhorn, 1967): every rank has a weight, an expert's
-    load is shared in proportion to its hosts' weights, and the weights of busy ranks fall until all are equally busy,
-    or as near to it as can be.
+    load is shared in proportion to the weights of its ranks, and the weights of busy ranks fall until all are equally
+    busy, or as near to it as can be.
 
     Args:
         load_E: [E] int64, assignments.
-        placement: the hosts.
+        placement: which ranks have which expert.
 
     Returns:
         [P] int64; each expert's parts add up to its load.
     """
     weight_W = scaling_weights(load_E, placement)
-    return _cut_at_whole_tokens(load_E, weight_W[placement.pair_host_P[placement.by_expert_P]], placement)
+    return _cut_at_whole_tokens(load_E, weight_W[placement.pair_rank_P[placement.by_expert_P]], placement)
 
 
 def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
@@ -69,19 +69,19 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
 
     Args:
         load_E: [E] assignments.
-        placement: the hosts.
+        placement: which ranks have which expert.
 
     Returns:
         [W] float.
     """
-    host_P, expert_P, by_expert_P = placement.pair_host_P, placement.pair_expert_P, placement.by_expert_P
+    rank_P, expert_P, by_expert_P = placement.pair_rank_P, placement.pair_expert_P, placement.by_expert_P
     first_E = placement.first_pair_E
-    first_W = np.cumsum(placement.num_hosted_W) - placement.num_hosted_W
+    first_W = np.cumsum(placement.num_pairs_W) - placement.num_pairs_W
     mean = load_E.sum() / placement.world_size
     weight_W = np.ones(placement.world_size)
-    host_by_expert_P = host_P[by_expert_P]
+    rank_by_expert_P = rank_P[by_expert_P]
     for exponent in _EXPONENTS if mean else ():
-        per_weight_E = load_E / np.add.reduceat(weight_W[host_by_expert_P], first_E)
+        per_weight_E = load_E / np.add.reduceat(weight_W[rank_by_expert_P], first_E)
         load_W = weight_W * np.add.reduceat(per_weight_E[expert_P], first_W)
         if load_W.max() <= _EVEN * mean:
             break
@@ -92,15 +92,23 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def _cut_at_whole_tokens(load_E: np.ndarray, part_P: np.ndarray, placement: Placement) -> np.ndarray:
-    """[P]: `load_E` shared in proportion to `part_P` (ordered by expert), rounded down where the parts meet."""
+    """[P]: `load_E` shared in proportion to `part_P` (ordered by expert), rounded down where the parts meet.
+
+    an expert's load of 10       0 . . . . . . . . . 10
+    part_P of its three pairs    |  0.5   |   1  |   1  |
+    stop_P                           2        6     10        2.0, 6.0, 10 (rounded down; the last one is the load)
+    share_P                          2        4      4
+    """
     first_E, expert_P = placement.first_pair_E, placement.pair_expert_P[placement.by_expert_P]
-    # Parts of the same expert first, since those of different ones may differ by many orders of magnitude.
-    after_P = np.cumsum(part_P / np.add.reduceat(part_P, first_E)[expert_P]) - expert_P
-    # A whole number is not to become the next lower one for a last bit.
-    stop_P = np.floor(load_E[expert_P] * after_P + 1e-6).astype(np.int64)
+    # [P] in 0..1, where a pair's part ends in its expert's load. Parts are divided by their expert's sum first, since
+    # those of different experts may differ by many orders of magnitude. Each expert's then add up to 1, so that in the
+    # sum over all pairs the experts before expert e add e.
+    end_P = np.cumsum(part_P / np.add.reduceat(part_P, first_E)[expert_P]) - expert_P
+    # The small number keeps a product that is whole but for rounding from being rounded down to the next lower one.
+    stop_P = np.floor(load_E[expert_P] * end_P + 1e-6).astype(np.int64)
     stop_P[np.append(first_E[1:], len(part_P)) - 1] = load_E
     share_P = np.diff(stop_P, prepend=0)
     share_P[first_E] = stop_P[first_E]
-    out_P = np.empty_like(share_P)
-    out_P[placement.by_expert_P] = share_P
-    return out_P
+    share_by_rank_P = np.empty_like(share_P)
+    share_by_rank_P[placement.by_expert_P] = share_P
+    return share_by_rank_P

@@ -18,7 +18,7 @@ from swiftmoe_lightning.analysis.cost import (
 from swiftmoe_lightning.placement import Placement, plan_collection, plan_distribution
 from tests.placement.cases import placements
 
-# Rank 0 hosts expert 0 twice, rank 1 hosts experts 0, 1 and 2: D = 4.
+# Rank 0 has expert 0 twice, rank 1 has experts 0, 1 and 2: P = 4.
 LOPSIDED = Placement(np.array([0, 0, 0, 0, 1, 2]), 3, 2)
 
 
@@ -38,8 +38,8 @@ def test_a_phase_sends_what_does_not_stay_on_its_rank() -> None:
 
 
 def test_the_papers_way_sends_gradients_by_all_reduce_and_weights_to_every_slot() -> None:
-    # Expert 0 is on both ranks: its all-reduce sends 2 * 100. Then each rank fetches its half of what it does not
-    # host: rank 0 of experts 1 and 2. Weights: of every rank's three slots the other rank owns half.
+    # Expert 0 is on both ranks: its all-reduce sends 2 * 100. Then each rank fetches its half of the experts
+    # that it does not have: rank 0 of 1 and 2. Weights: of every rank's three slots the other rank owns half.
     assert paper_bytes(4, 3, machine()) == 2 * 100 + 2 * 50 + 6 * 50
     assert paper_bytes(3, 3, machine(num_ranks=1)) == 0
 
@@ -64,7 +64,7 @@ def test_the_busiest_rank_of_a_phase_is_bound_by_sending_or_by_receiving() -> No
     # Four ranks of one slot, one expert: each sends 3 / 4, and receives a quarter from each of 3.
     assert busiest_phase(Placement(np.zeros(4), 1, 4)) == 0.75
     assert busiest_phase(Placement(np.array([0, 1]), 2, 1)) == 0
-    # Ranks host 1, 1, 1 and 4 of the pairs: the last sends 4 * 3 / 4, the others receive 6 / 4 at the most.
+    # Ranks have 1, 1, 1 and 4 of the pairs: the last sends 4 * 3 / 4, the others receive 6 / 4 at the most.
     assert busiest_phase(Placement(np.array([0] * 12 + [0, 1, 2, 3]), 4, 4)) == 3.0
 
 
@@ -80,7 +80,7 @@ def test_bytes_are_the_elements_that_training_sends_where_ranks_divide_the_rows(
     for plan in (plan_collection(placement, row_elements), plan_distribution(placement, row_elements)):
         sent_W = [plan.elements_sent(rank) for rank in range(world_size)]
         received_W = plan.elements_WW.sum(0) - np.diag(plan.elements_WW)
-        assert sum(sent_W) == pytest.approx(phase_bytes(placement.num_hosted_W.sum(), costs))
+        assert sum(sent_W) == pytest.approx(phase_bytes(placement.num_pairs_W.sum(), costs))
         assert max(*sent_W, *received_W) == pytest.approx(busiest_phase(placement) * expert)
 
 
@@ -88,8 +88,8 @@ def test_bytes_are_the_elements_that_training_sends_where_ranks_divide_the_rows(
 @given(placements())
 def test_our_phases_never_send_more_than_the_papers(placement: Placement) -> None:
     costs = machine(placement.world_size, placement.slots_per_rank)
-    num_hosted = int(placement.num_hosted_W.sum())
-    assert 2 * phase_bytes(num_hosted, costs) <= paper_bytes(num_hosted, placement.num_experts, costs) + 1e-9
+    num_pairs = int(placement.num_pairs_W.sum())
+    assert 2 * phase_bytes(num_pairs, costs) <= paper_bytes(num_pairs, placement.num_experts, costs) + 1e-9
 
 
 def test_a_steps_seconds_are_compute_phases_tokens_and_moved_state() -> None:

@@ -94,16 +94,16 @@ def recorded(make: Callable[[], Model], folder: Path, **options: Any) -> Trace:
 
 def replayed(trace: Trace, placement: str = "balanced", **rules: Any) -> Replay:
     slots_per_rank = trace.metadata["slots_per_rank"]
-    return replay(trace.popularity_SLE, make_policy(placement, W, slots_per_rank), Rules(**rules))
+    return replay(trace.popularity_ULE, make_policy(placement, W, slots_per_rank), Rules(**rules))
 
 
-def assert_same(found: Replay, trace: Trace) -> None:
+def assert_same(replayed_run: Replay, trace: Trace) -> None:
     """Loads, drops, replicas and moves of every step and layer, to the last assignment."""
     arrays = {
-        "loads": found.load_SLW,
-        "dropped": found.dropped_SL,
-        "replicas": found.replicas_SLE,
-        "moved": found.moved_SL,
+        "loads": replayed_run.load_ULW,
+        "dropped": replayed_run.dropped_UL,
+        "replicas": replayed_run.replicas_ULE,
+        "moved": replayed_run.moved_UL,
     }
     assert trace.recorded.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -118,7 +118,7 @@ CAPPED = {"capacity_factor": 1.0}
 def test_a_replay_gives_the_runs_own_numbers(tmp_path: Path, placement: str, moe_options: dict[str, Any]) -> None:
     options = {} if placement == "balanced" else {"placement": placement}
     trace = recorded(partial(Three, **moe_options), tmp_path, **options)
-    assert trace.popularity_SLE.shape == (NUM_STEPS, 3, E)
+    assert trace.popularity_ULE.shape == (NUM_STEPS, 3, E)
     assert (trace.recorded["dropped"].sum() > 0) == bool(moe_options)
     assert trace.recorded["moved"].sum() > 0
     sizes = Sizes.of(trace, None, None, None)
@@ -157,31 +157,31 @@ def test_a_replay_keeps_to_the_runs_cadence(
     capacity = Capacity(1.0) if moe_options else None
     assert_same(replayed(trace, capacity=capacity, **rules), trace)
     # These settings make a difference to the run.
-    assert (replayed(trace, capacity=capacity).moved_SL != trace.recorded["moved"]).any()
+    assert (replayed(trace, capacity=capacity).moved_UL != trace.recorded["moved"]).any()
 
 
 def test_uniform_replicas_take_over_in_the_replay_when_they_did_in_the_run(tmp_path: Path) -> None:
     trace = recorded(partial(WithScript, JUMPING, **CAPPED), tmp_path, replace_every=2, slots_per_rank=2)
     rules = Rules(capacity=Capacity(1.0), interval=2)
-    assert_same(replay(trace.popularity_SLE, make_policy("balanced", W, 2), rules), trace)
-    unguarded = make_policy("balanced", W, 2)
-    unguarded.has_uniform_fallback = False  # type: ignore[misc]
-    found = replay(trace.popularity_SLE, unguarded, rules)
-    stepped_in_S = (found.replicas_SLE != trace.recorded["replicas"]).any(2)[:, 0]
+    assert_same(replay(trace.popularity_ULE, make_policy("balanced", W, 2), rules), trace)
+    policy = make_policy("balanced", W, 2)
+    policy.has_uniform_fallback = False  # type: ignore[misc]
+    without_fallback = replay(trace.popularity_ULE, policy, rules)
+    fell_back_U = (without_fallback.replicas_ULE != trace.recorded["replicas"]).any(2)[:, 0]
     uniform_E = Placement.uniform(E, W, 2).replica_counts_E
-    assert stepped_in_S.any()
-    assert (trace.recorded["replicas"][stepped_in_S, 0] == uniform_E).all()
+    assert fell_back_U.any()
+    assert (trace.recorded["replicas"][fell_back_U, 0] == uniform_E).all()
 
 
 @pytest.mark.parametrize("interval", [2, "auto"])
 def test_layers_that_a_step_did_not_use_wait_in_the_replay_as_in_the_run(tmp_path: Path, interval: int | str) -> None:
     trace = recorded(Alternates, tmp_path, replace_every=interval, find_unused_parameters=True)
-    found, is_used_SL = replayed(trace, interval=interval), trace.popularity_SLE.any(2)
-    assert is_used_SL.mean(0).tolist() == [1, 0.5, 0.5]
-    np.testing.assert_array_equal(found.load_SLW, trace.recorded["loads"])
-    for layer, is_used_S in enumerate(is_used_SL.T):
-        replicas, moved = (trace.recorded[name][is_used_S, layer] for name in ("replicas", "moved"))
-        np.testing.assert_array_equal(found.replicas_SLE[is_used_S, layer], replicas)
+    replayed_run, is_used_UL = replayed(trace, interval=interval), trace.popularity_ULE.any(2)
+    assert is_used_UL.mean(0).tolist() == [1, 0.5, 0.5]
+    np.testing.assert_array_equal(replayed_run.load_ULW, trace.recorded["loads"])
+    for layer, is_used_U in enumerate(is_used_UL.T):
+        replicas, moved = (trace.recorded[name][is_used_U, layer] for name in ("replicas", "moved"))
+        np.testing.assert_array_equal(replayed_run.replicas_ULE[is_used_U, layer], replicas)
         # The recorder sees a move when the layer is used again.
-        moved_so_far = found.moved_SL[:, layer].cumsum()[is_used_S]
+        moved_so_far = replayed_run.moved_UL[:, layer].cumsum()[is_used_U]
         np.testing.assert_array_equal(np.diff(moved_so_far, prepend=0), moved)

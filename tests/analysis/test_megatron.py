@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swiftmoe_lightning.analysis import read_trace
+from swiftmoe_lightning.analysis import read_megatron, read_trace
 
 
 def call(step: int, layer: int, top_indices: list[list[int]], rank: int = 0, **fields: Any) -> dict[str, Any]:
@@ -44,9 +44,9 @@ def test_expert_ids_are_counted_by_step_and_layer(tmp_path: Path) -> None:
         call(2, 1, [[0, 1], [0, 1]], 3),
     )
     trace = read_trace(path)
-    assert trace.counts_SWLE.tolist() == [[[[1, 1, 2, 0], [1, 1, 0, 2]]], [[[2, 2, 0, 0], [0, 0, 0, 0]]]]
+    assert trace.counts_UWLE.tolist() == [[[[1, 1, 2, 0], [1, 1, 0, 2]]], [[[2, 2, 0, 0], [0, 0, 0, 0]]]]
     assert trace.layers == ("1", "10")
-    assert trace.step_S.tolist() == [0, 2]
+    assert trace.step_U.tolist() == [0, 2]
     assert trace.metadata == {"ranks": [3]}
     assert trace.recorded == {}
 
@@ -59,12 +59,12 @@ def test_a_folder_is_read_with_the_files_of_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "hidden_states_rank0.bin").write_bytes(b"\x00")
     trace = read_trace(tmp_path)
     assert trace.metadata == {"ranks": [0, 2, 10]}
-    assert trace.counts_SWLE[0, :, 0].tolist() == [[1, 0, 0, 0, 0, 0], [0, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 11]]
+    assert trace.counts_UWLE[0, :, 0].tolist() == [[1, 0, 0, 0, 0, 0], [0, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 11]]
 
 
 def test_calls_of_a_layer_in_one_step_add_up(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", call(0, 0, [[1], [0]]), call(0, 0, [[1]]), call(0, 0, [[1], [2]]))
-    assert read_trace(path).counts_SWLE.tolist() == [[[[1, 3, 1]]]]
+    assert read_trace(path).counts_UWLE.tolist() == [[[[1, 3, 1]]]]
 
 
 def test_multi_token_predictions_layers_are_told_from_the_decoders(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_multi_token_predictions_layers_are_told_from_the_decoders(tmp_path: Pat
     )
     trace = read_trace(path)
     assert trace.layers == ("1", "mtp.0.1", "mtp.1.1")
-    assert trace.counts_SWLE[0, 0].tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert trace.counts_UWLE[0, 0].tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_lines_from_before_blocks_are_read_and_so_are_those_with_sidecars(tmp_path: Path) -> None:
@@ -87,21 +87,21 @@ def test_lines_from_before_blocks_are_read_and_so_are_those_with_sidecars(tmp_pa
     )
     trace = read_trace(path)
     assert trace.layers == ("1", "2")
-    assert trace.counts_SWLE[0, 0].tolist() == [[0, 1], [1, 0]]
+    assert trace.counts_UWLE[0, 0].tolist() == [[0, 1], [1, 0]]
 
 
 def test_a_call_without_tokens_and_blank_lines_count_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", call(0, 0, [[1]]), {**call(1, 0, [[0]]), "num_tokens": 0, "top_indices": []})
     path.write_text(path.read_text() + "\n \n")
-    assert read_trace(path).counts_SWLE.tolist() == [[[[0, 1]]], [[[0, 0]]]]
+    assert read_trace(path).counts_UWLE.tolist() == [[[[0, 1]]], [[[0, 0]]]]
 
 
 def test_experts_that_no_token_chose_come_from_the_caller_or_from_logits(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", call(0, 0, [[1], [0]]))
     assert read_trace(path).num_experts == 2
-    assert read_trace(path, num_experts=8).counts_SWLE.tolist() == [[[[1, 1, 0, 0, 0, 0, 0, 0]]]]
+    assert read_megatron([path], num_experts=8).counts_UWLE.tolist() == [[[[1, 1, 0, 0, 0, 0, 0, 0]]]]
     write(path, call(0, 0, [[1], [0]]), call(1, 0, [[0]], logit_shape=[1, 4]))
-    assert read_trace(path).counts_SWLE.tolist() == [[[[1, 1, 0, 0]]], [[[1, 0, 0, 0]]]]
+    assert read_trace(path).counts_UWLE.tolist() == [[[[1, 1, 0, 0]]], [[[1, 0, 0, 0]]]]
 
 
 GOOD = call(0, 0, [[0, 1], [1, 2]])
@@ -172,7 +172,9 @@ def test_a_last_line_that_is_cut_off_is_named(tmp_path: Path) -> None:
 def test_a_chosen_expert_must_be_one_of_those_that_the_caller_tells_of(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", GOOD)
     with pytest.raises(ValueError, match="line 1: expert 2 was chosen, and num_experts says that there are 2"):
-        read_trace(path, num_experts=2)
+        read_megatron([path], num_experts=2)
+    with pytest.raises(ValueError, match=r"num_experts must be a whole number of 1 or more, got 2\.0"):
+        read_megatron([path], num_experts=2.0)  # type: ignore[arg-type]
 
 
 def test_files_without_lines_are_refused(tmp_path: Path) -> None:

@@ -22,18 +22,18 @@ def plan(machine: Machine = MACHINE, **options: Any) -> Plan:
 
 
 def numbers(machine: Machine = MACHINE, **options: Any) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = plan(machine, **options).as_json()["policies"]
-    return found
+    policies: dict[str, dict[str, Any]] = plan(machine, **options).as_json()["policies"]
+    return policies
 
 
 @pytest.mark.parametrize("speeds", [{}, {"link_bytes": 1e9, "flops": 1e12}])
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_the_json_has_these_keys_and_types(capacity_factor: float | None, speeds: dict[str, float]) -> None:
     machine = Machine(num_ranks=4, slots_per_rank=3, **speeds)
-    found = json.loads(json.dumps(plan(machine, policies=["symi", "lpt"], capacity_factor=capacity_factor).as_json()))
-    assert list(found.pop("policies")) == ["symi", "lpt"]
-    assert found.pop("bounds").keys() == {"dropped", "imbalance"}
-    assert found == {
+    as_json = json.loads(json.dumps(plan(machine, policies=["symi", "lpt"], capacity_factor=capacity_factor).as_json()))
+    assert list(as_json.pop("policies")) == ["symi", "lpt"]
+    assert as_json.pop("bounds").keys() == {"dropped", "imbalance"}
+    assert as_json == {
         "trace": {"steps": 6, "layers": 2, "experts": 8, "assignments": int(COUNTS.sum())},
         "ranks": 4,
         "slots_per_rank": 3,
@@ -53,7 +53,7 @@ def test_the_json_has_these_keys_and_types(capacity_factor: float | None, speeds
             "bytes_state_moved": int,
             "step_seconds": seconds,
             "step_seconds_paper": seconds,
-            "hosts": float,
+            "pairs": float,
             "replicas_moved": float,
             "planning_seconds": float,
             "capacity_per": type(None) if capacity_factor is None else str,
@@ -78,12 +78,12 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
         assignment_bytes=1,
         assignment_flops=30.0,
     )
-    found = make_plan(trace, machine, PlanOptions(policies=["static"], capacity_factor=1.0)).as_json()
-    static = found["policies"]["static"]
+    as_json = make_plan(trace, machine, PlanOptions(policies=["static"], capacity_factor=1.0)).as_json()
+    static = as_json["policies"]["static"]
     # Budgets are 2 a slot: of the eight four are computed, then all eight.
     assert static["dropped"] == 4 / 16
     assert (static["imbalance"], static["imbalance_max"]) == (1.5, 2.0)
-    assert static["hosts"] == 2
+    assert static["pairs"] == 2
     # G (D - D / W) = 10 * 1; the paper's way 10 * (2 D - E - D / W) + 10 * S (1 - 1 / W) = 10 + 20.
     assert (static["bytes_gradients"], static["bytes_weights"], static["bytes_paper"]) == (10, 10, 30)
     # 4 choices of half a second, both times. Phases: half a gradient and half a weight, 10 bytes in all; tokens:
@@ -93,28 +93,28 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
     assert static["step_seconds_paper"] == pytest.approx(2 + 2.0 + 0.8)
     assert (static["capacity_per"], static["token_split"], static["label"]) == ("slot", "uniform", "slot budget")
     # One replica on each rank would have dropped nothing.
-    assert found["bounds"] == {"dropped": 0, "imbalance": 1}
+    assert as_json["bounds"] == {"dropped": 0, "imbalance": 1}
 
 
-def test_each_policy_is_judged_as_its_authors_do() -> None:
-    judged = {
+def test_each_policy_has_the_capacity_of_its_authors() -> None:
+    capacities = {
         name: values["capacity_per"] for name, values in numbers(policies=[*CANDIDATES], capacity_factor=1.0).items()
     }
     by_slot = ["symi", "static", "flexmoe-10", "flexmoe-50", "flexmoe-100"]
-    assert judged == {name: "slot" if name in by_slot else "rank" for name in CANDIDATES}
+    assert capacities == {name: "slot" if name in by_slot else "rank" for name in CANDIDATES}
 
 
 @pytest.mark.parametrize("capacity", ["rank", "slot"])
 def test_one_budget_for_all_overrides_their_own(capacity: str) -> None:
     own = numbers(policies=["balanced", "symi"], capacity_factor=1.0)
-    found = numbers(policies=["balanced", "symi"], capacity_factor=1.0, capacity_per=capacity)
-    assert {values["capacity_per"] for values in found.values()} == {capacity}
+    policies = numbers(policies=["balanced", "symi"], capacity_factor=1.0, capacity_per=capacity)
+    assert {values["capacity_per"] for values in policies.values()} == {capacity}
     same, other = ("balanced", "symi") if capacity == "rank" else ("symi", "balanced")
-    assert found[same]["dropped"] == own[same]["dropped"]
-    assert found[other]["dropped"] != own[other]["dropped"]
+    assert policies[same]["dropped"] == own[same]["dropped"]
+    assert policies[other]["dropped"] != own[other]["dropped"]
 
 
-def test_without_a_capacity_nobody_is_judged_and_nothing_dropped() -> None:
+def test_without_a_capacity_nothing_is_dropped() -> None:
     for values in numbers(policies=[*CANDIDATES]).values():
         assert (values["capacity_per"], values["dropped"]) == (None, 0)
 
@@ -122,7 +122,7 @@ def test_without_a_capacity_nobody_is_judged_and_nothing_dropped() -> None:
 def test_only_where_state_lives_beside_weights_does_it_move() -> None:
     moved = numbers(policies=[*CANDIDATES])
     assert [name for name, values in moved.items() if values["bytes_state_moved"]] == ["lpt"]
-    # New hosts a step, each with state of 5 and weights of 2 bytes.
+    # New pairs a step, each with state of 5 and weights of 2 bytes.
     small = Machine(num_ranks=4, slots_per_rank=3, expert_bytes=2, state_bytes=5)
     lpt = numbers(small, policies=["lpt"])["lpt"]
     assert lpt["bytes_state_moved"] == round(lpt["replicas_moved"] * 7) > 0
@@ -131,24 +131,24 @@ def test_only_where_state_lives_beside_weights_does_it_move() -> None:
 def test_flexmoe_moves_state_at_its_interval() -> None:
     counts = np.tile([[40, 3, 2, 1]], (21, 1, 1, 1))
     options = PlanOptions(policies=["flexmoe-10", "flexmoe-50", "balanced"])
-    found = make_plan(Trace(counts), Machine(num_ranks=4, slots_per_rank=2), options).as_json()["policies"]
-    assert found["flexmoe-10"]["bytes_state_moved"] > 0
-    assert found["flexmoe-50"]["bytes_state_moved"] == found["balanced"]["bytes_state_moved"] == 0
-    assert found["balanced"]["replicas_moved"] > 0
+    policies = make_plan(Trace(counts), Machine(num_ranks=4, slots_per_rank=2), options).as_json()["policies"]
+    assert policies["flexmoe-10"]["bytes_state_moved"] > 0
+    assert policies["flexmoe-50"]["bytes_state_moved"] == policies["balanced"]["bytes_state_moved"] == 0
+    assert policies["balanced"]["replicas_moved"] > 0
 
 
-def test_a_clairvoyant_is_one_whatever_the_lag() -> None:
-    late = plan(policies=["exact", "shadowing", "packed"], lag=3)
+def test_an_oracle_is_one_whatever_the_lag() -> None:
+    late = plan(policies=["oracle", "shadowing", "packed"], lag=3)
     assert {name: outcome.rules.lag for name, outcome in late.outcomes.items()} == {
-        "exact": 0,
+        "oracle": 0,
         "shadowing": 0,
         "packed": 3,
     }
 
 
-def test_a_lag_of_0_and_a_clairvoyant_are_the_same() -> None:
-    found = numbers(policies=["exact", "packed"], capacity_factor=1.0, lag=0)
-    assert found["exact"]["dropped"] == found["packed"]["dropped"]
+def test_a_lag_of_0_and_an_oracle_are_the_same() -> None:
+    policies = numbers(policies=["oracle", "packed"], capacity_factor=1.0, lag=0)
+    assert policies["oracle"]["dropped"] == policies["packed"]["dropped"]
 
 
 @given(
@@ -160,21 +160,21 @@ def test_a_lag_of_0_and_a_clairvoyant_are_the_same() -> None:
 def test_nobody_beats_the_bounds(
     history: tuple[np.ndarray, int, int], capacity_factor: float | None, capacity: str | None
 ) -> None:
-    popularity_SLE, world_size, slots_per_rank = history
+    popularity_ULE, world_size, slots_per_rank = history
     options = PlanOptions(policies=[*CANDIDATES], capacity_factor=capacity_factor, capacity_per=capacity)
     machine = Machine(num_ranks=world_size, slots_per_rank=slots_per_rank)
-    found = make_plan(Trace(popularity_SLE[:, None]), machine, options).as_json()
-    json.dumps(found, allow_nan=False)
-    for values in found["policies"].values():
-        assert values["dropped"] >= found["bounds"]["dropped"] - 1e-9
-        assert values["imbalance"] >= found["bounds"]["imbalance"] - 1e-9
+    as_json = make_plan(Trace(popularity_ULE[:, None]), machine, options).as_json()
+    json.dumps(as_json, allow_nan=False)
+    for values in as_json["policies"].values():
+        assert values["dropped"] >= as_json["bounds"]["dropped"] - 1e-9
+        assert values["imbalance"] >= as_json["bounds"]["imbalance"] - 1e-9
 
 
 def test_the_bounds_count_a_step_without_tokens_as_even() -> None:
     # Two ranks of one slot: expert 0's rank does it all, twice the mean; then nothing.
     trace = Trace(np.array([[[[8, 0]]], [[[0, 0]]]]))
-    found = make_plan(trace, Machine(num_ranks=2, slots_per_rank=1), PlanOptions(policies=["static"])).as_json()
-    assert found["bounds"]["imbalance"] == found["policies"]["static"]["imbalance"] == 1.5
+    as_json = make_plan(trace, Machine(num_ranks=2, slots_per_rank=1), PlanOptions(policies=["static"])).as_json()
+    assert as_json["bounds"]["imbalance"] == as_json["policies"]["static"]["imbalance"] == 1.5
 
 
 def test_too_few_slots_are_told_before_any_policy_is_run() -> None:

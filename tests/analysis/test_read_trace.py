@@ -21,10 +21,10 @@ from tests.analysis.cases import COUNTS, METADATA, recording, recordings
 WRITERS = {"npz": write_npz, "parquet": write_parquet}
 
 
-def refusal(path: Path, **options: Any) -> str:
+def refusal(path: Path) -> str:
     """The one line that says why it cannot be read, without the path that it begins with."""
     with pytest.raises(ValueError) as refused:  # noqa: PT011
-        read_trace(path, **options)
+        read_trace(path)
     line = str(refused.value)
     assert "\n" not in line
     assert line.startswith(f"{path}: ")
@@ -44,9 +44,9 @@ def test_a_recording_is_read_as_it_was_written(tmp_path: Path, kind: str) -> Non
     path = tmp_path / "new" / f"trace.{kind}"
     WRITERS[kind](path, recording(), METADATA)
     trace = read_trace(str(path))
-    np.testing.assert_array_equal(trace.counts_SWLE, COUNTS)
+    np.testing.assert_array_equal(trace.counts_UWLE, COUNTS)
     assert trace.layers == ("moe.experts",)
-    assert trace.step_S.tolist() == [3, 4]
+    assert trace.step_U.tolist() == [3, 4]
     assert trace.metadata == METADATA
     recorded = {name: values.tolist() for name, values in trace.recorded.items()}
     kept = {name: values.tolist() for name, values in recording().items() if name not in ("counts", "step")}
@@ -63,9 +63,9 @@ def test_any_recording_comes_back_exactly(
     arrays, metadata = written
     WRITERS[kind](path, arrays, metadata)
     trace = read_trace(path)
-    assert trace.counts_SWLE.dtype == np.int64
-    np.testing.assert_array_equal(trace.counts_SWLE, arrays["counts"])
-    np.testing.assert_array_equal(trace.step_S, arrays["step"])
+    assert trace.counts_UWLE.dtype == np.int64
+    np.testing.assert_array_equal(trace.counts_UWLE, arrays["counts"])
+    np.testing.assert_array_equal(trace.step_U, arrays["step"])
     assert list(trace.layers) == metadata["layers"]
     assert trace.metadata == metadata
 
@@ -86,20 +86,20 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_line(
     else:
         content[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    found = outcome(path)
-    if isinstance(found, str):
-        assert found.startswith(f"{path}: ")
-        assert "\n" not in found
+    result = outcome(path)
+    if isinstance(result, str):
+        assert result.startswith(f"{path}: ")
+        assert "\n" not in result
     else:
-        np.testing.assert_array_equal(found.counts_SWLE, COUNTS)
+        np.testing.assert_array_equal(result.counts_UWLE, COUNTS)
 
 
 def test_an_npz_file_needs_nothing_but_counts(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", counts=np.array([[[3.0, 1.0]], [[0.0, 2.0]]]), loss=np.array([2.5, None]))
     trace = read_trace(tmp_path / "own.npz")
-    assert trace.counts_SWLE.tolist() == [[[[3, 1]]], [[[0, 2]]]]
+    assert trace.counts_UWLE.tolist() == [[[[3, 1]]], [[[0, 2]]]]
     assert trace.layers == ("0",)
-    assert trace.step_S.tolist() == [0, 1]
+    assert trace.step_U.tolist() == [0, 1]
     assert trace.metadata == trace.recorded == {}
 
 
@@ -107,20 +107,12 @@ def test_content_tells_what_a_file_is_not_its_name(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.parquet.old", recording(), METADATA)
     write_parquet(tmp_path / "b.npz", recording(), METADATA)
     for name in ("a.parquet.old", "b.npz"):
-        np.testing.assert_array_equal(read_trace(tmp_path / name).counts_SWLE, COUNTS)
+        np.testing.assert_array_equal(read_trace(tmp_path / name).counts_UWLE, COUNTS)
 
 
 def test_a_path_chooses_the_writer() -> None:
     assert writer_for(Path("folder/trace.parquet")) is writer_for(Path("TRACE.PARQUET")) is write_parquet
     assert writer_for(Path("trace.npz")) is writer_for(Path("trace")) is writer_for(Path("a.parquet/b")) is write_npz
-
-
-def test_a_number_of_experts_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
-    write_npz(tmp_path / "trace.npz", recording(), METADATA)
-    assert read_trace(tmp_path / "trace.npz", num_experts=3).num_experts == 3
-    assert "it has 3 experts, and num_experts says 4. Leave it out." in refusal(tmp_path / "trace.npz", num_experts=4)
-    with pytest.raises(ValueError, match=r"num_experts must be a whole number of 1 or more, got 2\.0"):
-        read_trace(tmp_path / "trace.npz", num_experts=2.0)  # type: ignore[arg-type]
 
 
 def test_where_there_is_nothing_the_path_is_named(tmp_path: Path) -> None:
@@ -219,7 +211,7 @@ def test_parquet_is_a_long_table_without_zeros(tmp_path: Path) -> None:
 def test_folders_on_the_way_add_no_columns(tmp_path: Path) -> None:
     path = tmp_path / "layer=7" / "seed=1" / "trace.parquet"
     write_parquet(path, recording(), METADATA)
-    np.testing.assert_array_equal(read_trace(path).counts_SWLE, COUNTS)
+    np.testing.assert_array_equal(read_trace(path).counts_UWLE, COUNTS)
 
 
 def rewrite(path: Path, change: Any) -> None:

@@ -40,7 +40,7 @@ def run(lag: int = 1, split: str = "uniform", capacity: Capacity | None = None, 
 
 
 @pytest.mark.parametrize(
-    ("lag", "replicas", "wanted", "hosted", "moved"),
+    ("lag", "replicas", "wanted", "pairs", "moved"),
     [
         # From the step itself: [0 0 | 0 1], [0 1 | 1 1], [0 0 | 0 1]. Expert 0's twelve: eight on rank 0's two slots;
         # then expert 1's fourteen: 4 (floored) on rank 0 and ten on rank 1.
@@ -54,47 +54,47 @@ def run(lag: int = 1, split: str = "uniform", capacity: Capacity | None = None, 
     ],
 )
 def test_a_step_is_served_by_the_plan_from_lag_steps_before(
-    lag: int, replicas: list[Any], wanted: list[Any], hosted: list[int], moved: list[int]
+    lag: int, replicas: list[Any], wanted: list[Any], pairs: list[int], moved: list[int]
 ) -> None:
-    found = run(lag)
-    assert found.replicas_SLE[:, 0].tolist() == replicas
-    assert found.wanted_SLW[:, 0].tolist() == found.load_SLW[:, 0].tolist() == wanted
-    assert found.hosted_SL[:, 0].tolist() == hosted
-    assert found.moved_SL[:, 0].tolist() == moved
-    assert found.dropped_SL.tolist() == [[0], [0], [0]]
-    assert found.imbalance_SL[:, 0].tolist() == [2 * max(row) / sum(row) for row in wanted]
+    replayed = run(lag)
+    assert replayed.replicas_ULE[:, 0].tolist() == replicas
+    assert replayed.wanted_ULW[:, 0].tolist() == replayed.load_ULW[:, 0].tolist() == wanted
+    assert replayed.num_pairs_UL[:, 0].tolist() == pairs
+    assert replayed.moved_UL[:, 0].tolist() == moved
+    assert replayed.dropped_UL.tolist() == [[0], [0], [0]]
+    assert replayed.imbalance_UL[:, 0].tolist() == [2 * max(row) / sum(row) for row in wanted]
 
 
 def test_a_budget_for_each_rank_is_shared_by_its_slots() -> None:
     # Budgets are 8, 8 and 6 a rank: of [[8, 8], [1, 15], [10, 2]] ranks compute these.
-    found = run(capacity=Capacity(1.0))
-    assert found.load_SLW[:, 0].tolist() == [[8, 8], [1, 8], [6, 2]]
-    assert found.dropped_SL[:, 0].tolist() == [0, 7, 4]
-    assert found.imbalance_SL[:, 0].tolist() == [1.0, 16 / 9, 1.5]
+    replayed = run(capacity=Capacity(1.0))
+    assert replayed.load_ULW[:, 0].tolist() == [[8, 8], [1, 8], [6, 2]]
+    assert replayed.dropped_UL[:, 0].tolist() == [0, 7, 4]
+    assert replayed.imbalance_UL[:, 0].tolist() == [1.0, 16 / 9, 1.5]
 
 
 def test_a_budget_for_each_slot_is_not() -> None:
     # Budgets are 4, 4 and 3 a slot. Slots want [6 2 | 6 2], [0.67 0.67 | 0.67 14], [9 1 | 1 1].
-    found = run(capacity=Capacity(1.0, "slot"))
-    assert found.load_SLW[:, 0].tolist() == [[6, 6], [1, 5], [4, 2]]
-    assert found.dropped_SL[:, 0].tolist() == [4, 10, 6]
+    replayed = run(capacity=Capacity(1.0, "slot"))
+    assert replayed.load_ULW[:, 0].tolist() == [[6, 6], [1, 5], [4, 2]]
+    assert replayed.dropped_UL[:, 0].tolist() == [4, 10, 6]
 
 
-def test_the_certificates_say_why() -> None:
-    found = run(capacity=Capacity(1.0))
+def test_losses_are_split_by_cause() -> None:
+    replayed = run(capacity=Capacity(1.0))
     # 7 of 16 and 4 of 12 were dropped. Under these placements 6 and 3 must be, for the hot expert is on one rank alone;
-    # the equal parts added one each. A clairvoyant drops nothing.
-    assert found.achieved == pytest.approx((7 / 16 + 4 / 12) / 3)
+    # the equal parts added one each. An oracle drops nothing.
+    assert replayed.achieved == pytest.approx((7 / 16 + 4 / 12) / 3)
     losses = {"split": (1 / 16 + 1 / 12) / 3, "placement": 0, "prediction": (6 / 16 + 3 / 12) / 3}
-    assert found.losses == pytest.approx({**losses, "floor": 0, "rounding": 0}, abs=1e-12)
+    assert replayed.losses == pytest.approx({**losses, "floor": 0, "rounding": 0}, abs=1e-12)
 
 
 def test_the_busiest_ranks_part_of_a_phase_is_kept_for_every_step() -> None:
-    # Ranks host two experts each, then one and two: the second sends two half gradients away, 2 / 2.
-    assert run().busiest_SL.tolist() == [[1.0], [1.0], [1.0]]
-    assert replay(TRACE, Table(2, 2), Rules(lag=0)).hosted_SL.tolist() == [[3], [3], [3]]
+    # Ranks have two experts each, then one and two: the second sends two half gradients away, 2 / 2.
+    assert run().busiest_UL.tolist() == [[1.0], [1.0], [1.0]]
+    assert replay(TRACE, Table(2, 2), Rules(lag=0)).num_pairs_UL.tolist() == [[3], [3], [3]]
     one_rank = replay(TRACE, make_policy("static", 1, 2), Rules())
-    assert one_rank.busiest_SL.tolist() == [[0], [0], [0]]
+    assert one_rank.busiest_UL.tolist() == [[0], [0], [0]]
 
 
 class Remembers(PlacementPolicy):
@@ -130,31 +130,31 @@ def test_an_interval_of_n_places_by_the_sums_of_n_steps(interval: int, asked: li
 
 
 def test_auto_moves_for_fewer_hosts_or_for_uneven_loads_and_else_stays() -> None:
-    # At first [0 1 | 0 1], even for any loads. `Table` needs one host less for the first step's: [0 0 | 0 1]. That is
+    # At first [0 1 | 0 1], even for any loads. `Table` needs one pair less for the first step's: [0 0 | 0 1]. That is
     # even where expert 0 has nearly all, so it stays, though `Table` would take [0 1 | 1 1] for the second step; for
     # the third, of expert 1 alone, it is not: `Table` gets its way.
     steps = np.array([[[30, 2]], [[999, 1001]], [[0, 16]], [[4, 4]]])
-    found = replay(steps, Table(2, 2), Rules(interval="auto"))
-    assert found.load_SLW[:, 0].tolist()[0] == [16, 16]
-    assert found.replicas_SLE[:, 0].tolist() == [[2, 2], [3, 1], [3, 1], [1, 3]]
+    replayed = replay(steps, Table(2, 2), Rules(interval="auto"))
+    assert replayed.load_ULW[:, 0].tolist()[0] == [16, 16]
+    assert replayed.replicas_ULE[:, 0].tolist() == [[2, 2], [3, 1], [3, 1], [1, 3]]
     each_time = replay(steps, Table(2, 2), Rules())
-    assert each_time.replicas_SLE[:, 0].tolist() == [[2, 2], [3, 1], [1, 3], [1, 3]]
+    assert each_time.replicas_ULE[:, 0].tolist() == [[2, 2], [3, 1], [1, 3], [1, 3]]
 
 
 @pytest.mark.parametrize(("lag", "moved"), [(1, [0, 0, 0, 0]), (2, [0, 0, 0, 1]), (3, [0, 0, 0, 0, 1, 1])])
 def test_under_a_lag_auto_stays_and_does_not_go_back(lag: int, moved: list[int]) -> None:
-    # [0 0 | 0 1] and [0 1 | 1 1] are both even for these loads, and have one host less than the first placement. Until
+    # [0 0 | 0 1] and [0 1 | 1 1] are both even for these loads, and have one pair less than the first placement. Until
     # a step with one of them has been seen, each older step asks for one of the two; then nothing moves again.
     steps = np.array([[[1001, 999]], [[999, 1001]]] * 6)
-    found = replay(steps, Table(2, 2), Rules(interval="auto", lag=lag))
-    assert found.moved_SL[:, 0].tolist() == moved + [0] * (12 - len(moved))
+    replayed = replay(steps, Table(2, 2), Rules(interval="auto", lag=lag))
+    assert replayed.moved_UL[:, 0].tolist() == moved + [0] * (12 - len(moved))
 
 
 @st.composite
 def dense_histories(draw: Any) -> tuple[np.ndarray, int, int]:
     """Every layer of every step has tokens."""
-    popularity_SLE, world_size, slots_per_rank = draw(histories())
-    return popularity_SLE + np.eye(1, popularity_SLE.shape[2], dtype=np.int64), world_size, slots_per_rank
+    popularity_ULE, world_size, slots_per_rank = draw(histories())
+    return popularity_ULE + np.eye(1, popularity_ULE.shape[2], dtype=np.int64), world_size, slots_per_rank
 
 
 CAPACITIES = [None, Capacity(1.0), Capacity(0.7, "slot"), Capacity(1.5, "slot")]
@@ -171,24 +171,24 @@ CAPACITIES = [None, Capacity(1.0), Capacity(0.7, "slot"), Capacity(1.5, "slot")]
 def test_a_policy_without_guard_is_replayed_as_the_plain_loop_would(
     name: str, history: tuple[np.ndarray, int, int], capacity: Capacity | None, split: str, lag: int
 ) -> None:
-    popularity_SLE, world_size, slots_per_rank = history
+    popularity_ULE, world_size, slots_per_rank = history
     policy = make_policy(name, world_size, slots_per_rank)
-    found = replay(popularity_SLE, policy, Rules(split=split, capacity=capacity, lag=lag))
-    nothing_LE = np.zeros_like(popularity_SLE[0])
+    replayed = replay(popularity_ULE, policy, Rules(split=split, capacity=capacity, lag=lag))
+    nothing_LE = np.zeros_like(popularity_ULE[0])
     before = None
-    for step, popularity_LE in enumerate(popularity_SLE):
-        placements = policy.place(Forecast.of(popularity_SLE[step - lag] if step >= lag else nothing_LE))
+    for step, popularity_LE in enumerate(popularity_ULE):
+        placements = policy.place(Forecast.of(popularity_ULE[step - lag] if step >= lag else nothing_LE))
         for layer, placement in enumerate(placements):
             # All from the last rank: where tokens come from makes no difference to loads.
             counts_WE = np.zeros((world_size, popularity_LE.shape[1]), dtype=np.int64)
             counts_WE[-1] = popularity_LE[layer]
             plan = plan_dispatch(counts_WE, placement, split, capacity)
-            assert found.replicas_SLE[step, layer].tolist() == placement.replica_counts_E.tolist()
-            assert found.wanted_SLW[step, layer].tolist() == plan.wanted_W.tolist()
-            assert found.load_SLW[step, layer].tolist() == plan.load_W.tolist()
-            assert found.dropped_SL[step, layer] == plan.num_dropped_tokens
-            assert found.hosted_SL[step, layer] == placement.num_hosted_W.sum()
-            assert found.moved_SL[step, layer] == (before[layer].num_moved(placement) if before else 0)
+            assert replayed.replicas_ULE[step, layer].tolist() == placement.replica_counts_E.tolist()
+            assert replayed.wanted_ULW[step, layer].tolist() == plan.wanted_W.tolist()
+            assert replayed.load_ULW[step, layer].tolist() == plan.load_W.tolist()
+            assert replayed.dropped_UL[step, layer] == plan.num_dropped_tokens
+            assert replayed.num_pairs_UL[step, layer] == placement.num_pairs_W.sum()
+            assert replayed.moved_UL[step, layer] == (before[layer].num_moved(placement) if before else 0)
         before = placements
 
 
@@ -200,22 +200,24 @@ def test_a_policy_without_guard_is_replayed_as_the_plain_loop_would(
     lag=st.integers(0, 2),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_contender_runs_on_any_trace_and_its_certificates_add_up(
+def test_every_candidate_runs_on_any_trace_and_its_losses_add_up(
     name: str, history: tuple[np.ndarray, int, int], capacity: Capacity | None, interval: int | str, lag: int
 ) -> None:
-    popularity_SLE, world_size, slots_per_rank = history
+    popularity_ULE, world_size, slots_per_rank = history
     candidate = CANDIDATES[name]
     policy = candidate.make(world_size, slots_per_rank)
-    found = replay(popularity_SLE, policy, Rules(split=candidate.split, capacity=capacity, interval=interval, lag=lag))
-    assert (found.wanted_SLW.sum(2) == popularity_SLE.sum(2)).all()
-    assert (found.load_SLW <= found.wanted_SLW).all()
-    assert found.dropped_SL.any() <= (capacity is not None)
-    assert (found.replicas_SLE.sum(2) == world_size * slots_per_rank).all()
-    assert list(found.losses) == list(found.bounds) == list(CAUSES)
-    values = [found.achieved, *found.bounds.values()]
+    replayed = replay(
+        popularity_ULE, policy, Rules(split=candidate.split, capacity=capacity, interval=interval, lag=lag)
+    )
+    assert (replayed.wanted_ULW.sum(2) == popularity_ULE.sum(2)).all()
+    assert (replayed.load_ULW <= replayed.wanted_ULW).all()
+    assert replayed.dropped_UL.any() <= (capacity is not None)
+    assert (replayed.replicas_ULE.sum(2) == world_size * slots_per_rank).all()
+    assert list(replayed.losses) == list(replayed.bounds) == list(CAUSES)
+    values = [replayed.achieved, *replayed.bounds.values()]
     for above, below in zip(values, values[1:], strict=False):
         assert above >= below - 1e-9
-    assert sum(found.losses.values()) + found.bounds["rounding"] == pytest.approx(found.achieved, abs=1e-9)
+    assert sum(replayed.losses.values()) + replayed.bounds["rounding"] == pytest.approx(replayed.achieved, abs=1e-9)
 
 
 EDGES = {
@@ -233,50 +235,50 @@ EDGES = {
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_every_contender_runs_on_the_smallest_traces(name: str, edge: str, capacity_factor: float | None) -> None:
+def test_every_candidate_runs_on_the_smallest_traces(name: str, edge: str, capacity_factor: float | None) -> None:
     shape, world_size, slots_per_rank = EDGES[edge]
-    popularity_SLE = np.random.default_rng(0).integers(0, 9, shape)
-    popularity_SLE[0, 0, 0] = 5
+    popularity_ULE = np.random.default_rng(0).integers(0, 9, shape)
+    popularity_ULE[0, 0, 0] = 5
     # Its last step routes nothing.
-    popularity_SLE[1:][-1:] = 0
+    popularity_ULE[1:][-1:] = 0
     candidate = CANDIDATES[name]
     capacity = None if capacity_factor is None else Capacity(capacity_factor, candidate.capacity_per)
-    rules = Rules(split=candidate.split, capacity=capacity, lag=0 if candidate.knows_the_step else 1)
-    found = replay(popularity_SLE, candidate.make(world_size, slots_per_rank), rules)
-    assert (found.load_SLW.sum(2) + found.dropped_SL == popularity_SLE.sum(2)).all()
+    rules = Rules(split=candidate.split, capacity=capacity, lag=0 if candidate.is_oracle else 1)
+    replayed = replay(popularity_ULE, candidate.make(world_size, slots_per_rank), rules)
+    assert (replayed.load_ULW.sum(2) + replayed.dropped_UL == popularity_ULE.sum(2)).all()
     if capacity_factor is None:
-        assert found.dropped_SL.sum() == 0
+        assert replayed.dropped_UL.sum() == 0
     if world_size == 1:
-        assert (found.imbalance_SL == 1).all()
+        assert (replayed.imbalance_UL == 1).all()
         # Nothing to pool over, so a single rank drops nothing; its slots may.
-        assert candidate.capacity_per == "slot" or not found.dropped_SL.any()
-    if len(popularity_SLE) > 1:
-        assert (found.imbalance_SL[-1] == 1).all()
+        assert candidate.capacity_per == "slot" or not replayed.dropped_UL.any()
+    if len(popularity_ULE) > 1:
+        assert (replayed.imbalance_UL[-1] == 1).all()
 
 
 @pytest.mark.parametrize("name", ["balanced", "packed", "symi"])
 def test_a_step_without_tokens_leaves_everything_where_it_is(name: str) -> None:
-    popularity_SLE = np.random.default_rng(0).integers(0, 99, (6, 2, 6))
-    popularity_SLE[2] = 0
-    with_gap = replay(popularity_SLE, make_policy(name, 4, 3), Rules())
-    without = replay(np.delete(popularity_SLE, 2, 0), make_policy(name, 4, 3), Rules())
-    assert with_gap.load_SLW[3:].tolist() == without.load_SLW[2:].tolist()
-    assert with_gap.replicas_SLE[2].tolist() == with_gap.replicas_SLE[3].tolist() == without.replicas_SLE[2].tolist()
-    assert with_gap.load_SLW[2].sum() == 0
+    popularity_ULE = np.random.default_rng(0).integers(0, 99, (6, 2, 6))
+    popularity_ULE[2] = 0
+    with_gap = replay(popularity_ULE, make_policy(name, 4, 3), Rules())
+    without = replay(np.delete(popularity_ULE, 2, 0), make_policy(name, 4, 3), Rules())
+    assert with_gap.load_ULW[3:].tolist() == without.load_ULW[2:].tolist()
+    assert with_gap.replicas_ULE[2].tolist() == with_gap.replicas_ULE[3].tolist() == without.replicas_ULE[2].tolist()
+    assert with_gap.load_ULW[2].sum() == 0
 
 
 @pytest.mark.parametrize("capacity", [None, Capacity(1.0)])
-def test_the_only_steps_with_tokens_are_certified_however_long_the_trace(capacity: Capacity | None) -> None:
-    popularity_SLE = np.zeros((500, 1, 2), dtype=np.int64)
-    popularity_SLE[7] = [12, 4]
-    found = replay(popularity_SLE, Table(2, 2), Rules(split="uniform", capacity=capacity))
-    short = replay(popularity_SLE[7:8], Table(2, 2), Rules(split="uniform", capacity=capacity))
-    assert (found.achieved, found.losses, found.bounds) == (short.achieved, short.losses, short.bounds)
+def test_the_only_steps_with_tokens_have_bounds_however_long_the_trace(capacity: Capacity | None) -> None:
+    popularity_ULE = np.zeros((500, 1, 2), dtype=np.int64)
+    popularity_ULE[7] = [12, 4]
+    replayed = replay(popularity_ULE, Table(2, 2), Rules(split="uniform", capacity=capacity))
+    short = replay(popularity_ULE[7:8], Table(2, 2), Rules(split="uniform", capacity=capacity))
+    assert (replayed.achieved, replayed.losses, replayed.bounds) == (short.achieved, short.losses, short.bounds)
 
 
-def test_of_a_long_trace_some_steps_are_certified_from_its_first_to_its_last() -> None:
-    # Uneven in the first and the last step alone; of 1000 steps 200 are certified.
-    popularity_SLE = np.full((1000, 1, 2), 8)
-    popularity_SLE[[0, -1], 0] = [16, 0]
-    found = replay(popularity_SLE, make_policy("static", 2, 1), Rules())
-    assert found.achieved == pytest.approx((198 * 1 + 2 * 2) / 200)
+def test_of_a_long_trace_some_steps_have_bounds_from_its_first_to_its_last() -> None:
+    # Uneven in the first and the last step alone; of 1000 steps 200 have bounds.
+    popularity_ULE = np.full((1000, 1, 2), 8)
+    popularity_ULE[[0, -1], 0] = [16, 0]
+    replayed = replay(popularity_ULE, make_policy("static", 2, 1), Rules())
+    assert replayed.achieved == pytest.approx((198 * 1 + 2 * 2) / 200)

@@ -19,52 +19,22 @@ def test_layers_and_steps_are_numbered_unless_they_are_given() -> None:
     trace = Trace(np.ones((2, 3, 4, 5), dtype=np.int64))
     assert (trace.num_steps, trace.num_sources, trace.num_layers, trace.num_experts) == (2, 3, 4, 5)
     assert trace.layers == ("0", "1", "2", "3")
-    assert trace.step_S.tolist() == [0, 1]
+    assert trace.step_U.tolist() == [0, 1]
     assert (trace.metadata, trace.recorded) == ({}, {})
     named = Trace(COUNTS, ["moe"], np.array([5, 9]))
     assert named.layers == ("moe",)
-    assert named.step_S.tolist() == [5, 9]
+    assert named.step_U.tolist() == [5, 9]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint64, np.float16, np.float64])
 def test_whole_numbers_of_any_type_are_kept_as_int64(dtype: type) -> None:
     trace = Trace(COUNTS.astype(dtype), recorded={"dropped": np.array([[1], [0]], dtype=dtype)})
-    assert trace.counts_SWLE.dtype == trace.recorded["dropped"].dtype == np.int64
-    assert trace.counts_SWLE.tolist() == COUNTS.tolist()
+    assert trace.counts_UWLE.dtype == trace.recorded["dropped"].dtype == np.int64
+    assert trace.counts_UWLE.tolist() == COUNTS.tolist()
 
 
 def test_popularity_is_the_sum_over_source_ranks() -> None:
-    assert Trace(np.array([[[[1, 2]], [[3, 0]]]])).popularity_SLE.tolist() == [[[4, 2]]]
-
-
-def test_a_trace_of_as_many_ranks_is_taken_as_it_is() -> None:
-    trace = Trace(np.array([[[[1, 2]], [[3, 0]]]]))
-    assert trace.counts_for(2) is trace.counts_SWLE
-
-
-def test_choices_are_cut_evenly_over_the_ranks_of_another_world() -> None:
-    assert Trace(COUNTS).counts_for(4)[:, :, 0].tolist() == [
-        [[1, 0, 0], [2, 0, 1], [2, 0, 0], [2, 0, 1]],
-        [[0, 0, 0]] * 4,
-    ]
-    assert Trace(np.array([[[[1, 2]], [[3, 0]]]])).counts_for(3)[0, :, 0].tolist() == [[1, 0], [1, 1], [2, 1]]
-    assert Trace(np.array([[[[1, 2]], [[3, 0]]]])).counts_for(1).tolist() == [[[[4, 2]]]]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 2**47), min_size=1, max_size=6).filter(any), st.integers(1, 40))
-def test_even_cuts_keep_every_choice_and_differ_by_one_at_the_most(counts: list[int], world_size: int) -> None:
-    cut_WE = Trace(np.array(counts)[None, None, None]).counts_for(world_size)[0, :, 0]
-    assert cut_WE.sum(0).tolist() == counts
-    assert (cut_WE.max(0) - cut_WE.min(0)).max() <= 1
-    by_hand = [[(r + 1) * c // world_size - r * c // world_size for c in counts] for r in range(world_size)]
-    assert cut_WE.tolist() == by_hand
-
-
-@pytest.mark.parametrize("world_size", [0, -1, 2.0, True])
-def test_a_world_that_is_no_number_of_ranks_is_refused(world_size: Any) -> None:
-    with pytest.raises(ValueError, match=f"world_size must be a whole number of 1 or more, got {world_size!r}"):
-        Trace(COUNTS).counts_for(world_size)
+    assert Trace(np.array([[[[1, 2]], [[3, 0]]]])).popularity_ULE.tolist() == [[[4, 2]]]
 
 
 def changed(value: float, dtype: Any = np.float64) -> np.ndarray:
@@ -111,9 +81,9 @@ def test_counts_that_cannot_be_counts_are_refused_in_one_line(counts: np.ndarray
     ("options", "message"),
     [
         ({"layers": ["a", "b"]}, "layers must name the 1 layers of counts, got 2 names. Leave them out"),
-        ({"step_S": np.arange(3)}, "one number for each of the 2 steps of counts, got shape (3,). Leave it out"),
-        ({"step_S": np.array([4, 4])}, "step must rise from row to row, got 4 after 4. Leave it out"),
-        ({"step_S": np.array([0.5, 1])}, "step must be whole numbers of 0 or more, got 0.5 at [0]"),
+        ({"step_U": np.arange(3)}, "one number for each of the 2 steps of counts, got shape (3,). Leave it out"),
+        ({"step_U": np.array([4, 4])}, "step must rise from row to row, got 4 after 4. Leave it out"),
+        ({"step_U": np.array([0.5, 1])}, "step must be whole numbers of 0 or more, got 0.5 at [0]"),
         ({"recorded": {"loss": np.zeros(2)}}, "recorded may hold replicas, loads, dropped, moved, got 'loss'."),
         (
             {"recorded": {"dropped": np.zeros((3, 1))}},
@@ -163,9 +133,9 @@ def outcome(values: np.ndarray) -> Trace | str:
     )
 )
 def test_whatever_the_array_it_is_a_trace_or_is_refused(values: np.ndarray) -> None:
-    found = outcome(values)
-    if isinstance(found, str):
-        assert found.startswith("counts ")
+    result = outcome(values)
+    if isinstance(result, str):
+        assert result.startswith("counts ")
     else:
-        assert found.counts_SWLE.dtype == np.int64
-        np.testing.assert_array_equal(found.counts_SWLE, values)
+        assert result.counts_UWLE.dtype == np.int64
+        np.testing.assert_array_equal(result.counts_UWLE, values)

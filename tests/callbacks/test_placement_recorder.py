@@ -53,7 +53,7 @@ def capped() -> Model:
 
 def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
     path = tmp_path / "new" / "trace.npz"
-    found = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
+    expected = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
     recorded = load(path)
     assert {name: (a.shape, a.dtype) for name, a in recorded.items() if name != "metadata"} == {
         "counts": ((NUM_STEPS, 2, 1, 5), np.int64),
@@ -63,11 +63,11 @@ def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
         "moved": ((NUM_STEPS, 1), np.int64),
         "step": ((NUM_STEPS,), np.int64),
     }
-    assert recorded["counts"].sum(0)[:, 0].tolist() == found["counts"]
-    assert recorded["loads"].sum(0)[0].tolist() == found["load"]
-    assert recorded["dropped"].sum() == found["dropped"] > 0
-    assert recorded["moved"].sum(1).tolist() == found["moved"]
-    assert sum(found["moved"]) > 0
+    assert recorded["counts"].sum(0)[:, 0].tolist() == expected["counts"]
+    assert recorded["loads"].sum(0)[0].tolist() == expected["load"]
+    assert recorded["dropped"].sum() == expected["dropped"] > 0
+    assert recorded["moved"].sum(1).tolist() == expected["moved"]
+    assert sum(expected["moved"]) > 0
     np.testing.assert_array_equal(recorded["loads"].sum(-1) + recorded["dropped"], recorded["counts"].sum((1, 3)))
     assert recorded["replicas"].sum(-1).tolist() == [[8]] * NUM_STEPS
     assert recorded["step"].tolist() == list(range(1, NUM_STEPS + 1))
@@ -82,11 +82,11 @@ def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
 
 def test_a_parquet_path_gets_the_counts_as_a_table(tmp_path: Path) -> None:
     path = tmp_path / "new" / "trace.parquet"
-    found = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
+    expected = run_ranks(Fit(path, 2, "swiftmoe", capped), 2, init=False)[0]
     trace = read_trace(path)
-    assert trace.counts_SWLE.shape == (NUM_STEPS, 2, 1, 5)
-    assert trace.counts_SWLE.sum(0)[:, 0].tolist() == found["counts"]
-    assert trace.step_S.tolist() == list(range(1, NUM_STEPS + 1))
+    assert trace.counts_UWLE.shape == (NUM_STEPS, 2, 1, 5)
+    assert trace.counts_UWLE.sum(0)[:, 0].tolist() == expected["counts"]
+    assert trace.step_U.tolist() == list(range(1, NUM_STEPS + 1))
     assert trace.metadata == {
         "format_version": 1,
         "capacity_factor": 1.0,

@@ -58,8 +58,8 @@ class _Fit:
 
 
 def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() -> None:
-    found = run(2, moe={"capacity_factor": 1.0}, log_every_n_steps=3)[0]
-    logged, steps = found["logged"], found["steps"]
+    run_of_rank_0 = run(2, moe={"capacity_factor": 1.0}, log_every_n_steps=3)[0]
+    logged, steps = run_of_rank_0["logged"], run_of_rank_0["steps"]
     assert steps == 2 * NUM_BATCHES == 8
     totals = ["imbalance", "imbalance_max", "token_survival_rate", "num_dropped_tokens", "num_replicas_moved"]
     experts = [f"moe.experts/{column}/{e}" for column in ("popularity", "replicas") for e in range(5)]
@@ -70,10 +70,10 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
 
     choices = [3 * GLOBAL_BATCH * 2, 3 * GLOBAL_BATCH * 2, 2 * GLOBAL_BATCH * 2]
     dropped = list(logged["moe/num_dropped_tokens"].values())
-    assert sum(dropped) == found["num_dropped_tokens"] > 0
+    assert sum(dropped) == run_of_rank_0["num_dropped_tokens"] > 0
     survival = list(logged["moe/token_survival_rate"].values())
     assert survival == pytest.approx([1 - d / n for d, n in zip(dropped, choices, strict=True)])
-    for e, popularity in enumerate(found["popularity"]):
+    for e, popularity in enumerate(run_of_rank_0["popularity"]):
         shares = logged[f"moe/moe.experts/popularity/{e}"].values()
         assert sum(s * n for s, n in zip(shares, choices, strict=True)) == pytest.approx(popularity)
     for step in (3, 6, 8):
@@ -81,21 +81,21 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
         assert sum(logged[f"moe/moe.experts/replicas/{e}"][step] for e in range(5)) == 8
         assert 1 <= logged["moe/imbalance"][step] <= logged["moe/imbalance_max"][step] <= 2
         assert all(0 <= logged[f"moe/{key}"][step] < 1 for key in lost)
-    assert found["callback_metrics"].keys() == {f"moe/{key}" for key in totals}
+    assert run_of_rank_0["callback_metrics"].keys() == {f"moe/{key}" for key in totals}
 
 
 @pytest.mark.parametrize("strategy", ["auto", "swiftmoe"])
 def test_one_device_is_always_balanced_and_drops_nothing(strategy: str) -> None:
-    (found,) = run(1, strategy, log_every_n_steps=1)
-    assert set(found["logged"]["moe/imbalance"].values()) == {1.0}
-    assert set(found["logged"]["moe/num_dropped_tokens"].values()) == {0.0}
-    assert sorted(found["logged"]["moe/imbalance"]) == list(range(1, 9))
+    (run_of_rank_0,) = run(1, strategy, log_every_n_steps=1)
+    assert set(run_of_rank_0["logged"]["moe/imbalance"].values()) == {1.0}
+    assert set(run_of_rank_0["logged"]["moe/num_dropped_tokens"].values()) == {0.0}
+    assert sorted(run_of_rank_0["logged"]["moe/imbalance"]) == list(range(1, 9))
 
 
 def test_accumulated_batches_count_as_one_step() -> None:
-    (found,) = run(1, "auto", log_every_n_steps=1, accumulate_grad_batches=NUM_BATCHES)
-    assert sorted(found["logged"]["moe/imbalance"]) == [1, 2]
-    assert sum(found["popularity"]) == 2 * NUM_BATCHES * GLOBAL_BATCH * 2
+    (run_of_rank_0,) = run(1, "auto", log_every_n_steps=1, accumulate_grad_batches=NUM_BATCHES)
+    assert sorted(run_of_rank_0["logged"]["moe/imbalance"]) == [1, 2]
+    assert sum(run_of_rank_0["popularity"]) == 2 * NUM_BATCHES * GLOBAL_BATCH * 2
 
 
 def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> None:
@@ -103,8 +103,8 @@ def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> N
         run(1, "auto", max_keys=24, log_every_n_steps=1)
     with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=14"):
         run(1, "auto", max_keys=14, log_every_n_steps=1)
-    (found,) = run(1, "auto", max_keys=25, log_every_n_steps=1)
-    assert len(found["logged"]) == 25
+    (run_of_rank_0,) = run(1, "auto", max_keys=25, log_every_n_steps=1)
+    assert len(run_of_rank_0["logged"]) == 25
 
 
 @pytest.mark.parametrize("max_keys", [9, "500", True, float("nan"), None])

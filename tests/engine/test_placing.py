@@ -42,7 +42,7 @@ def train(policy: Any, rank: int, num_steps: int) -> None:
     gc.collect()
 
 
-def test_a_run_with_an_overruled_policy_ends_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_fell_back_to_uniform_replicas_ends_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="swiftmoe_lightning")
     train(Coldest, rank=0, num_steps=10)
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

@@ -52,16 +52,16 @@ def algorithm_1(popularity, num_slots):
 def most_served(load_E, placement, budget):
     """How many assignments any split can serve under `placement` with a budget for each rank: a maximum flow, found
     by augmenting paths."""
-    hosts = [[] for _ in load_E]
-    for host, expert in zip(placement.pair_host_P.tolist(), placement.pair_expert_P.tolist(), strict=True):
-        hosts[expert].append(host)
+    ranks_of = [[] for _ in load_E]
+    for rank, expert in zip(placement.pair_rank_P.tolist(), placement.pair_expert_P.tolist(), strict=True):
+        ranks_of[expert].append(rank)
     room = [budget] * placement.world_size
     flow = {}
     served = 0
     for expert, load in enumerate(load_E):
         left = int(load)
         while left:
-            path = _augmenting_path(expert, hosts, flow, room)
+            path = _augmenting_path(expert, ranks_of, flow, room)
             if path is None:
                 break
             amount = min([left, room[path[-1][1]], *(flow[e, w] for (e, w), backwards in _moves(path) if backwards)])
@@ -73,11 +73,11 @@ def most_served(load_E, placement, budget):
     return served
 
 
-def _augmenting_path(start, hosts, flow, room):
-    """[(expert, rank)] steps from an expert to a rank with room: to a host, back through an expert it serves, on."""
+def _augmenting_path(start, ranks_of, flow, room):
+    """[(expert, rank)] steps from an expert to a rank with room: to a rank of its, back through an expert there, on."""
     seen, queue = {}, [(start, None, None)]
     for expert, via, before in queue:
-        for rank in hosts[expert]:
+        for rank in ranks_of[expert]:
             if rank in seen:
                 continue
             seen[rank] = (expert, via, before)
@@ -93,7 +93,7 @@ def _augmenting_path(start, hosts, flow, room):
 
 
 def _moves(path):
-    """Pairs that gain or lose flow along a path: each host gains from its expert, and gives up the next one's."""
+    """Pairs that gain or lose flow along a path: each rank gains from its expert, and gives up the next one's."""
     for i, (expert, rank) in enumerate(path):
         yield (expert, rank), False
         if i + 1 < len(path):

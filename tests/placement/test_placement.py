@@ -11,10 +11,10 @@ def test_pairs_replicas_and_hosts_of_a_small_table():
     placement = Placement([0, 0, 2, 1, 0, 2], num_experts=3, world_size=2)
     assert placement.slots_per_rank == 3
     assert placement.replica_counts_E.tolist() == [3, 1, 2]
-    assert placement.pair_host_P.tolist() == [0, 0, 1, 1, 1]
+    assert placement.pair_rank_P.tolist() == [0, 0, 1, 1, 1]
     assert placement.pair_expert_P.tolist() == [0, 2, 0, 1, 2]
     assert placement.pair_slots_P.tolist() == [2, 1, 1, 1, 1]
-    assert placement.num_hosted_W.tolist() == [2, 3]
+    assert placement.num_pairs_W.tolist() == [2, 3]
     assert [placement.experts_of(rank).tolist() for rank in (0, 1)] == [[0, 2], [0, 1, 2]]
 
 
@@ -63,10 +63,10 @@ def test_tables_that_do_not_fit_are_refused(table, num_experts, world_size, mess
 def test_pairs_are_the_distinct_experts_of_each_rank(placement):
     table_Ws = placement.slot_to_expert_S.reshape(placement.world_size, -1)
     expected = [(rank, e) for rank, row in enumerate(table_Ws.tolist()) for e in sorted(set(row))]
-    assert list(zip(placement.pair_host_P, placement.pair_expert_P, strict=True)) == expected
+    assert list(zip(placement.pair_rank_P, placement.pair_expert_P, strict=True)) == expected
     assert placement.pair_slots_P.tolist() == [table_Ws[rank].tolist().count(e) for rank, e in expected]
     assert placement.replica_counts_E.sum() == placement.pair_slots_P.sum() == placement.slot_to_expert_S.size
-    assert placement.num_hosted_W.sum() == len(expected)
+    assert placement.num_pairs_W.sum() == len(expected)
 
 
 @given(st.data())
@@ -74,11 +74,11 @@ def test_pairs_are_the_distinct_experts_of_each_rank(placement):
 def test_moved_replicas_are_the_difference_of_the_hosted_sets(data):
     before = data.draw(placements(max_world_size=4))
     later = data.draw(placements(world_size=before.world_size, num_experts=before.num_experts))
-    pairs = [set(zip(p.pair_host_P.tolist(), p.pair_expert_P.tolist(), strict=True)) for p in (before, later)]
+    pairs = [set(zip(p.pair_rank_P.tolist(), p.pair_expert_P.tolist(), strict=True)) for p in (before, later)]
     assert before.num_moved(later) == len(pairs[1] - pairs[0])
 
 
 def test_turns_take_every_experts_hosts_one_by_one_in_rank_order() -> None:
     # Pairs: (0, 0) (0, 1) (1, 0) (2, 1) (2, 2).
     placement = Placement([0, 1, 0, 0, 1, 2], 3, 3)
-    assert [turn.tolist() for turn in placement.pairs_by_replica_index] == [[0, 1, 4], [2, 3]]
+    assert [pairs.tolist() for pairs in placement.pairs_by_replica_index] == [[0, 1, 4], [2, 3]]

@@ -18,10 +18,10 @@ def observe(popularity, placement):
 
 def run(placer, steps, name="layer"):
     """Placement after each step."""
-    found = list(placer.planned({name: E}).values())
+    placements = list(placer.planned({name: E}).values())
     for popularity in steps:
-        found.append(placer.next_placements({name: observe(popularity, found[-1])})[name])
-    return found[1:]
+        placements.append(placer.next_placements({name: observe(popularity, placements[-1])})[name])
+    return placements[1:]
 
 
 def placer(policy="balanced", **options):
@@ -41,10 +41,10 @@ def test_the_next_placement_is_the_policys_for_the_last_popularity(policy):
     assert run(placer(policy), steps) == expected
 
 
-def test_balanced_uses_more_hosts_where_loads_have_moved():
+def test_balanced_uses_more_pairs_where_loads_have_moved():
     steady = run(placer(), [[40, 20, 20, 10, 5, 5]] * 30)[-1]
     jumping = run(placer(), [[40, 20, 20, 10, 5, 5], [5, 5, 10, 20, 20, 40]] * 15 + [[40, 20, 20, 10, 5, 5]])[-1]
-    assert len(steady.pair_host_P) < len(jumping.pair_host_P)
+    assert steady.num_pairs < jumping.num_pairs
 
 
 def test_layers_do_not_touch_each_other():
@@ -53,8 +53,8 @@ def test_layers_do_not_touch_each_other():
     both = placer()
     a, b = both.planned({"a": E, "b": E}).values()
     for i, (step_a, step_b) in enumerate(zip(steps_a, steps_b, strict=True)):
-        found = both.next_placements({"a": observe(step_a, a), "b": observe(step_b, b)})
-        a, b = found["a"], found["b"]
+        placements = both.next_placements({"a": observe(step_a, a), "b": observe(step_b, b)})
+        a, b = placements["a"], placements["b"]
         assert [a, b] == [alone[0][i], alone[1][i]]
 
 
@@ -73,12 +73,12 @@ HOT = [[100 if e == hot else 1 for e in range(E)] for hot in range(E)]
 
 
 def test_uniform_replicas_take_over_where_they_would_have_done_better_and_the_log_says_so():
-    said = []
-    found = run(placer(WrongPolicy(W, S), report=said.append), [HOT[1]] * 3)
+    reports = []
+    placements = run(placer(WrongPolicy(W, S), report=reports.append), [HOT[1]] * 3)
     uniform = Placement.uniform(E, W, S)
-    assert found == [uniform] * 3
-    assert len(said) == 1
-    assert said[0].startswith("layer: popularity moves so fast")
+    assert placements == [uniform] * 3
+    assert len(reports) == 1
+    assert reports[0].startswith("layer: popularity moves so fast")
 
 
 class LateWisePolicy(PlacementPolicy):
@@ -94,25 +94,25 @@ class LateWisePolicy(PlacementPolicy):
 
 
 def test_the_policy_takes_over_again_once_its_plans_would_have_done_better():
-    said = []
-    found = run(placer(LateWisePolicy(W, S), report=said.append), [HOT[1]] * 8)
+    reports = []
+    placements = run(placer(LateWisePolicy(W, S), report=reports.append), [HOT[1]] * 8)
     packed = make_policy("packed", W, S).place(Forecast.of(np.array([HOT[1]])))[0]
-    assert found[0] == Placement.uniform(E, W, S)
-    assert found[-1] == packed
-    assert len(said) == 2
-    assert said[1] == "layer: placements by popularity take over again."
+    assert placements[0] == Placement.uniform(E, W, S)
+    assert placements[-1] == packed
+    assert len(reports) == 2
+    assert reports[1] == "layer: placements by popularity take over again."
 
 
-def test_one_bad_step_after_many_good_ones_does_not_call_the_guard():
+def test_one_bad_step_after_many_good_ones_does_not_fall_back():
     steps = [HOT[0]] * 10 + [[1, 100, 1, 1, 1, 1]] * 2
-    said = []
-    run(placer(report=said.append), steps)
-    assert said == []
+    reports = []
+    run(placer(report=reports.append), steps)
+    assert reports == []
 
 
-def test_a_policy_that_asks_for_no_guard_is_left_alone():
-    unguarded = type("Unguarded", (WrongPolicy,), {"has_uniform_fallback": False})(W, S)
-    assert run(placer(unguarded), [HOT[0]] * 3) == list(unguarded.place(Forecast.of(np.array([HOT[0]] * 3))))
+def test_a_policy_without_the_uniform_fallback_is_left_alone():
+    plain = type("Plain", (WrongPolicy,), {"has_uniform_fallback": False})(W, S)
+    assert run(placer(plain), [HOT[0]] * 3) == list(plain.place(Forecast.of(np.array([HOT[0]] * 3))))
 
 
 def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
@@ -125,16 +125,16 @@ def test_even_loads_stay_where_they_are_and_move_at_once_when_they_are_uneven():
     assert staying[4] != staying[3]
 
 
-def test_an_even_placement_gives_way_to_one_with_fewer_hosts():
+def test_an_even_placement_gives_way_to_one_with_fewer_pairs():
     even = [10, 10, 10, 10, 10, 10]
     layer = placer(skip_when_balanced=True)
     layer.planned({"layer": E})
     (everywhere,) = make_policy("packed", W, S).place(Forecast.of(np.array([even])))
-    found = layer.next_placements({"layer": observe(even, everywhere)})["layer"]
+    placement = layer.next_placements({"layer": observe(even, everywhere)})["layer"]
     for _ in range(40):
-        found = layer.next_placements({"layer": observe(even, found)})["layer"]
-    assert len(found.pair_host_P) <= len(everywhere.pair_host_P)
-    assert found == layer.next_placements({"layer": observe(even, found)})["layer"]
+        placement = layer.next_placements({"layer": observe(even, placement)})["layer"]
+    assert placement.num_pairs <= everywhere.num_pairs
+    assert placement == layer.next_placements({"layer": observe(even, placement)})["layer"]
 
 
 @pytest.mark.parametrize("policy", ["balanced", WrongPolicy(W, S)])

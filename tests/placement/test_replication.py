@@ -97,14 +97,14 @@ def test_minmax_reaches_the_least_largest_share_of_any_counts(case, max_replicas
     popularity, num_slots = case
     num_experts = len(popularity)
     num_slots = min(num_slots, num_experts * max_replicas)
-    found = minmax(popularity, num_slots, max_replicas)
+    minmax_counts = minmax(popularity, num_slots, max_replicas)
     tried = (
         max(p / c for p, c in zip(popularity, counts, strict=True))
         for counts in itertools.product(range(1, max_replicas + 1), repeat=num_experts)
         if sum(counts) == num_slots
     )
-    assert max(p / c for p, c in zip(popularity, found, strict=True)) == pytest.approx(min(tried), rel=1e-9)
-    assert max(found) <= max_replicas
+    assert max(p / c for p, c in zip(popularity, minmax_counts, strict=True)) == pytest.approx(min(tried), rel=1e-9)
+    assert max(minmax_counts) <= max_replicas
 
 
 @given(st.lists(cases(max_experts=6), min_size=1, max_size=4))

@@ -6,12 +6,11 @@ from hypothesis import strategies as st
 from swiftmoe_lightning import Placement
 from swiftmoe_lightning.placement import Forecast, make_policy
 from swiftmoe_lightning.placement.shares import balanced_shares, uniform_shares
-from swiftmoe_lightning.placement.token_split import sum_by_host
 from tests.placement.cases import most_served, placements
 
 
 def loads(placement, share_P):
-    return sum_by_host(share_P, placement)
+    return placement.sum_by_rank(share_P)
 
 
 def test_balanced_shares_passes_load_along_a_chain():
@@ -24,10 +23,10 @@ def test_balanced_shares_passes_load_along_a_chain():
 
 def test_balanced_shares_evens_out_what_it_can_where_one_expert_is_too_much_for_its_rank():
     placement = Placement([0, 1, 2, 1, 2, 3], 4, 3)
-    found = loads(placement, balanced_shares(np.array([1000, 200, 200, 200]), placement))
+    load_W = loads(placement, balanced_shares(np.array([1000, 200, 200, 200]), placement))
     # Rank 0 keeps its hot expert; the rest shares 600 evenly over the other two.
-    assert found[0] == pytest.approx(1000, abs=5)
-    assert abs(found[1:] - 300).max() <= 5
+    assert load_W[0] == pytest.approx(1000, abs=5)
+    assert abs(load_W[1:] - 300).max() <= 5
 
 
 @st.composite
@@ -53,7 +52,7 @@ def test_an_experts_parts_are_whole_and_add_up_to_its_load(shares, case):
 def test_balanced_shares_is_never_far_from_the_best_that_any_split_can_do(case):
     placement, load_E = case
     found_W = loads(placement, balanced_shares(load_E, placement))
-    total, rounding = int(load_E.sum()), len(placement.pair_host_P) + 1
+    total, rounding = int(load_E.sum()), placement.num_pairs + 1
     even = -(-total // placement.world_size)
     served = np.minimum(found_W, even).sum()
     best = most_served(load_E, placement, even)

@@ -11,11 +11,11 @@ from tests.placement.cases import counts_of, placements
 
 
 def sent_WP(plan):
-    """All sources' rows, checked against what every host says it gets."""
+    """All sources' rows, checked against what every rank's plan says it gets."""
     ranks = range(plan.placement.world_size)
     table_WP = np.stack([plan.for_rank(rank).sent_P for rank in ranks])
     for rank in ranks:
-        assert plan.for_rank(rank).received_Wd.tolist() == table_WP[:, plan.placement.pair_host_P == rank].tolist()
+        assert plan.for_rank(rank).received_Wd.tolist() == table_WP[:, plan.placement.pair_rank_P == rank].tolist()
     return table_WP
 
 
@@ -37,10 +37,10 @@ def split_tokens(counts_WE, placement, split, ranks_per_node=1):
 
 
 def pairs_of(placement):
-    return list(zip(placement.pair_host_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
+    return list(zip(placement.pair_rank_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
 
 
-# Rank 0 hosts experts 0, 1; rank 1 hosts 0 twice; rank 2 hosts 1, 2. Pairs: (0,0) (0,1) (1,0) (2,1) (2,2).
+# Rank 0 has experts 0, 1; rank 1 has 0 twice; rank 2 has 1, 2. Pairs: (0,0) (0,1) (1,0) (2,1) (2,2).
 PLACEMENT = Placement([0, 1, 0, 0, 1, 2], 3, 3)
 COUNTS_WE = np.array([[6, 0, 1], [0, 5, 1], [3, 2, 0]])
 
@@ -145,9 +145,9 @@ def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_ev
     even_WP = split_tokens(counts_WE, placement, "uniform")
     local_WP = split_tokens(counts_WE, placement, "local_first", ranks_per_node)
     assert local_WP.sum(0).tolist() == even_WP.sum(0).tolist()
-    for d, (host, expert) in enumerate(pairs_of(placement)):
-        assert local_WP[host, d] == min(counts_WE[host, expert], even_WP[:, d].sum())
-        assert local_WP[host, d] >= even_WP[host, d]
+    for pair, (rank, expert) in enumerate(pairs_of(placement)):
+        assert local_WP[rank, pair] == min(counts_WE[rank, expert], even_WP[:, pair].sum())
+        assert local_WP[rank, pair] >= even_WP[rank, pair]
 
 
 @given(cases(), st.sampled_from([0.1, 0.5, 1.0, 1.3, 4.0]), st.sampled_from(["rank", "slot"]))

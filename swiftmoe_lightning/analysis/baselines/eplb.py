@@ -51,11 +51,11 @@ class EPLBPolicy(PlacementPolicy):
 
     def _table(self, load_E: np.ndarray) -> np.ndarray:
         """[S] int64: the expert of every slot."""
-        experts_Gg = np.arange(len(load_E)).reshape(self._num_groups, -1)
+        experts_by_group = np.arange(len(load_E)).reshape(self._num_groups, -1)
         slots_per_node = self.num_slots // self._num_nodes
         slots = []
-        for groups in balanced_packing(load_E[experts_Gg].sum(1), self._num_nodes):
-            experts = experts_Gg[groups].reshape(-1)
+        for groups in balanced_packing(load_E[experts_by_group].sum(1), self._num_nodes):
+            experts = experts_by_group[groups].reshape(-1)
             replica_of = replicate_experts(load_E[experts], slots_per_node)
             share = load_E[experts] / np.bincount(replica_of)
             packs = balanced_packing(share[replica_of], self.world_size // self._num_nodes)
@@ -85,25 +85,25 @@ def replicate_experts(load_E: np.ndarray, num_replicas: int) -> np.ndarray:
     return np.array([*range(len(load_E)), *extra], dtype=np.int64)
 
 
-def balanced_packing(weight_N: np.ndarray, num_packs: int) -> np.ndarray:
+def balanced_packing(item_weights: np.ndarray, num_packs: int) -> np.ndarray:
     """Pack items by falling weight into the lightest pack that is not full.
 
     Args:
-        weight_N: [N] each item's; the packs divide N.
+        item_weights: each item's; the packs divide their number.
         num_packs: how many packs.
 
     Returns:
-        [packs, N / packs] int64, the items of each.
+        [packs, items / packs] int64, the items of each.
     """
-    pack_size = len(weight_N) // num_packs
+    pack_size = len(item_weights) // num_packs
     # As EPLB does: one item a pack needs no order.
     if pack_size == 1:
-        return np.arange(len(weight_N))[:, None]
+        return np.arange(len(item_weights))[:, None]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     heap = [(0.0, pack) for pack in range(num_packs)]
-    for item in np.argsort(-weight_N, kind="stable").tolist():
+    for item in np.argsort(-item_weights, kind="stable").tolist():
         weight, pack = heapq.heappop(heap)
         packs[pack].append(item)
         if len(packs[pack]) < pack_size:
-            heapq.heappush(heap, (weight + float(weight_N[item]), pack))
+            heapq.heappush(heap, (weight + float(item_weights[item]), pack))
     return np.array(packs)

@@ -26,7 +26,8 @@ class FlexMoEPolicy(RevisingPolicy):
 
     FlexMoE's code is not public, so these are our own: the cost is the largest load of a rank, as in LAER-MoE's
     re-implementation, without the paper's times for all-to-all and all-reduce, which need profiled links; the slot that
-    changes hands is on the least loaded host, as there, too (on the most loaded one, revisions soon get stuck); where
+    changes hands is on the least loaded rank that has the expert, as
+    there, too (on the most loaded one, revisions soon get stuck); where
     several ranks have the largest load, fewer of them count as a fall; a migration is judged by load, not by the
     all-reduce it shortens, and is the best of all swaps; at most S rounds, and the default `threshold`.
 

@@ -22,7 +22,7 @@ class LPTPolicy(RevisingPolicy):
     of a rank falls. Experts begin as neighbours on one rank.
 
     SmartMoE has as many slots as experts, so these are our own: with more slots, a rank may hold up to s experts, and
-    spare slots repeat experts of the same rank, the hottest first, which adds no host. With fewer experts than ranks,
+    spare slots repeat experts of the same rank, the hottest first, which adds no pair. With fewer experts than ranks,
     the ranks left over hold replicas of the hottest expert (at first: of the nearest one below), since a `Placement`
     leaves no slot empty; these replicas do share the load.
 
@@ -59,17 +59,17 @@ class LPTPolicy(RevisingPolicy):
 
     def _deal(self, table_Ws: np.ndarray, popularity_E: np.ndarray) -> list[list[int]]:
         """Experts of every rank. With at least W experts no rank is left out: where loads tie, experts stay."""
-        # The first host of each expert; only leftover ranks make further ones.
-        old_E = np.unique(table_Ws, return_index=True)[1] // self.slots_per_rank
+        # The first rank of each expert; an expert has further ones only where there are more ranks than experts.
+        current_E = np.unique(table_Ws, return_index=True)[1] // self.slots_per_rank
         load_W = np.zeros(self.world_size)
         experts_W: list[list[int]] = [[] for _ in range(self.world_size)]
         for expert in np.argsort(-popularity_E, kind="stable").tolist():
-            rank = int(old_E[expert])
+            rank = int(current_E[expert])
             if load_W[rank] > load_W.min():
                 rank = int(load_W.argmin())
             experts_W[rank].append(expert)
             load_W[rank] += popularity_E[expert]
-            # Full.
+            # A full rank gets no more.
             if len(experts_W[rank]) == self.slots_per_rank:
                 load_W[rank] = np.inf
         return experts_W

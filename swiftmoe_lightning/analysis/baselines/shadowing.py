@@ -11,9 +11,13 @@ from swiftmoe_lightning.analysis.baselines.tables import fill_slots, home_ranks
 from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
-# FasterMoE's formula is for two matrices in float32.
-_MATRICES: Final = 2
-_BYTES: Final = 4
+# The rates in FasterMoE's code: two matrices of an expert in float32, hidden dim 2 * 2048; a rank's 11.5 TFLOP/s and
+# 50 Gbit/s. Seconds for each unit of the model dim, to which all three are proportional.
+_HIDDEN_DIM: Final = 4096
+_COMPUTE: Final = 2 * 2 * _HIDDEN_DIM / 11.5e12
+_TRANSFER: Final = 4 / 6.25e9
+_COPY: Final = 2 * 4 * _HIDDEN_DIM / 6.25e9
+_COPY_ASSIGNMENTS: Final = _COPY / (3 * _COMPUTE + 4 * _TRANSFER)
 
 
 class ShadowingPolicy(PlacementPolicy):
@@ -25,38 +29,22 @@ class ShadowingPolicy(PlacementPolicy):
         its assignments * (3 * compute + 4 * transfer) + k * copy
 
     with the seconds to compute an assignment (forward; backward is two more), to send it once (there and back, twice)
-    and to copy an expert's weights. All three are proportional to the model dim, so it is no parameter.
+    and to copy an expert's weights. So all that matters is how many assignments take as long as a copy.
 
     FasterMoE copies into memory of its own, so these are our own: k shadows and the experts at home must fit into
     every rank's s slots. Spare slots repeat the experts at home there, if any, or else the shadows; ranks with
     neither (fewer experts than ranks, no shadow) hold replicas of the hottest expert. As in FasterMoE's code, the
     formula looks at the load of an expert, not of a rank, and at the weights' way out, not at the gradients' way back.
 
-    The defaults are those of FasterMoE's code: model dim 2048 times 2, 11.5 TFLOP/s, 50 Gbit/s.
-
     Args:
         world_size: W.
         slots_per_rank: s.
-        hidden_dim: F of an expert of two matrices.
-        flops_per_second: of a rank.
-        bytes_per_second: of a rank's network.
+        copy_assignments: copy / (3 * compute + 4 * transfer). The default is for the rates of FasterMoE's code.
     """
 
-    def __init__(
-        self,
-        world_size: int,
-        slots_per_rank: int,
-        hidden_dim: int = 4096,
-        flops_per_second: float = 11.5e12,
-        bytes_per_second: float = 6.25e9,
-    ) -> None:
+    def __init__(self, world_size: int, slots_per_rank: int, copy_assignments: float = _COPY_ASSIGNMENTS) -> None:
         super().__init__(world_size, slots_per_rank)
-        # Seconds for each unit of the model dim.
-        compute = 2 * _MATRICES * hidden_dim / flops_per_second
-        transfer = _BYTES / bytes_per_second
-        copy = _MATRICES * _BYTES * hidden_dim / bytes_per_second
-        # Assignments that take as long as a copy.
-        self._copy_tokens = copy / (3 * compute + 4 * transfer)
+        self._copy_assignments = copy_assignments
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:
@@ -88,7 +76,7 @@ class ShadowingPolicy(PlacementPolicy):
         num_at_home_W = np.bincount(home_E, minlength=self.world_size)
         for k in range(1, len(falling_E)):
             num_at_home_W[home_E[k - 1]] -= 1
-            time = float(falling_E[k]) + k * self._copy_tokens
+            time = float(falling_E[k]) + k * self._copy_assignments
             if time >= best or num_at_home_W.max() + k > self.slots_per_rank:
                 return k - 1
             best = time

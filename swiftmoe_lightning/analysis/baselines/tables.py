@@ -19,7 +19,7 @@ def home_ranks(num_experts: int, world_size: int) -> np.ndarray:
 
 
 def fill_slots(experts: list[int], repeated: list[int], slots_per_rank: int) -> list[int]:
-    """One rank's s slots: its experts, then those of them in `repeated` over and over, which adds no host.
+    """One rank's s slots: its experts, then those of them in `repeated` over and over, which adds no pair.
 
     Args:
         experts: the rank's.

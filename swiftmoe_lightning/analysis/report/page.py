@@ -51,7 +51,7 @@ def _asset(name: str) -> str:
 def _chart_data(page: PageData) -> dict[str, Any]:
     terms = page_text.loss_terms(page)
     return {
-        "experts": page.counts_SLE.shape[2],
+        "experts": page.counts_ULE.shape[2],
         "layers": page.layers,
         "dropless": page.capacity_factor is None,
         "lossTerms": terms,

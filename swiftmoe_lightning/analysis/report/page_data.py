@@ -1,6 +1,6 @@
 """What a report page is made from: popularity, and what each placement policy made of it.
 
-S steps, L layers, E experts, W ranks.
+U steps, L layers, E experts, W ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class PolicySeries:
     Attributes:
         name: "balanced", "symi", "static", "recorded", ...
         label: how it is judged: "pooled rank budget", "slot budget", "re-implementation", ...
-        replicas_SLE: [S, L, E] slots of each expert, or None when they are not known.
-        dropped_SL: [S, L] assignments over capacity; all 0 when dropless.
-        load_SLW: [S, L, W] assignments that each rank computed.
-        moved_SL: [S, L] (rank, expert) pairs that became hosts.
+        replicas_ULE: [U, L, E] slots of each expert, or None when they are not known.
+        dropped_UL: [U, L] assignments over capacity; all 0 when dropless.
+        load_ULW: [U, L, W] assignments that each rank computed.
+        moved_UL: [U, L] (rank, expert) pairs that were not there a step before.
         bytes_gradients: what the gradients' phase sends.
         bytes_weights: what the weights' phase sends.
         bytes_paper: gradients and weights together, if they were sent the paper's way.
@@ -34,10 +34,10 @@ class PolicySeries:
 
     name: str
     label: str
-    replicas_SLE: np.ndarray | None
-    dropped_SL: np.ndarray
-    load_SLW: np.ndarray
-    moved_SL: np.ndarray
+    replicas_ULE: np.ndarray | None
+    dropped_UL: np.ndarray
+    load_ULW: np.ndarray
+    moved_UL: np.ndarray
     bytes_gradients: float | None
     bytes_weights: float | None
     bytes_paper: float | None
@@ -52,8 +52,8 @@ class PageData:
     Attributes:
         title: the page's.
         subtitle: the line below it.
-        counts_SLE: [S, L, E] int64 popularity.
-        step_S: [S] the optimizer step of each row, ascending.
+        counts_ULE: [U, L, E] int64 popularity.
+        step_U: [U] the optimizer step of each row, ascending.
         layers: L names.
         policies: in the order to show them.
         capacity_factor: None when nothing is dropped.
@@ -64,32 +64,32 @@ class PageData:
 
     title: str
     subtitle: str
-    counts_SLE: np.ndarray
-    step_S: np.ndarray
+    counts_ULE: np.ndarray
+    step_U: np.ndarray
     layers: tuple[str, ...]
     policies: tuple[PolicySeries, ...]
     capacity_factor: float | None
 
     def __post_init__(self) -> None:
-        if self.counts_SLE.ndim != 3 or 0 in self.counts_SLE.shape:
+        if self.counts_ULE.ndim != 3 or 0 in self.counts_ULE.shape:
             raise ValueError(
-                f"counts_SLE must be [steps, layers, experts] with at least one of each, got {self.counts_SLE.shape}. "
+                f"counts_ULE must be [steps, layers, experts] with at least one of each, got {self.counts_ULE.shape}. "
                 "Record at least one step."
             )
-        num_steps, num_layers, num_experts = self.counts_SLE.shape
-        self._check("step_S", np.shape(self.step_S), (num_steps,))
+        num_steps, num_layers, num_experts = self.counts_ULE.shape
+        self._check("step_U", np.shape(self.step_U), (num_steps,))
         self._check("layers", (len(self.layers),), (num_layers,))
         for policy in self.policies:
             steps_and_layers = (num_steps, num_layers)
-            self._check(f"dropped_SL of {policy.name}", policy.dropped_SL.shape, steps_and_layers)
-            self._check(f"moved_SL of {policy.name}", policy.moved_SL.shape, steps_and_layers)
-            self._check(f"load_SLW of {policy.name}", policy.load_SLW.shape[:2], steps_and_layers)
-            if policy.replicas_SLE is not None:
-                self._check(f"replicas_SLE of {policy.name}", policy.replicas_SLE.shape, self.counts_SLE.shape)
+            self._check(f"dropped_UL of {policy.name}", policy.dropped_UL.shape, steps_and_layers)
+            self._check(f"moved_UL of {policy.name}", policy.moved_UL.shape, steps_and_layers)
+            self._check(f"load_ULW of {policy.name}", policy.load_ULW.shape[:2], steps_and_layers)
+            if policy.replicas_ULE is not None:
+                self._check(f"replicas_ULE of {policy.name}", policy.replicas_ULE.shape, self.counts_ULE.shape)
 
-    def _check(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if tuple(found) != wanted:
+    def _check(self, name: str, shape: tuple[int, ...], needed: tuple[int, ...]) -> None:
+        if tuple(shape) != needed:
             raise ValueError(
-                f"{name} has shape {tuple(found)}, but counts_SLE is {self.counts_SLE.shape}, so it must be {wanted}. "
+                f"{name} has shape {tuple(shape)}, but counts_ULE is {self.counts_ULE.shape}, so it must be {needed}. "
                 "Give all series the same steps and layers."
             )

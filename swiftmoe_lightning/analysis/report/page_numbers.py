@@ -1,6 +1,7 @@
 """Long series -> what fits a page: steps averaged into columns, values as small integers in base64.
 
-S steps, L layers, E experts, W ranks, C columns (neighbouring steps taken together).
+U steps, L layers, E experts, W ranks, C columns (neighbouring steps taken together), M lines (one of all layers
+together, then one of each).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _ENOUGH_COLUMNS: Final = 200
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """S steps cut into C columns of neighbouring steps, of equal width up to one step.
+    """U steps cut into C columns of neighbouring steps, of equal width up to one step.
 
     Attributes:
         starts_C: [C] int64, the first row of each column.
-        num_steps: S.
+        num_steps: U.
     """
 
     starts_C: np.ndarray
@@ -36,10 +37,10 @@ class Columns:
 
     @classmethod
     def of(cls, num_steps: int, most: int) -> Columns:
-        """S steps in as many columns as there are steps, but no more than `most`.
+        """U steps in as many columns as there are steps, but no more than `most`.
 
         Args:
-            num_steps: S.
+            num_steps: U.
             most: the largest C.
         """
         num_columns = max(min(num_steps, most), 1)
@@ -50,33 +51,33 @@ class Columns:
         """[C] int64: steps of each column."""
         return np.diff(self.starts_C, append=self.num_steps)
 
-    def sum(self, values_Sx: np.ndarray) -> np.ndarray:
-        """[S, ...] -> [C, ...]: the sum of each column's steps."""
-        return np.add.reduceat(values_Sx, self.starts_C, axis=0)
+    def sum(self, values_Ux: np.ndarray) -> np.ndarray:
+        """[U, ...] -> [C, ...]: the sum of each column's steps."""
+        return np.add.reduceat(values_Ux, self.starts_C, axis=0)
 
-    def mean(self, values_Sx: np.ndarray) -> np.ndarray:
-        """[S, ...] -> [C, ...]: the mean of each column's steps."""
-        return self.sum(values_Sx) / self.widths_C.reshape(-1, *[1] * (values_Sx.ndim - 1))
+    def mean(self, values_Ux: np.ndarray) -> np.ndarray:
+        """[U, ...] -> [C, ...]: the mean of each column's steps."""
+        return self.sum(values_Ux) / self.widths_C.reshape(-1, *[1] * (values_Ux.ndim - 1))
 
-    def least(self, values_Sx: np.ndarray) -> np.ndarray:
-        """[S, ...] -> [C, ...]: the smallest of each column's steps."""
-        return np.minimum.reduceat(values_Sx, self.starts_C, axis=0)
+    def least(self, values_Ux: np.ndarray) -> np.ndarray:
+        """[U, ...] -> [C, ...]: the smallest of each column's steps."""
+        return np.minimum.reduceat(values_Ux, self.starts_C, axis=0)
 
-    def most(self, values_Sx: np.ndarray) -> np.ndarray:
-        """[S, ...] -> [C, ...]: the largest of each column's steps."""
-        return np.maximum.reduceat(values_Sx, self.starts_C, axis=0)
+    def most(self, values_Ux: np.ndarray) -> np.ndarray:
+        """[U, ...] -> [C, ...]: the largest of each column's steps."""
+        return np.maximum.reduceat(values_Ux, self.starts_C, axis=0)
 
-    def edges(self, step_S: np.ndarray) -> dict[str, Any]:
+    def edges(self, step_U: np.ndarray) -> dict[str, Any]:
         """First and last step of each column, and the rows in the widest.
 
         Args:
-            step_S: [S] the optimizer step of each row.
+            step_U: [U] the optimizer step of each row.
 
         Returns:
             JSON-able: "first" and "last" C numbers, "widest" one.
         """
-        first_C = step_S[self.starts_C]
-        last_C = step_S[self.starts_C + self.widths_C - 1]
+        first_C = step_U[self.starts_C]
+        last_C = step_U[self.starts_C + self.widths_C - 1]
         return {"first": first_C.tolist(), "last": last_C.tolist(), "widest": int(self.widths_C.max())}
 
 
@@ -110,29 +111,29 @@ def dropped_share(dropped_x: np.ndarray, total_x: np.ndarray) -> np.ndarray:
 
 def lines(data: PageData) -> dict[str, Any]:
     """Survival and imbalance of each policy over the steps: mean and worst, of all layers together and of each."""
-    num_steps, num_layers, _ = data.counts_SLE.shape
+    num_steps, num_layers, _ = data.counts_ULE.shape
     bytes_of_column = 8 * (num_layers + 1) * max(len(data.policies), 1)
     columns = Columns.of(num_steps, min(_MOST_COLUMNS, _LINE_BYTES // bytes_of_column))
-    total_SL = data.counts_SLE.sum(-1)
+    total_UL = data.counts_ULE.sum(-1)
     return {
-        **columns.edges(data.step_S),
-        "survival": [_survival(columns, policy.dropped_SL, total_SL) for policy in data.policies],
-        "imbalance": [_imbalance(columns, imbalance(policy.load_SLW)) for policy in data.policies],
+        **columns.edges(data.step_U),
+        "survival": [_survival(columns, policy.dropped_UL, total_UL) for policy in data.policies],
+        "imbalance": [_imbalance(columns, imbalance(policy.load_ULW)) for policy in data.policies],
     }
 
 
-def _survival(columns: Columns, dropped_SL: np.ndarray, total_SL: np.ndarray) -> dict[str, Any]:
-    dropped_CL, total_CL = columns.sum(dropped_SL), columns.sum(total_SL)
+def _survival(columns: Columns, dropped_UL: np.ndarray, total_UL: np.ndarray) -> dict[str, Any]:
+    dropped_CL, total_CL = columns.sum(dropped_UL), columns.sum(total_UL)
     all_C = dropped_share(dropped_CL.sum(1), total_CL.sum(1))
-    worst_CL = columns.most(dropped_share(dropped_SL, total_SL))
+    worst_CL = columns.most(dropped_share(dropped_UL, total_UL))
     mean_CM = 1 - np.column_stack([all_C, dropped_share(dropped_CL, total_CL)])
     worst_CM = 1 - np.column_stack([worst_CL.max(1), worst_CL])
     return {"mean": pack(mean_CM.T, 0.0, 1.0, 2), "worst": pack(worst_CM.T, 0.0, 1.0, 2)}
 
 
-def _imbalance(columns: Columns, imbalance_SL: np.ndarray) -> dict[str, Any]:
-    mean_CL, worst_CL = columns.mean(imbalance_SL), columns.most(imbalance_SL)
-    top = float(imbalance_SL.max())
+def _imbalance(columns: Columns, imbalance_UL: np.ndarray) -> dict[str, Any]:
+    mean_CL, worst_CL = columns.mean(imbalance_UL), columns.most(imbalance_UL)
+    top = float(imbalance_UL.max())
     mean_CM = np.column_stack([mean_CL.mean(1), mean_CL])
     worst_CM = np.column_stack([worst_CL.max(1), worst_CL])
     return {"mean": pack(mean_CM.T, 1.0, top, 2), "worst": pack(worst_CM.T, 1.0, top, 2)}
@@ -140,8 +141,8 @@ def _imbalance(columns: Columns, imbalance_SL: np.ndarray) -> dict[str, Any]:
 
 def maps(data: PageData) -> dict[str, Any]:
     """Popularity and replicas, [layers shown, E, C]: popularity in mean popularities, so that 1 is balanced."""
-    num_steps, num_layers, num_experts = data.counts_SLE.shape
-    num_maps = sum(policy.replicas_SLE is not None for policy in data.policies)
+    num_steps, num_layers, num_experts = data.counts_ULE.shape
+    num_maps = sum(policy.replicas_ULE is not None for policy in data.policies)
     bytes_of_cell = 2 + num_maps
     fitting = _MAP_BYTES // (min(num_steps, _ENOUGH_COLUMNS) * num_experts * bytes_of_cell)
     num_shown = min(max(fitting, 1), num_layers)
@@ -149,11 +150,11 @@ def maps(data: PageData) -> dict[str, Any]:
     fitting = _MAP_BYTES // (num_shown * num_experts * bytes_of_cell)
     columns = Columns.of(num_steps, min(_MOST_COLUMNS, fitting))
 
-    counts_CLE = columns.sum(data.counts_SLE[:, shown])
+    counts_CLE = columns.sum(data.counts_ULE[:, shown])
     popularity_CLE = counts_CLE / np.maximum(counts_CLE.mean(-1, keepdims=True), 1e-9)
     top = max(float(popularity_CLE.max()), 1.0)
     return {
-        **columns.edges(data.step_S),
+        **columns.edges(data.step_U),
         "layers": shown.tolist(),
         "popularity": pack(popularity_CLE.transpose(1, 2, 0), 0.0, top, 2),
         # A few collapsed steps must not take all the colours.
@@ -163,11 +164,11 @@ def maps(data: PageData) -> dict[str, Any]:
 
 
 def _replicas(columns: Columns, policy: PolicySeries, shown: np.ndarray) -> dict[str, Any] | None:
-    if policy.replicas_SLE is None:
+    if policy.replicas_ULE is None:
         return None
-    replicas_CLE = columns.mean(policy.replicas_SLE[:, shown])
+    replicas_CLE = columns.mean(policy.replicas_ULE[:, shown])
     most = max(float(replicas_CLE.max()), 1.0)
     # A whole number of units a replica, so that whole replicas stay whole.
     units = max(255 // int(np.ceil(most)), 1)
     packed = pack(replicas_CLE.transpose(1, 2, 0), 0.0, max(255 / units, most), 1)
-    return {**packed, "most": most, "slots": int(policy.replicas_SLE[0, 0].sum())}
+    return {**packed, "most": most, "slots": int(policy.replicas_ULE[0, 0].sum())}

@@ -21,7 +21,7 @@ LOSS_TERMS: Final = {
 
 def summary(data: PageData) -> str:
     """The result in one plain sentence, best policy first; not escaped."""
-    num_steps, num_layers, num_experts = data.counts_SLE.shape
+    num_steps, num_layers, num_experts = data.counts_ULE.shape
     size = f"{many(num_steps, 'step')}, {many(num_layers, 'layer')}, {many(num_experts, 'expert')}"
     if not data.policies:
         return f"Popularity over {size}."
@@ -39,12 +39,12 @@ def summary(data: PageData) -> str:
 
 def dropped(policy: PolicySeries, data: PageData) -> float:
     """Assignments over capacity over all, all steps and layers."""
-    return float(dropped_share(policy.dropped_SL.sum(), data.counts_SLE.sum()))
+    return float(dropped_share(policy.dropped_UL.sum(), data.counts_ULE.sum()))
 
 
 def mean_imbalance(policy: PolicySeries) -> float:
     """Load of the busiest rank over the mean rank's, mean of all steps and layers."""
-    return float(imbalance(policy.load_SLW).mean())
+    return float(imbalance(policy.load_ULW).mean())
 
 
 def policy_table(data: PageData) -> str:
@@ -65,30 +65,30 @@ def policy_table(data: PageData) -> str:
 def _policy_row(index: int, policy: PolicySeries, data: PageData) -> str:
     share = dropped(policy, data)
     numbers = [f"{100 * share:.2f}", f"{100 * (1 - share):.2f}"]
-    numbers += [f"{mean_imbalance(policy):.3f}", f"{imbalance(policy.load_SLW).max():.2f}"]
+    numbers += [f"{mean_imbalance(policy):.3f}", f"{imbalance(policy.load_ULW).max():.2f}"]
     sent = (policy.bytes_gradients, policy.bytes_weights, policy.bytes_paper, policy.bytes_state_moved)
     numbers += ["–" if value is None else bytes_text(value) for value in sent]
-    numbers.append(f"{policy.moved_SL.sum(1).mean():.1f}")
+    numbers.append(f"{policy.moved_UL.sum(1).mean():.1f}")
     name = f'<th scope="row" data-policy="{index}">{escape(policy.name)}<small>{escape(policy.label)}</small></th>'
     return f"<tr>{name}{_cells('td', numbers)}</tr>"
 
 
 def loss_terms(data: PageData) -> list[str]:
-    """The terms of all certificates: those that are known in their order, then others by name."""
-    found = {term for policy in data.policies for term in policy.losses}
-    return [term for term in LOSS_TERMS if term in found] + sorted(found - LOSS_TERMS.keys())
+    """The causes of all policies' losses: those that are known in their order, then others by name."""
+    terms = {term for policy in data.policies for term in policy.losses}
+    return [term for term in LOSS_TERMS if term in terms] + sorted(terms - LOSS_TERMS.keys())
 
 
 def loss_table(data: PageData) -> str:
-    """The HTML table of what each policy lost to which cause; a sentence without certificates."""
+    """The HTML table of what each policy lost to which cause; a sentence where none is known."""
     terms = loss_terms(data)
-    judged = [policy for policy in data.policies if policy.losses]
+    policies = [policy for policy in data.policies if policy.losses]
     if not terms:
         return "<p>Not computed for these policies.</p>"
-    head = _row("th", "lost to", *[policy.name for policy in judged], "because")
+    head = _row("th", "lost to", *[policy.name for policy in policies], "because")
     rows = ""
     for index, term in enumerate(terms):
-        values = [f"{100 * policy.losses.get(term, 0.0):.2f} %" for policy in judged]
+        values = [f"{100 * policy.losses.get(term, 0.0):.2f} %" for policy in policies]
         name = f'<th scope="row" data-loss="{index}">{escape(term)}</th>'
         rows += f'<tr>{name}{_cells("td", values)}<td class="words">{escape(LOSS_TERMS.get(term, ""))}</td></tr>'
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"

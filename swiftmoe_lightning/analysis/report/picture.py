@@ -1,4 +1,4 @@
-"""A recorded run as one picture. S steps, W ranks, L layers, E experts."""
+"""A recorded run as one picture. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: s
 def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
     from matplotlib.colors import PowerNorm
 
-    popularity_SLE = recording["counts"].sum(1)
-    share_SLE = popularity_SLE / np.maximum(popularity_SLE.mean(-1, keepdims=True), 1e-9)
-    most = max(float(np.quantile(share_SLE, 0.99)), 1.0)
+    popularity_ULE = recording["counts"].sum(1)
+    share_ULE = popularity_ULE / np.maximum(popularity_ULE.mean(-1, keepdims=True), 1e-9)
+    most = max(float(np.quantile(share_ULE, 0.99)), 1.0)
     # The root's scale keeps both a collapsed router's peaks and the small differences later on in sight.
     colours = {"cmap": "cividis", "norm": PowerNorm(0.5, 0, most)}
-    image = _draw_heat_maps(axes, share_SLE, "popularity", recording, shown, **colours)
+    image = _draw_heat_maps(axes, share_ULE, "popularity", recording, shown, **colours)
     ticks = [0, *(2**i for i in range(10) if 2**i <= most)]
     figure.colorbar(image, ax=axes, label="popularity, 1 = balanced", extend="max", ticks=ticks)
 
@@ -62,18 +62,18 @@ def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.n
 def _draw_replicas(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
     from matplotlib.colors import BoundaryNorm, Normalize
 
-    replicas_SLE = recording["replicas"]
-    most = max(int(replicas_SLE.max()), 1)
+    replicas_ULE = recording["replicas"]
+    most = max(int(replicas_ULE.max()), 1)
     few = most <= _MOST_COLOURS
     norm = BoundaryNorm(np.arange(0.5, most + 1), 256) if few else Normalize(0, most)
-    image = _draw_heat_maps(axes, replicas_SLE, "replicas", recording, shown, cmap="viridis", norm=norm)
+    image = _draw_heat_maps(axes, replicas_ULE, "replicas", recording, shown, cmap="viridis", norm=norm)
     bar = figure.colorbar(image, ax=axes, label="replicas", ticks=range(1, most + 1) if few else None)
     bar.minorticks_off()
 
 
 def _draw_heat_maps(
     axes: np.ndarray,
-    values_SLE: np.ndarray,
+    values_ULE: np.ndarray,
     what: str,
     recording: Mapping[str, np.ndarray],
     shown: np.ndarray,
@@ -81,10 +81,10 @@ def _draw_heat_maps(
 ) -> Any:
     """One map below the other: a map for each layer, a line for each expert, a column for each step."""
     names = json.loads(str(recording["metadata"]))["layers"]
-    steps_S = recording["step"]
-    extent = (steps_S[0] - 0.5, steps_S[-1] + 0.5, values_SLE.shape[-1] - 0.5, -0.5)
+    steps_U = recording["step"]
+    extent = (steps_U[0] - 0.5, steps_U[-1] + 0.5, values_ULE.shape[-1] - 0.5, -0.5)
     for axis, layer in zip(axes, shown, strict=True):
-        image = axis.imshow(values_SLE[:, layer].T, aspect="auto", interpolation="nearest", extent=extent, **colours)
+        image = axis.imshow(values_ULE[:, layer].T, aspect="auto", interpolation="nearest", extent=extent, **colours)
         axis.set_title(f"{what}, {names[layer]}", fontsize=9)
         axis.set_ylabel("expert")
         axis.yaxis.get_major_locator().set_params(integer=True)
@@ -93,13 +93,13 @@ def _draw_heat_maps(
 
 def _draw_lines(axes: np.ndarray, recording: Mapping[str, np.ndarray]) -> None:
     """Left the imbalance of the ranks' loads, right the dropped assignments; thin lines for single layers."""
-    dropped_SL = 100 * recording["dropped"] / np.maximum(recording["counts"].sum((1, 3)), 1)
-    for axis, values_SL, title in (
+    dropped_UL = 100 * recording["dropped"] / np.maximum(recording["counts"].sum((1, 3)), 1)
+    for axis, values_UL, title in (
         (axes[0], imbalance(recording["loads"]), "imbalance: load of the busiest rank / mean rank"),
-        (axes[1], dropped_SL, "dropped assignments, %"),
+        (axes[1], dropped_UL, "dropped assignments, %"),
     ):
-        axis.plot(recording["step"], values_SL, color="#8da0b6", linewidth=0.6)[0].set_label("one layer")
-        axis.plot(recording["step"], values_SL.mean(1), color="#00224e", linewidth=1.6, label="mean of all layers")
+        axis.plot(recording["step"], values_UL, color="#8da0b6", linewidth=0.6)[0].set_label("one layer")
+        axis.plot(recording["step"], values_UL.mean(1), color="#00224e", linewidth=1.6, label="mean of all layers")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step")
         axis.set_ylim(bottom=1 if axis is axes[0] else 0)

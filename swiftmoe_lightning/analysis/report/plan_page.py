@@ -1,4 +1,4 @@
-"""A plan, and the run that its trace was recorded from, as a report page. S steps, L layers, E experts, W ranks."""
+"""A plan, and the run that its trace was recorded from, as a report page. U steps, L layers, E experts, W ranks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def plan_page(plan: Plan, title: str) -> PageData:
     return PageData(
         title=title,
         subtitle=f"{machine.num_ranks} ranks of {machine.slots_per_rank} slots, plans {age_text(options.lag)}",
-        counts_SLE=trace.popularity_SLE,
-        step_S=trace.step_S,
+        counts_ULE=trace.popularity_ULE,
+        step_U=trace.step_U,
         layers=tuple(trace.layers),
         policies=tuple(series),
         capacity_factor=options.capacity_factor,
@@ -33,19 +33,19 @@ def plan_page(plan: Plan, title: str) -> PageData:
 
 
 def _series(name: str, outcome: Outcome) -> PolicySeries:
-    found = outcome.replay
+    replayed = outcome.replay
     return PolicySeries(
         name=name,
         label=outcome.candidate.label,
-        replicas_SLE=found.replicas_SLE,
-        dropped_SL=found.dropped_SL,
-        load_SLW=found.load_SLW,
-        moved_SL=found.moved_SL,
+        replicas_ULE=replayed.replicas_ULE,
+        dropped_UL=replayed.dropped_UL,
+        load_ULW=replayed.load_ULW,
+        moved_UL=replayed.moved_UL,
         bytes_gradients=outcome.bytes_gradients,
         bytes_weights=outcome.bytes_weights,
         bytes_paper=outcome.bytes_paper,
         bytes_state_moved=outcome.bytes_state_moved,
-        losses=found.losses,
+        losses=replayed.losses,
     )
 
 
@@ -54,10 +54,10 @@ def _recorded(trace: Trace) -> PolicySeries:
     return PolicySeries(
         name="recorded",
         label="the run itself",
-        replicas_SLE=recorded.get("replicas"),
-        dropped_SL=np.asarray(recorded["dropped"]),
-        load_SLW=np.asarray(recorded["loads"]),
-        moved_SL=np.asarray(recorded["moved"]),
+        replicas_ULE=recorded.get("replicas"),
+        dropped_UL=np.asarray(recorded["dropped"]),
+        load_ULW=np.asarray(recorded["loads"]),
+        moved_UL=np.asarray(recorded["moved"]),
         bytes_gradients=None,
         bytes_weights=None,
         bytes_paper=None,

@@ -4,16 +4,16 @@ from hypothesis import given, settings
 
 from swiftmoe_lightning.analysis import CANDIDATES
 from swiftmoe_lightning.placement import Forecast
-from swiftmoe_lightning.placement.policy import check_placements
+from swiftmoe_lightning.placement.policies import check_placements
 from tests.analysis.baselines.cases import histories
 
 BASELINES = {name: candidate.make for name, candidate in CANDIDATES.items() if candidate.label == "re-implementation"}
 
 
-def test_other_systems_are_named_and_judged_as_their_authors_do():
+def test_other_systems_are_named_and_run_as_their_authors_do():
     assert list(BASELINES) == ["flexmoe-10", "flexmoe-50", "flexmoe-100", "eplb", "lpt", "shadowing"]
     assert [BASELINES[f"flexmoe-{n}"](2, 2).interval for n in (10, 50, 100)] == [10, 50, 100]
-    assert [name for name, c in CANDIDATES.items() if c.knows_the_step] == ["shadowing", "exact"]
+    assert [name for name, c in CANDIDATES.items() if c.is_oracle] == ["shadowing", "oracle"]
     assert [name for name, c in CANDIDATES.items() if c.moves_state] == [
         "flexmoe-10",
         "flexmoe-50",
@@ -24,23 +24,23 @@ def test_other_systems_are_named_and_judged_as_their_authors_do():
     assert [name for name, c in CANDIDATES.items() if c.capacity_per == "slot"] == slot_budget
 
 
-def replay(name, steps_NLE, world_size, slots_per_rank):
+def replay(name, steps_ULE, world_size, slots_per_rank):
     policy = BASELINES[name](world_size, slots_per_rank)
-    # Every step ten times: "flexmoe-10" then gets its turn.
-    found = [policy.place(Forecast.of(popularity_LE)) for popularity_LE in steps_NLE for _ in range(10)]
-    for placements in found:
-        check_placements(policy, placements, *steps_NLE.shape[1:])
-    return found
+    # Every step ten times: "flexmoe-10" then revises.
+    placements_of_calls = [policy.place(Forecast.of(popularity_LE)) for popularity_LE in steps_ULE for _ in range(10)]
+    for placements in placements_of_calls:
+        check_placements(policy, placements, *steps_ULE.shape[1:])
+    return placements_of_calls
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @given(history=histories())
 @settings(max_examples=60, deadline=None)
 def test_every_baseline_keeps_every_expert_fills_all_slots_and_follows_from_its_history(name, history):
-    steps_NLE, world_size, slots_per_rank = history
-    found = replay(name, *history)
-    assert found == replay(name, *history)
-    for placement in (placement for placements in found for placement in placements):
+    steps_ULE, world_size, slots_per_rank = history
+    placements_of_calls = replay(name, *history)
+    assert placements_of_calls == replay(name, *history)
+    for placement in (placement for placements in placements_of_calls for placement in placements):
         assert placement.replica_counts_E.min() >= 1
         assert placement.replica_counts_E.sum() == world_size * slots_per_rank
 
@@ -49,10 +49,10 @@ def test_every_baseline_keeps_every_expert_fills_all_slots_and_follows_from_its_
 @given(history=histories())
 @settings(max_examples=40, deadline=None)
 def test_no_layer_sees_another_one(name, history):
-    steps_NLE, world_size, slots_per_rank = history
+    steps_ULE, world_size, slots_per_rank = history
     together = replay(name, *history)
-    for layer in range(steps_NLE.shape[1]):
-        alone = replay(name, steps_NLE[:, layer : layer + 1], world_size, slots_per_rank)
+    for layer in range(steps_ULE.shape[1]):
+        alone = replay(name, steps_ULE[:, layer : layer + 1], world_size, slots_per_rank)
         assert [placements[0] for placements in alone] == [placements[layer] for placements in together]
 
 

@@ -42,12 +42,12 @@ def test_one_of_several_ranks_with_the_largest_load_is_relieved():
 def test_placements_are_uniform_at_first_and_stay_between_revisions():
     policy = FlexMoEPolicy(2, 2, interval=3)
     hot, cold = np.array([[9, 3]]), np.array([[3, 9]])
-    found = [policy.place(Forecast.of(p))[0] for p in (hot, hot, cold, hot, hot, hot)]
+    placements = [policy.place(Forecast.of(p))[0] for p in (hot, hot, cold, hot, hot, hot)]
     static = StaticPolicy(2, 2).place(Forecast.of(hot))[0]
-    assert found[:2] == [static, static]
-    assert found[2].slot_to_expert_S.tolist() == [1, 0, 1, 1]
-    assert found[2] == found[3] == found[4]
-    assert found[5] != found[4]
+    assert placements[:2] == [static, static]
+    assert placements[2].slot_to_expert_S.tolist() == [1, 0, 1, 1]
+    assert placements[2] == placements[3] == placements[4]
+    assert placements[5] != placements[4]
 
 
 @given(history=histories())

@@ -8,8 +8,8 @@ from tests.analysis.baselines.cases import histories
 
 
 def tables_of(policy, *steps):
-    found = [policy.place(Forecast.of(np.array([popularity])))[0] for popularity in steps]
-    return [p.slot_to_expert_S.reshape(policy.world_size, -1).tolist() for p in found]
+    placements = [policy.place(Forecast.of(np.array([popularity])))[0] for popularity in steps]
+    return [p.slot_to_expert_S.reshape(policy.world_size, -1).tolist() for p in placements]
 
 
 def test_experts_go_by_falling_load_to_the_least_loaded_rank():
@@ -52,7 +52,7 @@ def test_an_expert_has_one_host_where_there_are_enough_experts(history):
     num_experts = steps_NLE.shape[2]
     for popularity_LE in steps_NLE:
         for placement in policy.place(Forecast.of(popularity_LE)):
-            assert len(placement.pair_host_P) == max(num_experts, world_size)
+            assert placement.num_pairs == max(num_experts, world_size)
 
 
 def test_an_interval_keeps_placements_between_revisions():

@@ -1,18 +1,23 @@
 import numpy as np
+import pytest
 
 from swiftmoe_lightning.analysis.baselines import ShadowingPolicy
 from swiftmoe_lightning.placement import Forecast
 
-# With F = 4096, 1e12 FLOP/s and 8e9 bytes/s a copy takes 80 assignments' time:
-# copy 4.096e-6, compute 1.6384e-8, transfer 5e-10; 4.096e-6 / (3 * 1.6384e-8 + 4 * 5e-10) = 80.07.
-RATES = {"hidden_dim": 4096, "flops_per_second": 1e12, "bytes_per_second": 8e9}
+COPY = 80.0
 
 
-def table_of(popularity, world_size, slots_per_rank, **rates):
-    (placement,) = ShadowingPolicy(world_size, slots_per_rank, **(rates or RATES)).place(
-        Forecast.of(np.array([popularity]))
-    )
+def table_of(popularity, world_size, slots_per_rank, copy_assignments=COPY):
+    policy = ShadowingPolicy(world_size, slots_per_rank, copy_assignments)
+    (placement,) = policy.place(Forecast.of(np.array([popularity])))
     return placement.slot_to_expert_S.reshape(world_size, slots_per_rank).tolist()
+
+
+def test_the_default_is_of_the_rates_in_fastermoes_code():
+    # Seconds a unit of the model dim: copy 2 * 4 * 4096 / 6.25e9 = 5.243e-6, compute 2 * 2 * 4096 / 11.5e12 = 1.425e-9,
+    # transfer 4 / 6.25e9 = 6.4e-10; 5.243e-6 / (3 * 1.425e-9 + 4 * 6.4e-10) = 767.2.
+    policy = ShadowingPolicy(2, 3)
+    assert policy._copy_assignments == pytest.approx(767.2, abs=0.1)
 
 
 def test_the_hottest_experts_are_copied_to_all_ranks_while_a_copy_costs_less_than_it_saves():
@@ -38,7 +43,7 @@ def test_shadows_must_fit_beside_the_experts_at_home():
 
 
 def test_a_slower_network_copies_less():
-    assert table_of([100, 1000, 600, 560], 4, 2, **(RATES | {"bytes_per_second": 1e9})) == [
+    assert table_of([100, 1000, 600, 560], 4, 2, copy_assignments=500.0) == [
         [0] * 2,
         [1] * 2,
         [2] * 2,

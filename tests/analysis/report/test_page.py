@@ -18,16 +18,16 @@ from swiftmoe_lightning.analysis.report.page_text import bytes_text, loss_terms,
 HOSTILE = "</script><script>alert(1)</script>{{data}}<!--\"'&"
 
 
-def policy(counts_SLE: np.ndarray, name: str, drop: float = 0.0, load_W: tuple[int, ...] = (1, 1)) -> PolicySeries:
+def policy(counts_ULE: np.ndarray, name: str, drop: float = 0.0, load_W: tuple[int, ...] = (1, 1)) -> PolicySeries:
     """A policy that drops that share of everything, and whose ranks always carry the same loads."""
-    steps_and_layers = counts_SLE.shape[:2]
+    steps_and_layers = counts_ULE.shape[:2]
     return PolicySeries(
         name=name,
         label="slot budget",
-        replicas_SLE=np.full(counts_SLE.shape, 2),
-        dropped_SL=drop * counts_SLE.sum(-1),
-        load_SLW=np.broadcast_to(np.array(load_W), (*steps_and_layers, len(load_W))),
-        moved_SL=np.ones(steps_and_layers, dtype=int),
+        replicas_ULE=np.full(counts_ULE.shape, 2),
+        dropped_UL=drop * counts_ULE.sum(-1),
+        load_ULW=np.broadcast_to(np.array(load_W), (*steps_and_layers, len(load_W))),
+        moved_UL=np.ones(steps_and_layers, dtype=int),
         bytes_gradients=2e6,
         bytes_weights=None,
         bytes_paper=5e9,
@@ -37,10 +37,10 @@ def policy(counts_SLE: np.ndarray, name: str, drop: float = 0.0, load_W: tuple[i
 
 
 def page(steps: int = 5, layers: int = 2, experts: int = 4, capacity_factor: float | None = 1.0) -> PageData:
-    counts_SLE = np.random.default_rng(0).integers(1, 99, (steps, layers, experts))
-    policies = (policy(counts_SLE, "symi", 0.214, (3, 1)), policy(counts_SLE, "balanced", 0.0123))
+    counts_ULE = np.random.default_rng(0).integers(1, 99, (steps, layers, experts))
+    policies = (policy(counts_ULE, "symi", 0.214, (3, 1)), policy(counts_ULE, "balanced", 0.0123))
     names = tuple(f"blocks.{i}.experts" for i in range(layers))
-    return PageData("A run", "on 2 ranks", counts_SLE, np.arange(steps), names, policies, capacity_factor)
+    return PageData("A run", "on 2 ranks", counts_ULE, np.arange(steps), names, policies, capacity_factor)
 
 
 def written(data: PageData, folder: Path) -> str:
@@ -49,9 +49,9 @@ def written(data: PageData, folder: Path) -> str:
 
 
 def embedded(html: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert script is not None
+    return json.loads(script[1])
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
@@ -64,11 +64,11 @@ class Tags(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 def test_the_sentence_names_what_is_dropped_best_policy_first() -> None:
@@ -92,7 +92,7 @@ def test_the_sentence_of_a_single_policy_and_of_none() -> None:
 
 def test_small_drops_are_not_called_none() -> None:
     data = page()
-    few = replace(data, policies=(policy(data.counts_SLE, "balanced", 1e-5), policy(data.counts_SLE, "packed")))
+    few = replace(data, policies=(policy(data.counts_ULE, "balanced", 1e-5), policy(data.counts_ULE, "packed")))
     assert summary(few).startswith("packed drops 0.0 % of assignments; balanced less than 0.1 %")
 
 
@@ -122,7 +122,7 @@ def test_bytes_are_read_in_fitting_units() -> None:
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
     html = written(page(), tmp_path)
     assert set(re.findall(r"https?://[^\"'\s]*", html)) == {"http://www.w3.org/2000/svg"}
-    for tag, attributes in Tags(html).found:
+    for tag, attributes in Tags(html).tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
         assert not {"src", "href", "srcset", "data"} & attributes.keys()
     for loader in ("@import", "url(http", "fetch(", "XMLHttpRequest", "import("):
@@ -137,7 +137,7 @@ def test_names_cannot_add_elements_or_fill_gaps_of_the_template(tmp_path: Path) 
     html = written(named, tmp_path)
     tame = tuple(replace(p, losses={"x": 0.1}) for p in data.policies)
     plain = Tags(written(replace(data, policies=tame), tmp_path))
-    assert [tag for tag, _ in Tags(html).found] == [tag for tag, _ in plain.found]
+    assert [tag for tag, _ in Tags(html).tags] == [tag for tag, _ in plain.tags]
     assert embedded(html)["layers"] == [HOSTILE, HOSTILE]
     assert html.count("<title>&lt;/script&gt;") == 1
 
@@ -149,14 +149,14 @@ def test_no_gap_of_the_template_stays_open(tmp_path: Path) -> None:
 def test_a_long_run_of_a_large_model_stays_below_5_mb(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     shape = (2000, 24, 64)
-    counts_SLE = random.integers(0, 5000, shape)
+    counts_ULE = random.integers(0, 5000, shape)
     noisy = PolicySeries(
         name="balanced",
         label="",
-        replicas_SLE=random.integers(1, 9, shape, dtype=np.int16),
-        dropped_SL=random.integers(0, 999, shape[:2]),
-        load_SLW=random.integers(1, 999, (*shape[:2], 16), dtype=np.int32),
-        moved_SL=random.integers(0, 9, shape[:2]),
+        replicas_ULE=random.integers(1, 9, shape, dtype=np.int16),
+        dropped_UL=random.integers(0, 999, shape[:2]),
+        load_ULW=random.integers(1, 999, (*shape[:2], 16), dtype=np.int32),
+        moved_UL=random.integers(0, 9, shape[:2]),
         bytes_gradients=1.0,
         bytes_weights=1.0,
         bytes_paper=1.0,
@@ -164,7 +164,7 @@ def test_a_long_run_of_a_large_model_stays_below_5_mb(tmp_path: Path) -> None:
         losses={},
     )
     policies = tuple(replace(noisy, name=f"policy {i}") for i in range(5))
-    data = PageData("t", "s", counts_SLE, np.arange(2000), tuple(map(str, range(24))), policies, 1.0)
+    data = PageData("t", "s", counts_ULE, np.arange(2000), tuple(map(str, range(24))), policies, 1.0)
     write_page(tmp_path / "page.html", data)
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
 
@@ -189,45 +189,45 @@ def test_packed_values_come_back_within_half_a_unit() -> None:
 
 def test_averaged_lines_weigh_steps_by_their_tokens() -> None:
     # 801 steps in 400 columns: the last column holds the last 3 steps.
-    counts_SLE = np.full((801, 1, 2), 5)
-    counts_SLE[-3:] = np.array([100, 300, 100])[:, None, None]
-    dropped_SL = np.zeros((801, 1), dtype=int)
-    dropped_SL[-2] = 300
-    load_SLW = np.full((801, 1, 2), 5)
-    load_SLW[-1, 0] = [30, 10]
-    one = replace(policy(counts_SLE, "symi"), dropped_SL=dropped_SL, load_SLW=load_SLW)
-    found = lines(PageData("", "", counts_SLE, np.arange(801), ("a",), (one,), 1.0))
-    assert (len(found["first"]), found["first"][-1], found["last"][-1]) == (400, 798, 800)
+    counts_ULE = np.full((801, 1, 2), 5)
+    counts_ULE[-3:] = np.array([100, 300, 100])[:, None, None]
+    dropped_UL = np.zeros((801, 1), dtype=int)
+    dropped_UL[-2] = 300
+    load_ULW = np.full((801, 1, 2), 5)
+    load_ULW[-1, 0] = [30, 10]
+    one = replace(policy(counts_ULE, "symi"), dropped_UL=dropped_UL, load_ULW=load_ULW)
+    series = lines(PageData("", "", counts_ULE, np.arange(801), ("a",), (one,), 1.0))
+    assert (len(series["first"]), series["first"][-1], series["last"][-1]) == (400, 798, 800)
     for layer in (0, 400):
-        at = layer + 399
-        assert unpack(found["survival"][0]["mean"])[at] == pytest.approx(0.7, abs=1e-4)
-        assert unpack(found["survival"][0]["worst"])[at] == pytest.approx(0.5, abs=1e-4)
-        assert unpack(found["imbalance"][0]["mean"])[at] == pytest.approx((1 + 1 + 1.5) / 3, abs=1e-4)
-        assert unpack(found["imbalance"][0]["worst"])[at] == pytest.approx(1.5, abs=1e-4)
+        column = layer + 399
+        assert unpack(series["survival"][0]["mean"])[column] == pytest.approx(0.7, abs=1e-4)
+        assert unpack(series["survival"][0]["worst"])[column] == pytest.approx(0.5, abs=1e-4)
+        assert unpack(series["imbalance"][0]["mean"])[column] == pytest.approx((1 + 1 + 1.5) / 3, abs=1e-4)
+        assert unpack(series["imbalance"][0]["worst"])[column] == pytest.approx(1.5, abs=1e-4)
 
 
 def test_whole_replicas_stay_whole_and_popularity_is_relative_to_the_mean() -> None:
-    counts_SLE = np.array([[[30, 10]], [[5, 15]]])
-    replicas_SLE = np.array([[[5, 2]], [[1, 6]]])
-    one = replace(policy(counts_SLE, "symi"), replicas_SLE=replicas_SLE)
-    found = maps(PageData("", "", counts_SLE, np.arange(2), ("a",), (one,), 1.0))
-    assert np.allclose(unpack(found["popularity"]), [1.5, 0.5, 0.5, 1.5], atol=1e-4)
-    assert np.allclose(unpack(found["replicas"][0]), [5, 1, 2, 6], atol=1e-9)
-    assert found["replicas"][0]["slots"] == 7
+    counts_ULE = np.array([[[30, 10]], [[5, 15]]])
+    replicas_ULE = np.array([[[5, 2]], [[1, 6]]])
+    one = replace(policy(counts_ULE, "symi"), replicas_ULE=replicas_ULE)
+    heat_maps = maps(PageData("", "", counts_ULE, np.arange(2), ("a",), (one,), 1.0))
+    assert np.allclose(unpack(heat_maps["popularity"]), [1.5, 0.5, 0.5, 1.5], atol=1e-4)
+    assert np.allclose(unpack(heat_maps["replicas"][0]), [5, 1, 2, 6], atol=1e-9)
+    assert heat_maps["replicas"][0]["slots"] == 7
 
 
 def test_more_replicas_than_a_byte_counts_are_shown_rounded() -> None:
-    counts_SLE = np.ones((1, 1, 2), dtype=int)
-    one = replace(policy(counts_SLE, "symi"), replicas_SLE=np.array([[[1000, 24]]]))
-    found = maps(PageData("", "", counts_SLE, np.arange(1), ("a",), (one,), 1.0))
-    assert np.allclose(unpack(found["replicas"][0]), [1000, 24], atol=2)
+    counts_ULE = np.ones((1, 1, 2), dtype=int)
+    one = replace(policy(counts_ULE, "symi"), replicas_ULE=np.array([[[1000, 24]]]))
+    heat_maps = maps(PageData("", "", counts_ULE, np.arange(1), ("a",), (one,), 1.0))
+    assert np.allclose(unpack(heat_maps["replicas"][0]), [1000, 24], atol=2)
 
 
 def test_of_too_many_experts_fewer_layers_are_shown() -> None:
-    found = maps(page(steps=250, layers=40, experts=512))
-    assert 1 < len(found["layers"]) < 40
-    assert (found["layers"][0], found["layers"][-1]) == (0, 39)
-    assert len(found["first"]) >= 200
+    heat_maps = maps(page(steps=250, layers=40, experts=512))
+    assert 1 < len(heat_maps["layers"]) < 40
+    assert (heat_maps["layers"][0], heat_maps["layers"][-1]) == (0, 39)
+    assert len(heat_maps["first"]) >= 200
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 4), (7, 1, 1), (401, 2, 3)])
@@ -236,16 +236,16 @@ def test_runs_of_all_sizes_make_a_page(
     sizes: tuple[int, int, int], capacity_factor: float | None, tmp_path: Path
 ) -> None:
     data = page(*sizes, capacity_factor)
-    found = embedded(written(data, tmp_path))
-    assert found["dropless"] is (capacity_factor is None)
+    chart_data = embedded(written(data, tmp_path))
+    assert chart_data["dropless"] is (capacity_factor is None)
     num_columns = min(sizes[0], 400)
-    assert unpack(found["maps"]["popularity"]).size == num_columns * sizes[1] * sizes[2]
-    assert unpack(found["lines"]["survival"][0]["mean"]).size == num_columns * (sizes[1] + 1)
+    assert unpack(chart_data["maps"]["popularity"]).size == num_columns * sizes[1] * sizes[2]
+    assert unpack(chart_data["lines"]["survival"][0]["mean"]).size == num_columns * (sizes[1] + 1)
 
 
 def test_policies_without_replicas_bytes_or_losses_make_a_page(tmp_path: Path) -> None:
     data = page()
-    bare = replace(data.policies[0], replicas_SLE=None, bytes_gradients=None, bytes_paper=None, losses={})
+    bare = replace(data.policies[0], replicas_ULE=None, bytes_gradients=None, bytes_paper=None, losses={})
     html = written(replace(data, policies=(bare,)), tmp_path)
     assert embedded(html)["maps"]["replicas"] == [None]
     assert embedded(html)["policies"][0]["losses"] is None
@@ -260,11 +260,11 @@ def test_a_trace_without_policies_makes_a_page(tmp_path: Path) -> None:
 
 def test_steps_without_tokens_count_as_even_and_complete(tmp_path: Path) -> None:
     data = page()
-    nothing_SLE = np.zeros_like(data.counts_SLE)
-    empty = replace(data, counts_SLE=nothing_SLE, policies=(policy(nothing_SLE, "symi", 0.0, (0, 0)),))
-    found = embedded(written(empty, tmp_path))["lines"]
-    assert unpack(found["survival"][0]["mean"]).min() == 1
-    assert unpack(found["imbalance"][0]["worst"]).tolist() == [1.0] * 15
+    nothing_ULE = np.zeros_like(data.counts_ULE)
+    empty = replace(data, counts_ULE=nothing_ULE, policies=(policy(nothing_ULE, "symi", 0.0, (0, 0)),))
+    series = embedded(written(empty, tmp_path))["lines"]
+    assert unpack(series["survival"][0]["mean"]).min() == 1
+    assert unpack(series["imbalance"][0]["worst"]).tolist() == [1.0] * 15
 
 
 def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
@@ -273,10 +273,10 @@ def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_series_of_another_length_are_refused() -> None:
     data = page()
-    short = replace(data.policies[0], dropped_SL=np.zeros((4, 2)))
-    with pytest.raises(ValueError, match=r"dropped_SL of symi has shape \(4, 2\).*must be \(5, 2\).*same steps"):
+    short = replace(data.policies[0], dropped_UL=np.zeros((4, 2)))
+    with pytest.raises(ValueError, match=r"dropped_UL of symi has shape \(4, 2\).*must be \(5, 2\).*same steps"):
         replace(data, policies=(short,))
     with pytest.raises(ValueError, match=r"layers has shape \(1,\).*must be \(2,\)"):
         replace(data, layers=("a",))
     with pytest.raises(ValueError, match=r"at least one of each, got \(0, 2, 4\).*Record at least one step"):
-        replace(data, counts_SLE=data.counts_SLE[:0])
+        replace(data, counts_ULE=data.counts_ULE[:0])

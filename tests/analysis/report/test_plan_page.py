@@ -11,14 +11,14 @@ from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, Trace,
 from swiftmoe_lightning.analysis.report.page import PageData, write_page
 from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
-S, W, L, E, SLOTS = 3, 2, 2, 4, 3
-COUNTS = np.random.default_rng(0).integers(1, 20, (S, W, L, E))
+U, W, L, E, SLOTS = 3, 2, 2, 4, 3
+COUNTS = np.random.default_rng(0).integers(1, 20, (U, W, L, E))
 STEPS = np.array([7, 9, 12])
 RECORDED = {
-    "replicas": np.full((S, L, E), 1) + np.eye(1, E, dtype=int) * 2,
-    "loads": np.arange(S * L * W).reshape(S, L, W) + 10,
-    "dropped": np.arange(S * L).reshape(S, L),
-    "moved": np.ones((S, L), dtype=int),
+    "replicas": np.full((U, L, E), 1) + np.eye(1, E, dtype=int) * 2,
+    "loads": np.arange(U * L * W).reshape(U, L, W) + 10,
+    "dropped": np.arange(U * L).reshape(U, L),
+    "moved": np.ones((U, L), dtype=int),
 }
 
 
@@ -46,10 +46,10 @@ def test_the_run_itself_comes_first_with_its_own_numbers(tmp_path: Path) -> None
     ]
     run = data.policies[0]
     for name, array in (
-        ("replicas", run.replicas_SLE),
-        ("loads", run.load_SLW),
-        ("dropped", run.dropped_SL),
-        ("moved", run.moved_SL),
+        ("replicas", run.replicas_ULE),
+        ("loads", run.load_ULW),
+        ("dropped", run.dropped_UL),
+        ("moved", run.moved_UL),
     ):
         np.testing.assert_array_equal(array, RECORDED[name])
     assert (run.bytes_gradients, run.bytes_weights, run.bytes_paper, run.bytes_state_moved) == (None,) * 4
@@ -69,14 +69,14 @@ def test_the_run_itself_comes_first_with_its_own_numbers(tmp_path: Path) -> None
 
 def test_a_run_on_other_ranks_than_the_plans_is_shown_all_the_same(tmp_path: Path) -> None:
     data = page(RECORDED, num_ranks=4, policies=["balanced"])
-    assert [policy.load_SLW.shape for policy in data.policies] == [(S, L, W), (S, L, 4)]
+    assert [policy.load_ULW.shape for policy in data.policies] == [(U, L, W), (U, L, 4)]
     assert list(table(data, tmp_path)) == ["recorded", "balanced"]
 
 
 def test_a_run_without_replicas_is_shown_without_them() -> None:
     data = page({name: array for name, array in RECORDED.items() if name != "replicas"}, policies=["balanced"])
     assert data.policies[0].name == "recorded"
-    assert data.policies[0].replicas_SLE is None
+    assert data.policies[0].replicas_ULE is None
 
 
 @pytest.mark.parametrize("missing", ["loads", "dropped", "moved"])
@@ -90,15 +90,15 @@ def test_the_page_has_every_series_of_every_policy(capacity_factor: float | None
     data = page(policies=[*CANDIDATES], capacity_factor=capacity_factor)
     assert [policy.name for policy in data.policies] == list(CANDIDATES)
     assert (data.title, data.subtitle) == ("a trace", "2 ranks of 3 slots, plans 1 step old")
-    assert data.counts_SLE.tolist() == COUNTS.sum(1).tolist()
-    assert (data.step_S.tolist(), data.layers, data.capacity_factor) == ([7, 9, 12], ("a", "b"), capacity_factor)
+    assert data.counts_ULE.tolist() == COUNTS.sum(1).tolist()
+    assert (data.step_U.tolist(), data.layers, data.capacity_factor) == ([7, 9, 12], ("a", "b"), capacity_factor)
     for policy in data.policies:
-        assert policy.replicas_SLE is not None
-        assert policy.replicas_SLE.shape == (S, L, E)
-        assert policy.load_SLW.shape == (S, L, W)
-        assert policy.dropped_SL.shape == policy.moved_SL.shape == (S, L)
-        assert (policy.load_SLW.sum(2) + policy.dropped_SL == data.counts_SLE.sum(2)).all()
-        assert policy.dropped_SL.any() <= (capacity_factor is not None)
+        assert policy.replicas_ULE is not None
+        assert policy.replicas_ULE.shape == (U, L, E)
+        assert policy.load_ULW.shape == (U, L, W)
+        assert policy.dropped_UL.shape == policy.moved_UL.shape == (U, L)
+        assert (policy.load_ULW.sum(2) + policy.dropped_UL == data.counts_ULE.sum(2)).all()
+        assert policy.dropped_UL.any() <= (capacity_factor is not None)
         assert list(policy.losses) == ["split", "placement", "prediction", "floor", "rounding"]
         assert policy.bytes_gradients == policy.bytes_weights > 0
 
@@ -106,14 +106,14 @@ def test_the_page_has_every_series_of_every_policy(capacity_factor: float | None
 def test_the_pages_table_has_the_plans_numbers(tmp_path: Path) -> None:
     trace, machine = Trace(COUNTS), Machine(num_ranks=W, slots_per_rank=SLOTS, expert_bytes=1000)
     made = make_plan(trace, machine, PlanOptions(policies=["symi", "lpt"], capacity_factor=1.0))
-    found = table(plan_page(made, "a trace"), tmp_path)
+    cells = table(plan_page(made, "a trace"), tmp_path)
     for name, values in made.as_json()["policies"].items():
-        assert found[name][0] == f"{100 * values['dropped']:.2f}"
-        assert found[name][2:4] == [f"{values['imbalance']:.3f}", f"{values['imbalance_max']:.2f}"]
-        assert found[name][8] == f"{values['replicas_moved']:.1f}"
+        assert cells[name][0] == f"{100 * values['dropped']:.2f}"
+        assert cells[name][2:4] == [f"{values['imbalance']:.3f}", f"{values['imbalance_max']:.2f}"]
+        assert cells[name][8] == f"{values['replicas_moved']:.1f}"
     # G (D - D / 2) in each of two layers.
-    hosts = made.as_json()["policies"]["symi"]["hosts"]
-    assert found["symi"][4] == f"{hosts * 1000 / 2 * 2 / 1000:.3g} kB"
+    num_pairs = made.as_json()["policies"]["symi"]["pairs"]
+    assert cells["symi"][4] == f"{num_pairs * 1000 / 2 * 2 / 1000:.3g} kB"
 
 
 @pytest.mark.parametrize(("lag", "words"), [(0, "from the step itself"), (1, "1 step old"), (3, "3 steps old")])

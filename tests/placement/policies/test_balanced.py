@@ -3,9 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.placement import BalancedPolicy, plan_dispatch
-from swiftmoe_lightning.placement.balanced import chain_hosts, spare_hosts
-from swiftmoe_lightning.placement.forecast import Forecast
+from swiftmoe_lightning.placement import BalancedPolicy, Forecast, plan_dispatch
+from swiftmoe_lightning.placement.policies.balanced import chain_pairs, spare_pairs
 
 
 def table_of(popularity, world_size, slots_per_rank, spread=0.0, ranks_per_node=1):
@@ -16,18 +15,18 @@ def table_of(popularity, world_size, slots_per_rank, spread=0.0, ranks_per_node=
 
 def test_a_chain_cuts_the_loads_on_a_line_into_equal_budgets():
     # Loads 1.6, 1.4, 1.0 of 4 ranks' budgets; neighbours share the expert at their cut.
-    hosts = chain_hosts(np.array([1.6, 1.4, 1.0]), 4, 2)
-    pairs = sorted(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), hosts.load_P.round(6).tolist(), strict=True))
+    chain = chain_pairs(np.array([1.6, 1.4, 1.0]), 4, 2)
+    pairs = sorted(zip(chain.rank_P.tolist(), chain.expert_P.tolist(), chain.load_P.round(6).tolist(), strict=True))
     assert pairs == [(0, 0, 1.0), (1, 0, 0.6), (1, 1, 0.4), (2, 1, 1.0), (3, 2, 1.0)]
 
 
 def test_cold_experts_live_whole_on_the_lightest_ranks_and_leave_them_less_of_the_line():
-    hosts = chain_hosts(np.array([1.5, 0.3, 0.2]), 2, 3)
-    pairs = sorted(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), hosts.load_P.round(6).tolist(), strict=True))
+    chain = chain_pairs(np.array([1.5, 0.3, 0.2]), 2, 3)
+    pairs = sorted(zip(chain.rank_P.tolist(), chain.expert_P.tolist(), chain.load_P.round(6).tolist(), strict=True))
     assert pairs == [(0, 0, 0.7), (0, 1, 0.3), (1, 0, 0.8), (1, 2, 0.2)]
 
 
-def test_an_expert_gets_spare_hosts_for_what_its_load_may_come_to():
+def test_an_expert_gets_spare_pairs_for_what_its_load_may_come_to():
     # A load of 1 that moves with spread 1 may come to 1 + 3 * sqrt(1.3) = 4.4 budgets; no rank has room for more than
     # one expert more.
     certain = table_of([10, 10, 10, 10], 4, 2, spread=0.0)
@@ -36,12 +35,12 @@ def test_an_expert_gets_spare_hosts_for_what_its_load_may_come_to():
     assert all(len(set(row)) == 2 for row in moving)
 
 
-def test_spare_hosts_are_far_from_those_that_an_expert_has():
-    hosts = chain_hosts(np.full(8, 1.0), 8, 2)
+def test_spare_pairs_are_far_from_those_that_an_expert_has():
+    chain = chain_pairs(np.full(8, 1.0), 8, 2)
     upper_E = np.where(np.arange(8) == 0, 3.0, 1.0)
-    rank_X, expert_X = spare_hosts(hosts, upper_E, 8, 2)
+    rank_X, expert_X = spare_pairs(chain, upper_E, 8, 2)
     assert expert_X.tolist() == [0, 0]
-    home = hosts.rank_P[hosts.expert_P == 0][0]
+    home = chain.rank_P[chain.expert_P == 0][0]
     assert sorted(((rank_X - home) % 8).tolist()) == [3, 5] or min((rank_X - home) % 8) >= 2
 
 
@@ -64,7 +63,7 @@ def loads(draw):
 
 @given(case=loads(), spread=st.sampled_from([0.0, 0.1, 3.0]), ranks_per_node=st.sampled_from([1, 2, 4]))
 @settings(max_examples=200, deadline=None)
-def test_any_loads_and_spreads_give_every_expert_a_host(case, spread, ranks_per_node):
+def test_any_loads_and_spreads_give_every_expert_a_slot(case, spread, ranks_per_node):
     popularity, world_size, slots_per_rank = case
     table = table_of(popularity, world_size, slots_per_rank, spread, ranks_per_node)
     assert {expert for row in table for expert in row} == set(range(len(popularity)))
@@ -72,17 +71,17 @@ def test_any_loads_and_spreads_give_every_expert_a_host(case, spread, ranks_per_
 
 @given(case=loads())
 @settings(max_examples=200, deadline=None)
-def test_a_chain_has_few_hosts_and_carries_the_loads_it_was_made_for(case):
+def test_a_chain_has_few_pairs_and_carries_the_loads_it_was_made_for(case):
     popularity, world_size, _ = case
     num_experts = len(popularity)
     popularity_E = np.array(popularity) if any(popularity) else np.ones(num_experts, dtype=np.int64)
     load_E = popularity_E * (world_size / popularity_E.sum())
-    hosts = chain_hosts(load_E, world_size, num_experts)
-    assert len(hosts.rank_P) <= num_experts + world_size - 1
-    assert len(set(zip(hosts.rank_P.tolist(), hosts.expert_P.tolist(), strict=True))) == len(hosts.rank_P)
-    np.testing.assert_allclose(np.bincount(hosts.expert_P, hosts.load_P, num_experts), load_E, atol=1e-4)
+    chain = chain_pairs(load_E, world_size, num_experts)
+    assert len(chain.rank_P) <= num_experts + world_size - 1
+    assert len(set(zip(chain.rank_P.tolist(), chain.expert_P.tolist(), strict=True))) == len(chain.rank_P)
+    np.testing.assert_allclose(np.bincount(chain.expert_P, chain.load_P, num_experts), load_E, atol=1e-4)
     # Cold experts are dealt whole, the last of them maybe to a rank that is full by less than half a budget.
-    assert np.bincount(hosts.rank_P, hosts.load_P, world_size).max() <= 1.5
+    assert np.bincount(chain.rank_P, chain.load_P, world_size).max() <= 1.5
 
 
 def test_the_split_evens_out_a_chain_made_for_the_same_step():
@@ -99,17 +98,17 @@ PRIMES = [101, 211, 307, 401, 503, 601, 701, 809, 907, 1009, 5003, 20011]
 @settings(max_examples=40, deadline=None)
 def test_placements_follow_the_experts_when_they_are_renamed(popularity, world_size, spread):
     expected = table_of(PRIMES, world_size, 3, spread)
-    found = table_of(popularity, world_size, 3, spread)
+    renamed = table_of(popularity, world_size, 3, spread)
 
-    # Without spare hosts names cannot matter, as no two loads tie; spare hosts may tie in their places on the ring.
-    def hosts(table, names):
+    # Without spare pairs names cannot matter, as no two loads tie; spare pairs may tie in their places on the ring.
+    def experts_of_ranks(table, names):
         return sorted(sorted({names[e] for e in row}) for row in table)
 
     if spread == 0:
-        assert hosts(found, popularity) == hosts(expected, PRIMES)
+        assert experts_of_ranks(renamed, popularity) == experts_of_ranks(expected, PRIMES)
     else:
         counts = [
             sorted(names[e] for row in table for e in set(row))
-            for table, names in ((found, popularity), (expected, PRIMES))
+            for table, names in ((renamed, popularity), (expected, PRIMES))
         ]
         assert counts[0] == pytest.approx(counts[1])

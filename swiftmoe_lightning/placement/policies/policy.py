@@ -71,11 +71,11 @@ def check_placements(
     name = type(policy).__name__
     if len(placements) != num_layers:
         raise ValueError(f"{name}.place gave {len(placements)} placements for {num_layers} layers.")
-    wanted = (num_experts, policy.world_size, policy.slots_per_rank)
+    needed = (num_experts, policy.world_size, policy.slots_per_rank)
     for placement in placements:
-        found = (placement.num_experts, placement.world_size, placement.slots_per_rank)
-        if found != wanted:
+        sizes = (placement.num_experts, placement.world_size, placement.slots_per_rank)
+        if sizes != needed:
             raise ValueError(
-                f"{name}.place must place {wanted[0]} experts on {wanted[1]} ranks of {wanted[2]} slots, got "
-                f"a placement of {found[0]} experts on {found[1]} ranks of {found[2]} slots."
+                f"{name}.place must place {needed[0]} experts on {needed[1]} ranks of {needed[2]} slots, got "
+                f"a placement of {sizes[0]} experts on {sizes[1]} ranks of {sizes[2]} slots."
             )

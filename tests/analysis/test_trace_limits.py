@@ -1,4 +1,4 @@
-"""What a trace may claim: every bound is looked at before the work, so each of these ends at once and in one line."""
+"""What a trace may claim: every limit is looked at before the work, so each of these ends at once and in one line."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_largest_counts_and_the_largest_factor_go_together(per: str) -> None
     trace = Trace(np.array([[[[2**49, 2**48]]], [[[5, 2**40]]]]))
     options = PlanOptions(policies=("balanced", "symi"), capacity_factor=1000.0, capacity_per=per)
     plan = make_plan(trace, Machine(num_ranks=2, slots_per_rank=2), options)
-    assert [outcome.replay.dropped_SL.sum() for outcome in plan.outcomes.values()] == [0, 0]
+    assert [outcome.replay.dropped_UL.sum() for outcome in plan.outcomes.values()] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["expert_bytes", "state_bytes", "assignment_bytes"])

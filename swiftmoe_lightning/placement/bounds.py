@@ -1,12 +1,12 @@
 """The least that could have been lost in one layer and step, and what the rest was lost to.
 
-W ranks, E experts, S slots, P hosted (rank, expert) pairs, B token budget of a rank.
+W ranks, E experts, S slots, P (rank, expert) pairs.
 
 Five bounds, each over more freedom than the one before, so that none is above its predecessor:
 
     split         the best split of these tokens under this placement
     placement     the best placement with these numbers of replicas
-    prediction    the best numbers of replicas for these tokens: a clairvoyant's
+    prediction    the best numbers of replicas for these tokens: an oracle's
     floor         the same, but cold experts may have no replica at all
     rounding      the same, and numbers of replicas need not be whole
 
@@ -30,34 +30,39 @@ CAUSES: Final = ("split", "placement", "prediction", "floor", "rounding")
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Bounds:
     """How far one layer's step was from the best possible.
 
     Attributes:
-        achieved: what it came to: the share of assignments dropped, or max / mean load of a rank without a capacity.
-        bounds: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. Lower bounds:
-            they hold for certain; "split" and "floor" may be a little below what can be reached.
+        achieved: what was lost: the share of assignments dropped, or max / mean load of a rank without a capacity.
+        by_cause: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. None is above
+            the best possible; "split" and "floor" may be a little below it.
     """
 
     achieved: float
-    bounds: dict[str, float]
+    by_cause: dict[str, float]
 
     @property
     def losses(self) -> dict[str, float]:
         """Cause -> what was lost to it, 0 or more; with the last bound they add up to `achieved`."""
-        values = [self.achieved, *self.bounds.values()]
-        return {cause: max(a - b, 0.0) for cause, a, b in zip(self.bounds, values, values[1:], strict=False)}
+        values = [self.achieved, *self.by_cause.values()]
+        return {cause: max(a - b, 0.0) for cause, a, b in zip(self.by_cause, values, values[1:], strict=False)}
 
 
-def certify(load: ExpertLoad, capacity: Capacity | None) -> Certificate:
-    """The certificate of one step's load: of its drops where there is a capacity, of its imbalance where not."""
+def find_bounds(load: ExpertLoad, capacity: Capacity | None) -> Bounds:
+    """The bounds of one step's load: of its drops where there is a capacity, of its imbalance where not.
+
+    Args:
+        load: the layer's.
+        capacity: None is dropless.
+    """
     if capacity is None:
-        return certify_imbalance(load.popularity_E, load.placement, load.wanted_W)
-    return certify_drops(load.popularity_E, load.placement, load.num_dropped_tokens, load.budget, capacity.per)
+        return imbalance_bounds(load.popularity_E, load.placement, load.wanted_W)
+    return drop_bounds(load.popularity_E, load.placement, load.num_dropped_tokens, load.budget, capacity.per)
 
 
-def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: np.ndarray) -> Certificate:
-    """The certificate of a step that dropped nothing, in max / mean load of a rank.
+def imbalance_bounds(popularity_E: np.ndarray, placement: Placement, wanted_W: np.ndarray) -> Bounds:
+    """The bounds of a step that dropped nothing, in max / mean load of a rank.
 
     Args:
         popularity_E: [E] int64 assignments.
@@ -67,10 +72,10 @@ def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: 
     mean = popularity_E.sum() / placement.world_size
     if mean == 0:
         return _chain(1.0, [1.0] * len(CAUSES))
-    confined_k = _confined(popularity_E, placement)
+    confined_W = _confined(popularity_E, placement)
     counts_E = np.minimum(placement.replica_counts_E, placement.world_size)
     bounds = [
-        max(confined_k / np.arange(1, len(confined_k) + 1)),
+        max(confined_W / np.arange(1, len(confined_W) + 1)),
         max(popularity_E / counts_E),
         _least_share(popularity_E, placement),
         _least_share(popularity_E[popularity_E > 0], placement),
@@ -79,10 +84,10 @@ def certify_imbalance(popularity_E: np.ndarray, placement: Placement, wanted_W: 
     return _chain(float(wanted_W.max() / mean), [float(bound / mean) for bound in bounds])
 
 
-def certify_drops(
+def drop_bounds(
     popularity_E: np.ndarray, placement: Placement, num_dropped_tokens: int, budget: int, per: str
-) -> Certificate:
-    """The certificate of a step with a capacity, in shares of all assignments.
+) -> Bounds:
+    """The bounds of a step with a capacity, in shares of all assignments.
 
     Args:
         popularity_E: [E] int64 assignments.
@@ -96,12 +101,12 @@ def certify_drops(
         return _chain(0.0, [0.0] * len(CAUSES))
     num_slots, counts_E = placement.slot_to_expert_S.size, placement.replica_counts_E
     if per == "rank":
-        confined_k = _confined(popularity_E, placement)
-        least = max(confined_k - budget * np.arange(1, len(confined_k) + 1))
+        confined_W = _confined(popularity_E, placement)
+        least = max(confined_W - budget * np.arange(1, len(confined_W) + 1))
         counts_E, room = np.minimum(counts_E, placement.world_size), budget * placement.world_size
         most = placement.world_size
     else:
-        # Wherever its slots are, an expert is served up to the sum of their budgets.
+        # An expert is served up to the sum of its slots' budgets, on whichever ranks they are.
         least = np.maximum(popularity_E - counts_E * budget, 0).sum()
         room, most = budget * num_slots, num_slots
     bounds = [
@@ -114,29 +119,35 @@ def certify_drops(
     return _chain(num_dropped_tokens / total, [max(float(bound), 0.0) / total for bound in bounds])
 
 
-def _chain(achieved: float, bounds: list[float]) -> Certificate:
-    """What bounds a wider choice bounds a narrower one, too."""
-    tight = np.maximum.accumulate(bounds[::-1])[::-1]
-    return Certificate(achieved, dict(zip(CAUSES, tight.tolist(), strict=True)))
+def _chain(achieved: float, bounds: list[float]) -> Bounds:
+    """`Bounds` of these five, each raised to the largest one after it: what is impossible with more freedom is
+    impossible with less."""
+    raised = np.maximum.accumulate(bounds[::-1])[::-1]
+    return Bounds(achieved, dict(zip(CAUSES, raised.tolist(), strict=True)))
 
 
 def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """[W] int64: for k = 1..W, assignments that have to be computed by some k ranks, chosen to be many.
+    """[W] int64: for k = 1..W, the load of the experts that have replicas on the k busiest ranks and on no others.
 
-    By max-flow, min-cut the best split is told by the set of ranks to which most load is confined, over its budget.
-    The ranks that remain busiest when the loads are evened out are that set, or near it: sets are tried in that order,
-    which gives a bound that holds whatever the order.
+    By max-flow, min-cut the best split is known from the set of ranks that has most load confined to it, over the
+    set's budget. That set, or one near it, is the k ranks that are busiest when the loads are as even as they can be,
+    for some k. So only these W sets are looked at: each gives a true bound, if not always the tightest.
+
+        ranks, busiest first       rank 2    rank 0    rank 1
+        their experts              e0 e1     e0 e2     e2 e3
+        at the last rank of each   e1        e0        e2 e3
+        confined to the first k    e1        e1+e0     all
     """
     order_W = np.argsort(scaling_weights(popularity_E, placement), kind="stable")
-    place_W = np.empty_like(order_W)
-    place_W[order_W] = np.arange(len(order_W))
-    place_P = place_W[placement.pair_host_P[placement.by_expert_P]]
-    last_E = np.maximum.reduceat(place_P, placement.first_pair_E)
+    position_W = np.empty_like(order_W)
+    position_W[order_W] = np.arange(len(order_W))
+    position_P = position_W[placement.pair_rank_P[placement.by_expert_P]]
+    last_E = np.maximum.reduceat(position_P, placement.first_pair_E)
     return np.cumsum(np.bincount(last_E, popularity_E, len(order_W)).astype(np.int64))
 
 
 def _least_share(load_E: np.ndarray, placement: Placement) -> float:
-    """The largest load of a replica, as small as numbers of replicas can make it, one of each of these at least."""
+    """The least that the largest load of a replica can be, by numbers of replicas of at least 1 for each of these."""
     world_size, num_slots = placement.world_size, placement.slot_to_expert_S.size
     num_slots = min(num_slots, world_size * len(load_E))
     counts_E = minmax_replica_counts(load_E[None], num_slots, max_replicas=world_size)[0]
@@ -148,7 +159,8 @@ def _least_over_budget(
 ) -> float:
     """The least assignments over budget with `num_slots` replicas, each of which serves `budget`.
 
-    Whole budgets first, for each serves as much as a replica can; then the largest remainders.
+    Replicas first go where they serve a whole budget, which is the most that one can; those left over go to the
+    largest remainders.
     """
     whole_E = np.minimum(popularity_E // budget, most_replicas)
     served_E = np.minimum(popularity_E, least_replicas * budget)

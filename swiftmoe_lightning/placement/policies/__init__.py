@@ -1,0 +1,18 @@
+"""The rules for the next placements, a file each; `policy.py` has what they share, `registry.py` their names."""
+
+from swiftmoe_lightning.placement.policies.balanced import BalancedPolicy
+from swiftmoe_lightning.placement.policies.packed import PackedPolicy
+from swiftmoe_lightning.placement.policies.policy import PlacementPolicy, check_placements
+from swiftmoe_lightning.placement.policies.registry import make_policy
+from swiftmoe_lightning.placement.policies.static import StaticPolicy
+from swiftmoe_lightning.placement.policies.symi import SymiPolicy
+
+__all__ = [
+    "BalancedPolicy",
+    "PackedPolicy",
+    "PlacementPolicy",
+    "StaticPolicy",
+    "SymiPolicy",
+    "check_placements",
+    "make_policy",
+]
