@@ -24,7 +24,7 @@ INTERPRETED_TOLERANCE: Final = TOLERANCE | {"bfloat16": 2e-2}
 
 @dataclass(frozen=True)
 class Check:
-    """tiles: the name in `kernels.triton.tiles` that must be chosen, or "" for the grouped path. dtype: "tf32" is
+    """tiles: the name in `ops.triton.fused.tiles` that must be chosen, or "" for the grouped path. dtype: "tf32" is
     float32 under `torch.set_float32_matmul_precision("high")`."""
 
     tiles: str
@@ -115,7 +115,7 @@ def warm_up(shape: Shape, names: Collection[str], device: str = "cuda") -> None:
 
 
 def _tiles_of(shape: Shape, dtype: torch.dtype, device: str) -> str:
-    from swiftmoe_lightning.ops.triton import tiles
+    from swiftmoe_lightning.ops.triton.fused import tiles
 
     chosen = tiles.choose_tiles(torch.empty(0, dtype=dtype, device=device), shape.tokens * shape.top_k, shape.experts)
     names = ("HALF_MANY", "HALF_FEW", "SINGLE", "TENSOR_FLOAT")

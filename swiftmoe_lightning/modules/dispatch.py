@@ -1,46 +1,34 @@
-"""This rank's part of a `DispatchPlan`: which choice travels in which row, and the way there and back.
+"""This rank's part of a `DispatchPlan`: which assignment travels in which row, and the way there and back.
 
 W ranks, B budgets, D hosted pairs (in the plan) or model dim (in tensors), d experts hosted here, T tokens, K top-k,
-N = T * K choices, R rows sent, M rows received.
+N = T * K assignments, R rows sent, M rows received.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swiftmoe_lightning.modules.context import ExpertParallelContext
-from swiftmoe_lightning.ops import SortedChoices, combine, permute, sort_choices
+from swiftmoe_lightning.ops import SortedAssignments, combine, permute, sort_assignments, unpermute
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
 
-@dataclass(frozen=True, eq=False)
-class SourceRows:
-    """The rows this rank sends, ordered by (host, expert), inside that by token.
-
-    Attributes:
-        choice_R: [R] int32, the choice t * K + k in each row.
-        rows_TK: [T, K] int32, its inverse, -1 where dropped.
-        counts_P: [D] int64, rows for each hosted pair.
-    """
-
-    choice_R: Tensor
-    rows_TK: Tensor
-    counts_P: Tensor
-
-
-def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
-    """Which of this rank's choices go to which host, and which are dropped: in each budget the lowest scores.
+def sort_by_pair(
+    by_expert: SortedAssignments, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan
+) -> SortedAssignments:
+    """This rank's assignments by hosted pair, without those that are dropped: in each budget the lowest scores.
 
     Args:
-        by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get
-            no row (Hugging Face marks foreign experts so).
-        weights_TK: [T, K] floating, the router's scores of the choices.
+        by_expert: this rank's assignments, sorted by expert. Those of expert ids outside 0..E-1 get no row (Hugging
+            Face marks foreign experts so).
+        weights_TK: [T, K] floating, the router's scores of the assignments.
         plan: what all ranks send and drop.
         side: this rank's part of it.
+
+    Returns:
+        The R rows that this rank sends, sorted by (host, expert), inside that by token; none is unassigned.
     """
     device = weights_TK.device
     order_P = plan.placement.by_expert_P
@@ -48,19 +36,18 @@ def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan
     assigned = torch.from_numpy(sent_P).to(device)
     num_assigned = int(sent_P.sum())
     pair_N = torch.from_numpy(order_P).to(device).repeat_interleave(assigned, output_size=num_assigned)
-    choice_N = by_expert.choice_N[:num_assigned]
+    assignment_N = by_expert.assignment_R[:num_assigned]
     if plan.num_dropped_tokens:
-        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_P, side.kept_B)
-        choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
-    choice_R = choice_N[sort_choices(pair_N, len(order_P)).choice_N]
-    rows_TK = torch.full_like(weights_TK, -1, dtype=torch.int32)
-    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device, dtype=torch.int32)
-    counts_P = _count(pair_N, len(order_P))
-    return SourceRows(choice_R, rows_TK, counts_P)
+        kept_N = _keep_best(weights_TK.detach().flatten()[assignment_N], pair_N, plan.budget_of_pair_P, side.kept_B)
+        assignment_N, pair_N = assignment_N[kept_N], pair_N[kept_N]
+    pair_TK = torch.full(weights_TK.shape, -1, device=device)
+    pair_TK.view(-1)[assignment_N] = pair_N
+    by_pair = sort_assignments(pair_TK, len(order_P))
+    return by_pair._replace(assignment_R=by_pair.assignment_R[: len(pair_N)])
 
 
 def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_P: np.ndarray, kept_B: np.ndarray) -> Tensor:
-    """Ascending places, in N, of the choices that survive: in each budget the best scores, ties to the earlier one."""
+    """Ascending places, in N, of the surviving assignments: in each budget the best scores, of equals the earlier."""
     budget_N = torch.from_numpy(budget_of_pair_P).to(pair_N.device)[pair_N]
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
@@ -83,39 +70,41 @@ class TokenDispatcher:
         context: what carries the rows.
         plan: what all ranks send and drop.
         side: this rank's part of it.
-        source: the rows this rank sends.
+        by_pair: the rows this rank sends, by hosted pair.
     """
 
-    def __init__(self, context: ExpertParallelContext, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
-        self._context, self._plan, self._side, self._source = context, plan, side, source
+    def __init__(
+        self, context: ExpertParallelContext, plan: DispatchPlan, side: RankPlan, by_pair: SortedAssignments
+    ) -> None:
+        self._context, self._plan, self._side, self._by_pair = context, plan, side, by_pair
 
-    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedChoices]:
-        """[T, D] -> ([M, D] rows as they arrived, their order by the slots of this rank)."""
-        rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedAssignments]:
+        """[T, D] -> ([M, D] rows as they arrived, the same sorted by the slots of this rank)."""
+        rows_RD = permute(x_TD, self._by_pair)
         arrived_MD = self._context.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
         expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
         expert_M = expert_M.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_MD))
         # Slots that hold no expert of their own come out as empty ones.
-        self._order = sort_choices(expert_M, self._plan.placement.slots_per_rank)
-        return arrived_MD, self._order
+        self._by_slot = sort_assignments(expert_M.unsqueeze(1), self._plan.placement.slots_per_rank)
+        return arrived_MD, self._by_slot
 
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero.
+        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped assignment adds zero.
 
         Args:
             y_MD: one for each row that `dispatch` gave, in the order by slots that came with them.
-            weights_TK: [T, K], what each choice counts in the token's sum.
+            weights_TK: [T, K], what each assignment counts in the token's sum.
         """
-        arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
+        arrived_MD = unpermute(y_MD, self._by_slot)
         rows_RD = self._context.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
-        return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
+        return combine(rows_RD, weights_TK, self._by_pair)
 
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert hosted here."""
         placement, rank = self._plan.placement, self._context.rank
-        counts_P = self._source.counts_P
+        counts_P = self._by_pair.counts_G.to(torch.int64)
         if self._plan.num_dropped_tokens == 0:
             return torch.from_numpy(self._side.received_Wd).to(counts_P.device)
         # Which experts lost how much depends on the scores, which only the sources know.

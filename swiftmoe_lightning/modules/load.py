@@ -57,7 +57,7 @@ class TrainedLoad:
         """Count the load of a single device, without waiting for it.
 
         Args:
-            counts_E: [E] int, choices for each expert.
+            counts_E: [E] int, assignments to each expert.
             scores_finite: [] bool, whether the router's scores were; reading `total` raises if not.
         """
         numbers = torch.cat([counts_E.to(torch.int64), scores_finite.logical_not().view(1).to(torch.int64)])

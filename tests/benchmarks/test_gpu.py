@@ -25,7 +25,7 @@ from benchmarks.gpu_contenders import Candidate, contenders
 from benchmarks.gpu_measure import Budget, Clock, measure_layer
 from benchmarks.gpu_processes import LATE, results_of
 from benchmarks.gpu_shapes import SHAPES, Shape, route
-from swiftmoe_lightning.ops.triton import tiles
+from swiftmoe_lightning.ops.triton.fused import tiles
 
 TINY = Shape("tiny", 12, 16, 8, 4, 2)
 CPU = Clock("cpu")
