@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.step
 
 # On a machine without a GPU it checks the kernels under Triton's interpreter, and times nothing.
 gpu: $(VENV)/ready

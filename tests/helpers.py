@@ -1,4 +1,4 @@
-"""Run a function on W gloo ranks, as torchrun would start them."""
+"""Run a function on W gloo ranks, as torchrun would start them: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,20 @@ class RankError(AssertionError):
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, init: bool = True, timeout_s: int = 60) -> list[Any]:
-    """Call module-level `fn(*args)` in `world_size` processes; returns what each rank returned (torch-saveable).
+    """Call module-level `fn(*args)` in `world_size` processes of one thread each, where warnings are errors.
 
-    init: start the default gloo group first. False leaves that to the function (a Trainer does it), with
-        torchrun's environment set either way.
-    Raises RankError with every rank's traceback if any rank raised, AssertionError if one hung or died.
+    Args:
+        fn: not of a package's `__main__`, which processes do not import.
+        init: start the default gloo group first. False leaves that to the function (a Trainer does it), with
+            torchrun's environment set either way.
+        timeout_s: seconds that the group waits in a collective. A rank that runs for twice as long is killed.
+
+    Returns:
+        What each rank returned, by rank. `torch.save` must be able to write it.
+
+    Raises:
+        RankError: with every rank's traceback if any rank raised.
+        AssertionError: if one hung or died.
     """
     with TemporaryDirectory() as folder:
         with start_ranks(fn, world_size, *args, init=init, timeout_s=timeout_s, folder=folder) as ranks:

@@ -1,0 +1,1 @@
+"""Saving and loading checkpoints, against torch and Lightning."""

@@ -1,0 +1,69 @@
+"""A number's birth certificate: on what, from which commit and by which command it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+ROOT: Final = Path(__file__).parents[2]
+RESULTS: Final = ROOT / "benchmarks" / "results"
+_LIBRARIES: Final = ("torch", "numpy", "triton", "lightning", "transformers", "liger-kernel", "scattermoe", "sonic-moe")
+
+
+def birth_certificate() -> dict[str, Any]:
+    """Commit, date, device, versions and command, JSON-able. Take it before measuring, in the process that was started.
+
+    tree_is_clean: whether the files are those of the commit; results do not count. In a copy without git's records the
+    commit is None, and the tree not clean.
+    """
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "tree_is_clean": _git("status", "--porcelain", "--", ".", ":!benchmarks/results") == "",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), **_versions()},
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def write_result(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json, one object: the certificate, then the results. Returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"certificate": certificate, **results}, indent=2) + "\n")
+    return path
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty on most Linux systems.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
+    return versions

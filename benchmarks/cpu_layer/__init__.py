@@ -1,0 +1,1 @@
+"""The expert layer on a CPU, against transformers."""

@@ -1,0 +1,1 @@
+"""The MoE layer on one GPU, against other implementations."""

@@ -1,0 +1,19 @@
+"""Medians with their spread, and ratios of what was measured in turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.common.spread import paired_ratio, spread
+
+
+def test_spread_is_the_median_with_percentiles() -> None:
+    assert spread(list(range(11))) == {"median": 5.0, "p10": 1.0, "p90": 9.0, "count": 11}
+
+
+def test_ratio_is_of_neighbouring_pairs() -> None:
+    """(1 + 3) / (1 + 1) and (2 + 2) / (4 + 4)."""
+    ratio = paired_ratio([1, 3, 2, 2], [1, 1, 4, 4])
+    assert (ratio["median"], ratio["count"]) == (1.25, 2)
+    assert (ratio["low"], ratio["high"]) == (0.5, 2.0)
+    assert ratio["p10"] == pytest.approx(0.65)

@@ -1,0 +1,20 @@
+"""A process that goes wrong costs its own result and nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from functools import partial
+
+from benchmarks.gpu.processes import LATE, results_of
+
+
+def test_a_process_that_dies_or_hangs_takes_nothing_with_it() -> None:
+    tasks = [partial(math.sqrt, 4), partial(os._exit, 3), partial(math.sqrt, -1), partial(time.sleep, 100)]
+    first, died, raised, late = results_of(tasks, 4, seconds=15)
+    assert first == (2.0, None)
+    assert died == (None, "its process died with exit code 3")
+    assert raised[0] is None
+    assert str(raised[1]).startswith("ValueError")
+    assert late == (None, LATE)

@@ -1,0 +1,52 @@
+"""The placement benchmark on a small trace: that all policies are replayed and drawn, not what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.placement import __main__ as command
+from benchmarks.placement.measures import switch_domains
+from swiftmoe_lightning.analysis import CANDIDATES
+
+
+def test_a_small_trace_is_replayed_tabled_and_drawn(
+    result: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "time_planning", lambda seconds: {"seconds": seconds})
+    counts_ULE = np.random.default_rng(0).integers(0, 50, (3, 1, 8))
+    np.savez(tmp_path / "trace.npz", counts=counts_ULE)
+    command.main(f"{tmp_path / 'trace.npz'} --name tiny --ranks 4".split())
+    written = result("tiny")
+    assert written.keys() == {"certificate", "ranks", "planning", "rows"}
+    settings = [(row["slots_per_rank"], row["capacity_factor"]) for row in written["rows"]]
+    assert settings == [(slots, factor) for slots in (2, 4, 8) for factor in (1.0, 1.25, None)]
+    for row in written["rows"]:
+        assert row["policies"].keys() == CANDIDATES.keys()
+        for outcome in row["policies"].values():
+            assert row["bounds"]["dropped"] <= outcome["dropped"] + 1e-9
+            assert outcome["imbalance"] >= 1
+    tables = (tmp_path / "tiny.md").read_text()
+    assert "## trace, dropless" in tables
+    assert tables.count("\n| balanced |") == 3
+    assert (tmp_path / "tiny_frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("tiny.json, tiny.md and tiny_frontier.png")
+
+
+def test_plans_for_another_domain_are_compared_with_uniform_ones() -> None:
+    """Domains alike drop nothing more in each other's plan: uniform popularity fits any of them."""
+    rows = switch_domains(np.full((2, 1, 16), 60))["rows"]
+    assert {row["policy"] for row in rows} == {"balanced", "packed", "symi"}
+    assert {(row["ranks"], row["slots_per_rank"]) for row in rows} == {(8, 12), (16, 6), (8, 9)}
+    for row in rows:
+        if row["policy"] != "symi":
+            assert row["dropped_worst"] == 0
