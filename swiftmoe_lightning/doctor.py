@@ -119,9 +119,9 @@ def _devices() -> list[dict[str, Any]]:
 def _paths(device: torch.device) -> list[dict[str, str]]:
     found = []
     for dtype in _DTYPES:
-        chosen = {"sort, permute, combine, activate, route": backend.choose(device, dtype)}
+        chosen = {"sort, permute, combine, activate, route": backend.choose_backend(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
-            chosen[name] = backend.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
+            chosen[name] = backend.choose_layer_backend(device, dtype, rows_per_slot, hidden_dim, top_k)
         for operation, path in chosen.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
             found.append(entry | {"path": path.name, "reason": path.reason})

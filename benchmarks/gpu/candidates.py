@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu import peers
 from benchmarks.gpu.shapes import Shape, Weights
-from swiftmoe_lightning.ops import backend, combine, expert_layer, expert_mlp, permute, sort_choices
+from swiftmoe_lightning.ops import backend, combine, expert_layer, expert_mlp, permute, sort_assignments
 
 # The baseline of all ratios.
 OURS_FUSED: Final = "ours, fused"
@@ -40,19 +40,15 @@ class Candidate:
 
 
 def ours_fused(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """Our fused kernels, whatever `choose_layer` would say."""
-    order = sort_choices(ids.flatten(), shape.experts)
-    rows_TK = order.row_N.view(ids.shape)
-    return expert_layer(x, scores, order.choice_N, rows_TK, order.ends_G, weights, shape.activation)
+    """Our fused kernels, whatever `choose_layer_backend` would say."""
+    return expert_layer(x, scores, sort_assignments(ids, shape.experts), weights, shape.activation)
 
 
 def ours_grouped(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
     """Our operations around `F.grouped_mm`: what `expert_layer` does where it does not fuse."""
-    order = sort_choices(ids.flatten(), shape.experts)
-    rows_TK = order.row_N.view(ids.shape)
-    x_RD = permute(x, order.choice_N, rows_TK)
-    y_RD = expert_mlp(x_RD, weights, order.ends_G, shape.activation)
-    return combine(y_RD, scores, order.choice_N, rows_TK)
+    by_expert = sort_assignments(ids, shape.experts)
+    y_RD = expert_mlp(permute(x, by_expert), weights, by_expert.ends_G, shape.activation)
+    return combine(y_RD, scores, by_expert)
 
 
 def on_triton(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -119,7 +119,7 @@ def warm_up(shape: Shape, names: Collection[str], device: str = "cuda") -> None:
 
 
 def _tiles_of(shape: Shape, dtype: torch.dtype, device: str) -> str:
-    from swiftmoe_lightning.ops.triton import tiles
+    from swiftmoe_lightning.ops.triton.fused import tiles
 
     chosen = tiles.choose_tiles(torch.empty(0, dtype=dtype, device=device), shape.tokens * shape.top_k, shape.experts)
     names = ("HALF_MANY", "HALF_FEW", "SINGLE", "TENSOR_FLOAT")

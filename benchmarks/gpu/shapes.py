@@ -52,7 +52,7 @@ ROUTINGS: Final = ("balanced", "zipf", "hot")
 class Case:
     """Inputs of one layer.
 
-    x: [T, D]. ids: [T, K] int64, E for a choice that is unassigned. scores: [T, K] float32, holding bfloat16's values,
+    x: [T, D]. ids: [T, K] int64, E for one that is unassigned. scores: [T, K] float32, holding bfloat16's values,
     so that a candidate may cast them. grad: [T, D], the output's gradient.
     weights: `gate_up_proj` [E, 2F, D] or `up_proj` [E, F, D], and `down_proj` [E, D, F].
     """
@@ -101,7 +101,7 @@ def route(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:
 
     routing: "balanced", all experts alike. "zipf", the n-th expert is drawn first with a chance as 1 / n. "hot", one
     expert has four times the mean, or every token. For checks: "one", as many as possible go to the first K; "empty",
-    every other expert gets nothing; "drops", a fifth of the choices is unassigned.
+    every other expert gets nothing; "drops", a fifth of the assignments is unassigned.
     """
     size, device = (shape.tokens, shape.experts), generator.device
     uniform_TE = torch.rand(*size, generator=generator, device=device)

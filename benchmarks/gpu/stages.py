@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.measure import Clock
 from benchmarks.gpu.shapes import Shape, make_case, up_weight
-from swiftmoe_lightning.ops import activate, backend, combine, permute, sort_choices
+from swiftmoe_lightning.ops import activate, backend, combine, permute, sort_assignments
 
 _COPIED_ELEMENTS: Final = 2**29
 _SQUARE: Final = 8192
@@ -59,17 +59,15 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
     from swiftmoe_lightning.ops.triton import activation
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
-    key_N = case.ids.flatten()
-    order = sort_choices(key_N, shape.experts)
-    rows_TK = order.row_N.view(case.ids.shape)
-    y_RD = torch.randn(len(key_N), shape.dim, device=clock.device, dtype=torch.bfloat16)
-    z_RO = torch.randn(len(key_N), up_weight(case.weights).shape[1], device=clock.device, dtype=torch.bfloat16)
+    by_expert, num_rows = sort_assignments(case.ids, shape.experts), case.ids.numel()
+    y_RD = torch.randn(num_rows, shape.dim, device=clock.device, dtype=torch.bfloat16)
+    z_RO = torch.randn(num_rows, up_weight(case.weights).shape[1], device=clock.device, dtype=torch.bfloat16)
     a_RF = activate(z_RO, shape.activation)
-    rows, tokens = y_RD.nbytes + 4 * len(key_N), case.x.nbytes + 4 * len(key_N)
+    rows, tokens = y_RD.nbytes + 4 * num_rows, case.x.nbytes + 4 * num_rows
     return {
-        "sort_choices": (lambda: sort_choices(key_N, shape.experts), (8 + 4 + 4) * len(key_N)),
-        "permute": (lambda: permute(case.x, order.choice_N, rows_TK), rows + tokens),
-        "combine": (lambda: combine(y_RD, case.scores, order.choice_N, rows_TK), rows + tokens),
+        "sort_choices": (lambda: sort_assignments(case.ids, shape.experts), (8 + 4 + 4) * num_rows),
+        "permute": (lambda: permute(case.x, by_expert), rows + tokens),
+        "combine": (lambda: combine(y_RD, case.scores, by_expert), rows + tokens),
         "activate": (lambda: activate(z_RO, shape.activation), z_RO.nbytes + a_RF.nbytes),
         "activate, backward": (
             lambda: activation.activate_backward(a_RF, z_RO, shape.activation),
@@ -80,35 +78,38 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
 
 def _products(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (call, floating-point operations): our kernels, and torch's grouped product on rows that lie sorted."""
-    from swiftmoe_lightning.ops.triton import gemm_forward, grad_hidden, grad_weight, tiles
+    from swiftmoe_lightning.ops.triton.fused.hidden_gradient import hidden_gradient
+    from swiftmoe_lightning.ops.triton.fused.product import grouped_product
+    from swiftmoe_lightning.ops.triton.fused.tiles import choose_tiles, cut_rows
+    from swiftmoe_lightning.ops.triton.fused.up import up
+    from swiftmoe_lightning.ops.triton.fused.weight_gradient import weight_gradient
 
     case = make_case(shape, "balanced", clock.device, torch.bfloat16)
     first, second = up_weight(case.weights), case.weights["down_proj"]
-    order = sort_choices(case.ids.flatten(), shape.experts)
-    choice_R, ends_s, num_rows = order.choice_N, order.ends_G, case.ids.numel()
-    chosen = tiles.choose_tiles(case.x, num_rows, shape.experts)
-    rows = tiles.map_rows(choice_R, shape.top_k, ends_s, num_rows, chosen)
-    x_RD = permute(case.x, choice_R, order.row_N.view(case.ids.shape))
-    z_RO, a_RF = gemm_forward.up(case.x, first, None, rows, shape.activation, True)
+    by_expert, num_rows = sort_assignments(case.ids, shape.experts), case.ids.numel()
+    ends_s, sizes = by_expert.ends_G, choose_tiles(case.x, num_rows, shape.experts)
+    tiles = cut_rows(by_expert.assignment_R, shape.top_k, ends_s, sizes)
+    x_RD = permute(case.x, by_expert)
+    z_RO, a_RF = up(case.x, first, None, tiles, shape.activation, True)
     assert z_RO is not None
 
-    def hidden_gradient() -> tuple[Tensor, Tensor, Tensor | None]:
-        return grad_hidden.hidden_gradient(case.grad, case.scores, second, z_RO, rows, shape.activation)
+    def dz() -> tuple[Tensor, Tensor, Tensor | None]:
+        return hidden_gradient(case.grad, case.scores, second, z_RO, tiles, shape.activation)
 
-    dz_RO = hidden_gradient()[0]
-    up, down = (2 * num_rows * weight[0].numel() for weight in (first, second))
+    dz_RO = dz()[0]
+    of_first, of_second = (2 * num_rows * weight[0].numel() for weight in (first, second))
     ours: dict[str, tuple[Callable[[], object], int]] = {
-        "up": (lambda: gemm_forward.up(case.x, first, None, rows, shape.activation, True), up),
-        "down": (lambda: gemm_forward.grouped_product(a_RF, second, None, rows, chosen.down), down),
-        "dz": (hidden_gradient, down),
-        "dx": (lambda: gemm_forward.grouped_product(dz_RO, first, None, rows, chosen.grad_rows, transposed=True), up),
-        "dW up": (lambda: grad_weight.weight_gradient(dz_RO, case.x, rows, gathered="right"), up),
-        "dW down": (lambda: grad_weight.weight_gradient(case.grad, a_RF, rows, gathered="left"), down),
+        "up": (lambda: up(case.x, first, None, tiles, shape.activation, True), of_first),
+        "down": (lambda: grouped_product(a_RF, second, None, tiles, sizes.down), of_second),
+        "dz": (dz, of_second),
+        "dx": (lambda: grouped_product(dz_RO, first, None, tiles, sizes.grad_rows, transposed=True), of_first),
+        "dW up": (lambda: weight_gradient(dz_RO, case.x, tiles, gathered="right"), of_first),
+        "dW down": (lambda: weight_gradient(case.grad, a_RF, tiles, gathered="left"), of_second),
     }
     torchs: dict[str, tuple[Callable[[], object], int]] = {
-        "grouped_mm, up": (lambda: F.grouped_mm(x_RD, first.transpose(1, 2), offs=ends_s), up),
-        "grouped_mm, down": (lambda: F.grouped_mm(a_RF, second.transpose(1, 2), offs=ends_s), down),
-        "grouped_mm, dx": (lambda: F.grouped_mm(dz_RO, first, offs=ends_s), up),
-        "grouped_mm, dW up": (lambda: F.grouped_mm(dz_RO.T, x_RD, offs=ends_s), up),
+        "grouped_mm, up": (lambda: F.grouped_mm(x_RD, first.transpose(1, 2), offs=ends_s), of_first),
+        "grouped_mm, down": (lambda: F.grouped_mm(a_RF, second.transpose(1, 2), offs=ends_s), of_second),
+        "grouped_mm, dx": (lambda: F.grouped_mm(dz_RO, first, offs=ends_s), of_first),
+        "grouped_mm, dW up": (lambda: F.grouped_mm(dz_RO.T, x_RD, offs=ends_s), of_first),
     }
     return ours | torchs

@@ -1,7 +1,7 @@
 """`experts_implementation="swiftmoe"`: Hugging Face models keep their experts, and run them on our layer.
 
 This is for one device. Under an engine experts must be `Experts`, which `convert` makes of them.
-T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K choices.
+T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K assignments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.experts import as_computed, compute_dtype
-from swiftmoe_lightning.ops import Activation, combine, expert_layer, expert_rows, sort_choices
+from swiftmoe_lightning.ops import Activation, SortedAssignments, combine, expert_layer, expert_rows, sort_assignments
 
 NAME: Final = "swiftmoe"
 
@@ -40,19 +40,18 @@ def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     Args:
         module: with the flags and tensors that transformers' `use_experts_implementation` describes.
         hidden_states: [T, D].
-        top_k_index: [T, K] int. Choices outside 0..E-1, as of experts on another rank, add nothing.
+        top_k_index: [T, K] int. Assignments outside 0..E-1, as of experts on another rank, add nothing.
         top_k_weights: [T, K].
     """
     x_TD = hidden_states.to(compute_dtype(hidden_states))
     activation, weights = _activation_of(module), _weights_of(module, x_TD.dtype)
-    order = sort_choices(top_k_index.flatten(), len(weights["down_proj"]))
-    routing = (order.choice_N, order.row_N.view(top_k_index.shape))
+    by_expert = sort_assignments(top_k_index, len(weights["down_proj"]))
     with torch.autocast(x_TD.device.type, enabled=False):
         if not getattr(module, "has_post_expert_norm", False):
-            out_TD = expert_layer(x_TD, top_k_weights, *routing, order.ends_G, weights, activation)
+            out_TD = expert_layer(x_TD, top_k_weights, by_expert, weights, activation)
         else:
-            y_ND = _whole_rows(expert_rows(x_TD, *routing, order.ends_G, weights, activation), order.choice_N)
-            out_TD = combine(module.post_expert_norm(y_ND), top_k_weights, *routing)
+            y_ND = _whole_rows(expert_rows(x_TD, by_expert, weights, activation), by_expert)
+            out_TD = combine(module.post_expert_norm(y_ND), top_k_weights, by_expert)
     return out_TD.to(hidden_states.dtype)
 
 
@@ -84,9 +83,9 @@ def _has_gate(module: Any) -> bool:
     return getattr(module, "has_gate", True)
 
 
-def _whole_rows(y_ND: Tensor, choice_N: Tensor) -> Tensor:
+def _whole_rows(y_ND: Tensor, by_expert: SortedAssignments) -> Tensor:
     """Zero in unassigned rows at the end, in what may hold anything there; `y_ND` may come without them."""
-    unassigned_N = choice_N < 0
-    if len(y_ND) < len(choice_N):
-        y_ND = torch.cat([y_ND, y_ND.new_zeros(len(choice_N) - len(y_ND), y_ND.shape[1])])
+    unassigned_N = by_expert.assignment_R < 0
+    if len(y_ND) < len(unassigned_N):
+        y_ND = torch.cat([y_ND, y_ND.new_zeros(len(unassigned_N) - len(y_ND), y_ND.shape[1])])
     return y_ND.masked_fill(unassigned_N.unsqueeze(-1), 0.0)

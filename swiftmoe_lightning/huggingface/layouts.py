@@ -25,7 +25,7 @@ _NUM_TOKENS: Final = 6
 class RepeatedExperts(Experts):
     """Experts that get every token once for each expert, already scaled by the router, as in Llama 4.
 
-    A choice that the router did not make is a row of zeros, and what an expert makes of it is zero, too: such rows
+    An assignment that the router did not make is a row of zeros, and what an expert makes of it is zero, too: such rows
     go nowhere.
     """
 

@@ -34,7 +34,7 @@ class ExpertParallelContext(ABC):
         """[E] int64 of this rank -> [W, E] int64 of all. Afterwards `weights` and `placement` are up to date.
 
         Args:
-            counts_E: choices of this rank's tokens for each expert.
+            counts_E: assignments of this rank's tokens to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows to come.
 
@@ -88,7 +88,7 @@ class SingleDeviceContext(ExpertParallelContext):
         """[E] int64 -> [1, E] int64. Waits for the device.
 
         Args:
-            counts_E: choices for each expert.
+            counts_E: assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: not used.
 

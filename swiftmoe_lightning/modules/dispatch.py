@@ -1,66 +1,55 @@
-"""This rank's part of a `DispatchPlan`: which choice travels in which row, and the way there and back.
+"""This rank's part of a `DispatchPlan`: which assignment travels in which row, and the way there and back.
 
-W ranks, B budgets, P (rank, expert) pairs, d experts of this rank, T tokens, D model dim, K top-k, N = T * K choices,
- R rows sent, M rows received.
+W ranks, B budgets, P (rank, expert) pairs, d experts of this rank, T tokens, D model dim, K top-k, N = T * K
+assignments, R rows sent, M rows received.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swiftmoe_lightning.modules.context import ExpertParallelContext
-from swiftmoe_lightning.ops import SortedChoices, combine, permute, sort_choices
+from swiftmoe_lightning.ops import SortedAssignments, combine, permute, sort_assignments, unpermute
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 
 
-@dataclass(frozen=True, eq=False)
-class SourceRows:
-    """The rows this rank sends, ordered by (rank, expert) that they go to, inside that by token.
-
-    Attributes:
-        choice_R: [R] int32, the choice t * K + k in each row.
-        rows_TK: [T, K] int32, its inverse, -1 where dropped.
-        counts_P: [P] int64, rows for each pair.
-    """
-
-    choice_R: Tensor
-    rows_TK: Tensor
-    counts_P: Tensor
-
-
-def choose_rows(by_expert: SortedChoices, weights_TK: Tensor, plan: DispatchPlan, side: RankPlan) -> SourceRows:
-    """Which of this rank's choices go to which rank, and which are dropped: in each budget the lowest scores.
+def sort_by_pair(
+    by_expert: SortedAssignments, weights_TK: Tensor, plan: DispatchPlan, rank_plan: RankPlan
+) -> SortedAssignments:
+    """This rank's assignments by pair, without those that are dropped: in each budget the lowest scores.
 
     Args:
-        by_expert: this rank's choices, sorted by expert. Those of expert ids outside 0..E-1 are unassigned: they get
-            no row (Hugging Face marks foreign experts so).
-        weights_TK: [T, K] floating, the router's scores of the choices.
+        by_expert: this rank's assignments, sorted by expert. Those of expert ids outside 0..E-1 get no row (Hugging
+            Face marks foreign experts so).
+        weights_TK: [T, K] floating, the router's scores of the assignments.
         plan: what all ranks send and drop.
-        side: this rank's part of it.
+        rank_plan: this rank's part of it.
+
+    Returns:
+        The R rows that this rank sends, by the (rank, expert) they go to, inside that by token; none is unassigned.
     """
     device = weights_TK.device
     order_P = plan.placement.by_expert_P
-    sent_P = side.sent_P[order_P]
+    sent_P = rank_plan.sent_P[order_P]
     assigned = torch.from_numpy(sent_P).to(device)
     num_assigned = int(sent_P.sum())
     pair_N = torch.from_numpy(order_P).to(device).repeat_interleave(assigned, output_size=num_assigned)
-    choice_N = by_expert.choice_N[:num_assigned]
+    assignment_N = by_expert.assignment_R[:num_assigned]
     if plan.num_dropped_tokens:
-        kept_N = _keep_best(weights_TK.detach().flatten()[choice_N], pair_N, plan.budget_of_pair_P, side.kept_B)
-        choice_N, pair_N = choice_N[kept_N], pair_N[kept_N]
-    choice_R = choice_N[sort_choices(pair_N, len(order_P)).choice_N]
-    rows_TK = torch.full_like(weights_TK, -1, dtype=torch.int32)
-    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=device, dtype=torch.int32)
-    counts_P = _count(pair_N, len(order_P))
-    return SourceRows(choice_R, rows_TK, counts_P)
+        kept_N = _keep_best(
+            weights_TK.detach().flatten()[assignment_N], pair_N, plan.budget_of_pair_P, rank_plan.kept_B
+        )
+        assignment_N, pair_N = assignment_N[kept_N], pair_N[kept_N]
+    pair_TK = torch.full(weights_TK.shape, -1, device=device)
+    pair_TK.view(-1)[assignment_N] = pair_N
+    by_pair = sort_assignments(pair_TK, len(order_P))
+    return by_pair._replace(assignment_R=by_pair.assignment_R[: len(pair_N)])
 
 
 def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_P: np.ndarray, kept_B: np.ndarray) -> Tensor:
-    """Ascending places, in N, of the choices that survive: in each budget the best scores, ties to the earlier one."""
+    """Ascending places, in N, of the surviving assignments: in each budget the best scores, of equals the earlier."""
     budget_N = torch.from_numpy(budget_of_pair_P).to(pair_N.device)[pair_N]
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
@@ -82,42 +71,44 @@ class TokenDispatcher:
     Args:
         context: what carries the rows.
         plan: what all ranks send and drop.
-        side: this rank's part of it.
-        source: the rows this rank sends.
+        rank_plan: this rank's part of it.
+        by_pair: the rows this rank sends, by hosted pair.
     """
 
-    def __init__(self, context: ExpertParallelContext, plan: DispatchPlan, side: RankPlan, source: SourceRows) -> None:
-        self._context, self._plan, self._side, self._source = context, plan, side, source
+    def __init__(
+        self, context: ExpertParallelContext, plan: DispatchPlan, rank_plan: RankPlan, by_pair: SortedAssignments
+    ) -> None:
+        self._context, self._plan, self._rank_plan, self._by_pair = context, plan, rank_plan, by_pair
 
-    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedChoices]:
-        """[T, D] -> ([M, D] rows as they arrived, their order by the slots of this rank)."""
-        rows_RD = permute(x_TD, self._source.choice_R, self._source.rows_TK)
-        arrived_MD = self._context.exchange_rows(rows_RD, self._side.send_splits, self._side.receive_splits)
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedAssignments]:
+        """[T, D] -> ([M, D] rows as they arrived, the same sorted by the slots of this rank)."""
+        rows_RD = permute(x_TD, self._by_pair)
+        arrived_MD = self._context.exchange_rows(rows_RD, self._rank_plan.send_splits, self._rank_plan.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
         expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
         expert_M = expert_M.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_MD))
         # Slots that hold no expert of their own come out as empty ones.
-        self._order = sort_choices(expert_M, self._plan.placement.slots_per_rank)
-        return arrived_MD, self._order
+        self._by_slot = sort_assignments(expert_M.unsqueeze(1), self._plan.placement.slots_per_rank)
+        return arrived_MD, self._by_slot
 
     def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped choice adds zero.
+        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped assignment adds zero.
 
         Args:
             y_MD: one for each row that `dispatch` gave, in the order by slots that came with them.
-            weights_TK: [T, K], what each choice counts in the token's sum.
+            weights_TK: [T, K], what each assignment counts in the token's sum.
         """
-        arrived_MD = permute(y_MD, self._order.row_N, self._order.choice_N.unsqueeze(1))
-        rows_RD = self._context.exchange_rows(arrived_MD, self._side.receive_splits, self._side.send_splits)
-        return combine(rows_RD, weights_TK, self._source.choice_R, self._source.rows_TK)
+        arrived_MD = unpermute(y_MD, self._by_slot)
+        rows_RD = self._context.exchange_rows(arrived_MD, self._rank_plan.receive_splits, self._rank_plan.send_splits)
+        return combine(rows_RD, weights_TK, self._by_pair)
 
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert of this rank."""
         placement, rank = self._plan.placement, self._context.rank
-        counts_P = self._source.counts_P
+        counts_P = self._by_pair.counts_G.to(torch.int64)
         if self._plan.num_dropped_tokens == 0:
-            return torch.from_numpy(self._side.received_Wd).to(counts_P.device)
+            return torch.from_numpy(self._rank_plan.received_Wd).to(counts_P.device)
         # Which experts lost how much depends on the scores, which only the sources know.
         num_pairs_W = placement.num_pairs_W.tolist()
         num_local = num_pairs_W[rank]

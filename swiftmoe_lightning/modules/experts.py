@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.distributed import first_row, local_shard
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
-from swiftmoe_lightning.modules.dispatch import TokenDispatcher, choose_rows
+from swiftmoe_lightning.modules.dispatch import TokenDispatcher, sort_by_pair
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
-from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_choices
+from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_assignments
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
 
@@ -41,7 +41,7 @@ class ExpertsOutput:
 
 
 class Experts(nn.Module):
-    """E feed-forward experts; each token's choices are computed where a replica lives and summed by router weight.
+    """E feed-forward experts; each token's assignments are computed where a replica lives and summed by router weight.
 
     Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`. On one device a plain
     MoE. Under an engine the same names are sharded by rows over the ranks, and forward computes with this rank's slots.
@@ -52,7 +52,7 @@ class Experts(nn.Module):
         hidden_dim: F.
         activation: "swiglu", "gelu" or "relu2" (squared ReLU).
         bias: parameters `..._bias [E, 2F or F]` and `down_proj_bias [E, D]`, too.
-        capacity: None computes every choice.
+        capacity: None computes every assignment.
         device: of the parameters; on "meta" they stay without values.
         dtype: of the parameters.
 
@@ -172,18 +172,15 @@ class Experts(nn.Module):
             scores_finite = weights_TK.isfinite().all()
         if isinstance(context, SingleDeviceContext) and self.capacity is None:
             return self._run_alone(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
-        by_expert = sort_choices(expert_ids_TK.flatten(), self.num_experts)
+        by_expert = sort_assignments(expert_ids_TK, self.num_experts)
         counts_WE = context.begin_forward(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
         placement = context.placement
         plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
-        side = plan.for_rank(context.rank)
-        dispatcher = TokenDispatcher(context, plan, side, choose_rows(by_expert, weights_TK, plan, side))
+        rank_plan = plan.for_rank(context.rank)
+        dispatcher = TokenDispatcher(context, plan, rank_plan, sort_by_pair(by_expert, weights_TK, plan, rank_plan))
         with torch.autocast(x_TD.device.type, enabled=False):
-            arrived_MD, order = dispatcher.dispatch(x_TD)
-            rows_M1 = order.row_N.unsqueeze(1)
-            y_MD = expert_rows(
-                arrived_MD, order.choice_N, rows_M1, order.ends_G, self._weights(x_TD.dtype), self.activation
-            )
+            arrived_MD, by_slot = dispatcher.dispatch(x_TD)
+            y_MD = expert_rows(arrived_MD, by_slot, self._weights(x_TD.dtype), self.activation)
             out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
         load = ExpertLoad.of(counts_WE, plan, placement)
 
@@ -208,18 +205,15 @@ class Experts(nn.Module):
         """The same on one device, which need not know the counts: nothing here waits for a GPU."""
         if scores_finite.device.type == "cpu" and not scores_finite:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
-        order = sort_choices(expert_ids_TK.flatten(), self.num_experts)
-        rows_TK = order.row_N.view(expert_ids_TK.shape)
+        by_expert = sort_assignments(expert_ids_TK, self.num_experts)
         with torch.autocast(x_TD.device.type, enabled=False):
             weights = self._weights(x_TD.dtype)
-            out_TD = expert_layer(x_TD, weights_TK, order.choice_N, rows_TK, order.ends_G, weights, self.activation).to(
-                out_dtype
-            )
+            out_TD = expert_layer(x_TD, weights_TK, by_expert, weights, self.activation).to(out_dtype)
 
         def on_backward() -> None:
-            self.trained_load.add_on_device(order.counts_G, scores_finite)
+            self.trained_load.add_on_device(by_expert.counts_G, scores_finite)
 
-        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), order.counts_G, 1, _in_backward())
+        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), by_expert.counts_G, 1, _in_backward())
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the context gives to compute with, as [s, out, in] and in the dtype of the rows."""

@@ -23,8 +23,8 @@ class MoE(nn.Module):
         top_k: K, how many experts each token chooses.
         activation: "swiglu", "gelu" or "relu2" (squared ReLU).
         router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
-        capacity_factor: None computes every choice (dropless). Otherwise a budget of assignments, this many times
-            the mean load; over budget the lowest router scores go first, and a dropped choice adds zero.
+        capacity_factor: None computes every assignment (dropless). Otherwise a budget of assignments, this many times
+            the mean load; over budget the lowest router scores go first, and a dropped assignment adds zero.
         capacity_per: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each
             slot.
         num_shared_experts: experts that every token goes through, as one dense feed-forward of F * num_shared_experts.

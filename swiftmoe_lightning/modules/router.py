@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
-from swiftmoe_lightning.ops import route
+from swiftmoe_lightning.ops import SCORES, route
 
-SCORES: Final = ("softmax", "sigmoid")
 # Forwards in training without an update of the bias, after which that is said. More than any accumulation has.
 _PATIENCE: Final = 1000
 
@@ -28,7 +27,7 @@ class RouterOutput:
 
     Attributes:
         expert_ids_TK: [T, K] int64, different experts for each token.
-        weights_TK: [T, K] floating, what each choice counts in the token's sum.
+        weights_TK: [T, K] floating, what each assignment counts in the token's sum.
         logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
         probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or
         prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs: what `TopKRouter` gives.
@@ -135,7 +134,7 @@ class TopKRouter(nn.Module):
             self.expert_bias.zero_()
 
     def forward(self, x_TD: Tensor) -> RouterOutput:
-        """[T, D] -> the choice of each token. Scores are computed in float32 (float64 for float64 weights)."""
+        """[T, D] -> the experts of each token. Scores are computed in float32 (float64 for float64 weights)."""
         if self.expert_bias is not None and self.training and torch.is_grad_enabled():
             self._miss_updates()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -187,7 +186,7 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
         probs_TE: [T, E] of this rank, or their sum as [1, E].
         popularity_E: [E] int of all ranks.
         world_size: ranks that took part.
-        top_k: K, choices of each token.
+        top_k: K, experts of each token.
 
     Returns:
         [] floating.

@@ -1,23 +1,25 @@
-"""The expert layer's operations: a torch reference of each, and the fast paths beside it."""
+"""The expert layer's operations: each in a file with its plain torch version, and with Triton's in `triton/`."""
 
+from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
 from swiftmoe_lightning.ops.grouped import expert_mlp
-from swiftmoe_lightning.ops.moe_layer import expert_layer, expert_rows
-from swiftmoe_lightning.ops.operators import SortedChoices, activate, combine, on_triton, permute, sort_choices
-from swiftmoe_lightning.ops.reference import ACTIVATIONS, Activation
-from swiftmoe_lightning.ops.routing import Routed, route
+from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
+from swiftmoe_lightning.ops.permute import combine, permute, unpermute
+from swiftmoe_lightning.ops.route import SCORES, Routed, route
+from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
     "ACTIVATIONS",
+    "SCORES",
     "Activation",
     "Routed",
-    "SortedChoices",
+    "SortedAssignments",
     "activate",
     "combine",
     "expert_layer",
     "expert_mlp",
     "expert_rows",
-    "on_triton",
     "permute",
     "route",
-    "sort_choices",
+    "sort_assignments",
+    "unpermute",
 ]

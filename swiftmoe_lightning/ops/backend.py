@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor, nn
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY: Final = (8, 0)
@@ -30,7 +31,7 @@ class Backend:
 
 # The compiler asks once for each graph, and does not look inside.
 @torch.compiler.assume_constant_result
-def choose(device: torch.device, *dtypes: torch.dtype) -> Backend:
+def choose_backend(device: torch.device, *dtypes: torch.dtype) -> Backend:
     """The backend of an operation on floating tensors.
 
     Triton on an NVIDIA GPU of compute capability 8.0 or more, torch's reference elsewhere.
@@ -49,9 +50,18 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> Backend:
     return backend
 
 
-def is_triton(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether `choose` says "triton"."""
-    return choose(device, *dtypes).name == "triton"
+def uses_triton(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors, all on one device, runs Triton: asked in the bodies of operators."""
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    return choose_backend(tensors[0].device, *dtypes).name == "triton"
+
+
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors may call its eager version without its operator: nobody compiles, the
+    tensors are ordinary ones (the first tells), and Triton would not run."""
+    if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, nn.Parameter):
+        return False
+    return not uses_triton(*tensors)
 
 
 # Above these, the products are long enough that gathering and activating apart from them costs little, and cuBLAS's
@@ -60,7 +70,9 @@ _WIDE_EXPERT: Final = 2048
 _MANY_ROWS: Final = 2048
 
 
-def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int) -> Backend:
+def choose_layer_backend(
+    device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int
+) -> Backend:
     """The backend of a whole expert layer: "triton" is one of fused kernels, "torch" the operations by `F.grouped_mm`.
 
     `F.grouped_mm` is fast in bfloat16 alone.
@@ -72,7 +84,7 @@ def choose_layer(device: torch.device, dtype: torch.dtype, rows_per_slot: int, h
         hidden_dim: F.
         top_k: K.
     """
-    backend = choose(device, dtype)
+    backend = choose_backend(device, dtype)
     is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
     if _forced is None and backend.name == "triton" and dtype == torch.bfloat16 and is_coarse:
         return Backend("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
@@ -88,8 +100,8 @@ def _backend_on(device: torch.device) -> Backend:
         return Backend("torch", f"{kind} run the torch reference: the Triton kernels are tested on NVIDIA GPUs only.")
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
-        found, needed = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
-        return Backend("torch", f"{name} has compute capability {found}: the Triton kernels need {needed} or more.")
+        actual, needed = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
+        return Backend("torch", f"{name} has compute capability {actual}: the Triton kernels need {needed} or more.")
     if importlib.util.find_spec("triton") is None:
         return Backend("torch", 'Triton is not installed: pip install "swiftmoe-lightning[triton]".')
     return Backend("triton", f"Triton kernels on {name}.")

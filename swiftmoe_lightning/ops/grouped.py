@@ -13,19 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftmoe_lightning.ops import reference
-from swiftmoe_lightning.ops.operators import (
-    activate,
-    backward_of,
-    is_plain,
-    keep_inputs,
-    keep_nothing,
-    keep_third,
-    on_triton,
-    plain_function,
-    refuse_second_derivative,
-)
-from swiftmoe_lightning.ops.reference import Activation
+from swiftmoe_lightning.ops.activation import Activation, activate
+from swiftmoe_lightning.ops.bias import add_bias
+from swiftmoe_lightning.ops.common import refuse_second_derivative, save_nothing
 
 
 def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
@@ -48,7 +38,7 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
 
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:
-    """[R, I] -> [R, O], as `reference.grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes.
+    """[R, I] -> [R, O], as `eager_grouped_linear`, by `F.grouped_mm` where it takes this dtype and these sizes.
 
     Args:
         x_RI: [R, I] floating, sorted by slot.
@@ -57,25 +47,47 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
         bias_sO: [s, O], added to the slot's rows; None adds nothing.
     """
     if torch.compiler.is_compiling():
-        y_RO: Tensor = _grouped_product(x_RI, weight_sOI, ends_s)
+        y_RO: Tensor = _grouped_linear(x_RI, weight_sOI, ends_s)
     elif _fits_grouped_mm(x_RI, weight_sOI):
         y_RO = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
     else:
-        y_RO = reference.grouped_linear(x_RI, weight_sOI, ends_s)
+        y_RO = eager_grouped_linear(x_RI, weight_sOI, ends_s)
     return y_RO if bias_sO is None else add_bias(y_RO, bias_sO, ends_s)
 
 
-def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    """[R, O]: each row with its own slot's bias.
+def eager_grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
+    """Each slot's matrix times its own rows, one slot after the other.
 
     Args:
-        y_RO: [R, O] floating, sorted by slot.
-        bias_sO: [s, O], of `y_RO`'s dtype.
-        ends_s: [s] int32, the end of each slot's rows.
+        x_RI: [R, I], sorted by slot.
+        weight_sOI: [s, O, I].
+        ends_s: [s] int32, the end of each slot's rows in `x_RI`.
+
+    Returns:
+        [R, O], zero behind the last end.
     """
-    add = _PlainAddBias.apply if is_plain(y_RO, (y_RO, bias_sO)) else _add_bias
-    out_RO: Tensor = add(y_RO, bias_sO, ends_s)
-    return out_RO
+    parts = [F.linear(x, w) for x, w in zip(_by_slot(x_RI, ends_s), weight_sOI.unbind(0), strict=True)]
+    return _filled(parts, len(x_RI))
+
+
+def eager_grouped_linear_backward(
+    grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows, [R, I], and of the matrices, [s, O, I]."""
+    grads, parts = _by_slot(grad_RO, ends_s), _by_slot(x_RI, ends_s)
+    grad_x_RI = _filled([g @ w for g, w in zip(grads, weight_sOI.unbind(0), strict=True)], len(x_RI))
+    return grad_x_RI, torch.stack([g.T @ x for g, x in zip(grads, parts, strict=True)])
+
+
+def _by_slot(rows_R: Tensor, ends_s: Tensor) -> tuple[Tensor, ...]:
+    ends = ends_s.tolist()
+    return rows_R[: ends[-1]].tensor_split(ends[:-1])
+
+
+def _filled(parts: list[Tensor], num_rows: int) -> Tensor:
+    """One tensor of the parts, and zero behind them."""
+    missing = num_rows - sum(map(len, parts))
+    return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])])
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -97,72 +109,41 @@ def _fits_grouped_mm(x_RI: Tensor, weight_sOI: Tensor) -> bool:
 
 
 # For the compiler, which has no fake of `F.grouped_mm` but in bfloat16, and cannot loop over sizes it does not know.
-@torch.library.custom_op("swiftmoe::grouped_product", mutates_args=())
-def _grouped_product(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
+@torch.library.custom_op("swiftmoe::grouped_linear", mutates_args=())
+def _grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
     if _fits_grouped_mm(x_RI, weight_sOI):
         return F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s)
-    return reference.grouped_linear(x_RI, weight_sOI, ends_s)
+    return eager_grouped_linear(x_RI, weight_sOI, ends_s)
 
 
-@_grouped_product.register_fake
+@_grouped_linear.register_fake
 def _(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], weight_sOI.shape[1])
 
 
-@torch.library.custom_op("swiftmoe::grouped_product_backward", mutates_args=())
-def _grouped_product_backward(
+@torch.library.custom_op("swiftmoe::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(
     grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor
 ) -> tuple[Tensor, Tensor]:
     if _fits_grouped_mm(x_RI, weight_sOI):
         grad_RO = grad_RO.contiguous()
         return F.grouped_mm(grad_RO, weight_sOI, offs=ends_s), F.grouped_mm(grad_RO.t(), x_RI, offs=ends_s)
-    return reference.grouped_linear_backward(grad_RO, x_RI, weight_sOI, ends_s)
+    return eager_grouped_linear_backward(grad_RO, x_RI, weight_sOI, ends_s)
 
 
-@_grouped_product_backward.register_fake
+@_grouped_linear_backward.register_fake
 def _(grad_RO: Tensor, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> tuple[Tensor, Tensor]:
     return x_RI.new_empty(x_RI.shape), weight_sOI.new_empty(weight_sOI.shape)
 
 
-@torch.library.custom_op("swiftmoe::add_bias", mutates_args=())
-def _add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    if on_triton(y_RO, bias_sO):
-        from swiftmoe_lightning.ops.triton import bias
-
-        return bias.add_bias(y_RO, bias_sO, reference.slots_of(ends_s, len(y_RO)))
-    return reference.add_bias(y_RO, bias_sO, ends_s)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-@_add_bias.register_fake
-def _(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    return y_RO.new_empty(y_RO.shape)
+def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_RI, weight_sOI, ends_s = ctx.saved_tensors
+    return *_grouped_linear_backward(grad_RO, x_RI, weight_sOI, ends_s), None
 
 
-@torch.library.custom_op("swiftmoe::slot_sums", mutates_args=())
-def _slot_sums(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
-    if on_triton(rows_RO):
-        from swiftmoe_lightning.ops.triton import bias
-
-        return bias.bias_gradient(rows_RO, ends_s)
-    return reference.slot_sums(rows_RO, ends_s)
-
-
-@_slot_sums.register_fake
-def _(rows_RO: Tensor, ends_s: Tensor) -> Tensor:
-    return rows_RO.new_empty(ends_s.shape[0], rows_RO.shape[1])
-
-
-def _gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *_grouped_product_backward(grad_RO, *ctx.saved_tensors), None
-
-
-def _add_bias_gradient(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    sums = backward_of(ctx, _slot_sums, reference.slot_sums)
-    return grad_RO, sums(grad_RO, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None, None
-
-
-_grouped_product.register_autograd(_gradient, setup_context=keep_inputs)
-_add_bias.register_autograd(_add_bias_gradient, setup_context=keep_third)
-for _operator in (_grouped_product_backward, _slot_sums):
-    _operator.register_autograd(refuse_second_derivative, setup_context=keep_nothing)
-_PlainAddBias = plain_function(reference.add_bias, keep_third, _add_bias_gradient)
+_grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
+_grouped_linear_backward.register_autograd(refuse_second_derivative, setup_context=save_nothing)

@@ -66,18 +66,18 @@ def test_logits_and_all_gradients_equal_eager(family: str, monkeypatch: pytest.M
 def test_logits_and_all_gradients_equal_eager_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     fused = []
-    monkeypatch.setattr("swiftmoe_lightning.ops.moe_layer.fused_moe", spy(fused))
+    monkeypatch.setattr("swiftmoe_lightning.ops.layer.fused_expert_layer", spy(fused))
     with backend.force_backend("triton"):
         assert_equal(*both("qwen3_moe", monkeypatch))
     assert fused
 
 
 def spy(calls: list[Any]) -> Any:
-    from swiftmoe_lightning.ops.fused import fused_moe
+    from swiftmoe_lightning.ops.fused import fused_expert_layer
 
     def call(*inputs: Any) -> Tensor:
         calls.append(inputs)
-        return fused_moe(*inputs)
+        return fused_expert_layer(*inputs)
 
     return call
 
@@ -111,15 +111,15 @@ def gradients_of(run: Any, experts: Any, inputs: tuple[Tensor, Tensor, Tensor]) 
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> None:
-    if path == "triton":
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_assignments_to_experts_elsewhere_add_nothing(family: str, name: str) -> None:
+    if name == "triton":
         pytest.importorskip("triton")
     experts = experts_of(family)
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     elsewhere_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(4)) < 0.4
     elsewhere_TK[0] = True
-    with backend.force_backend(path):
+    with backend.force_backend(name):
         found = [
             gradients_of(experts, experts, (x_TD, ids, weights))
             for ids, weights in (
@@ -131,10 +131,10 @@ def test_choices_of_experts_elsewhere_add_nothing(family: str, path: str) -> Non
     assert_equal(*found)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_compile_to_one_graph(family: str, path: str) -> None:
-    if path == "triton":
+def test_experts_compile_to_one_graph(family: str, name: str) -> None:
+    if name == "triton":
         pytest.importorskip("triton")
     experts = experts_of(family)
     torch._dynamo.reset()
@@ -142,7 +142,7 @@ def test_experts_compile_to_one_graph(family: str, path: str) -> None:
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     elsewhere_TK = ids_TK.clone()
     elsewhere_TK[::3, 0] = len(experts.down_proj)
-    with backend.force_backend(path):
+    with backend.force_backend(name):
         for ids, stance in [(ids_TK, "default"), (elsewhere_TK[:7], "fail_on_recompile")]:
             inputs = (x_TD[: len(ids)], ids.clone(), weights_TK[: len(ids)].clone())
             with torch.compiler.set_stance(stance):
@@ -159,7 +159,7 @@ def test_a_model_compiles_to_one_graph() -> None:
     torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_norm_behind_the_experts_sees_only_rows_of_choices() -> None:
+def test_a_norm_behind_the_experts_sees_only_rows_of_assignments() -> None:
     experts = experts_of("qwen3_moe")
     x_TD, ids_TK, weights_TK = inputs_of(experts)
     plain = experts(x_TD, ids_TK[:, :1], torch.ones(9, 1))

@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not here, and read off the machine code what they need.
 
-    builds = launched_by(lambda: rows.permute(x_TD, choice_R, rows_TK))  # on device="meta": any size
+    builds = launched_by(lambda: permute.permute(x_TD, assignment_R, rows_TK))  # on device="meta": any size
     for build, report in zip(builds, compile_all(builds), strict=True): ...
 
 `compile_all` runs in a process of its own, since a test process decorates its kernels for the interpreter.

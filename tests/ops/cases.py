@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from swiftmoe_lightning.ops import backend
+from swiftmoe_lightning.ops import SortedAssignments, backend
 
 # bfloat16 rounds by up to 4e-3, and a chain of matmuls and activations rounds five times.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -24,14 +25,21 @@ def assert_close(found, expected):
     assert error <= tolerance * float(expected.norm()), (error, float(expected.norm()))
 
 
-def rows_of(kept_TK):
-    """Boolean [T, K] -> (choice_R, rows_TK), rows in a scrambled order."""
-    choice_R = kept_TK.flatten().nonzero().flatten()
-    order_R = torch.randperm(len(choice_R), generator=torch.Generator().manual_seed(len(choice_R)), device="cpu")
-    choice_R = choice_R[order_R.to(choice_R.device)]
+def one_group(assignment_R, rows_TK):
+    """Assignments in the rows that these say, all of one group."""
+    ends_G = (assignment_R >= 0).sum().to(torch.int32).view(1)
+    return SortedAssignments(assignment_R, rows_TK, ends_G, ends_G)
+
+
+def scrambled(kept_TK):
+    """Boolean [T, K] -> assignments of one group, rows in a scrambled order."""
+    assignment_R = kept_TK.flatten().nonzero().flatten()
+    seeded = torch.Generator().manual_seed(len(assignment_R))
+    order_R = torch.randperm(len(assignment_R), generator=seeded, device="cpu")
+    assignment_R = assignment_R[order_R.to(assignment_R.device)]
     rows_TK = torch.full(kept_TK.shape, -1, device=kept_TK.device)
-    rows_TK.view(-1)[choice_R] = torch.arange(len(choice_R), device=kept_TK.device)
-    return choice_R, rows_TK
+    rows_TK.view(-1)[assignment_R] = torch.arange(len(assignment_R), device=kept_TK.device)
+    return one_group(assignment_R, rows_TK)
 
 
 def loop_mlp(x_RD, weights, slot_R, activation):
@@ -114,14 +122,14 @@ def fenced_memory():
             assert (fence.isnan() if flat.dtype.is_floating_point else fence == 10**9).all()
 
 
-def assert_triton_equals_reference(operation, values, *rest):
-    """Outputs and gradients of `operation(*values, *rest)`, on Triton and on the reference.
+def assert_triton_equals_eager(operation, values, *rest):
+    """Outputs and gradients of `operation(*values, *rest)`, on Triton and on torch's eager version.
 
-    values: name -> floating tensor; the reference gets them in float64. Triton runs twice, to the same bits, in memory
-    fenced by nan. Outputs that are whole numbers must be equal, the others, and the gradients, close.
+    values: name -> floating tensor; the eager version gets them in float64. Triton runs twice, to the same bits, in
+    memory fenced by nan. Outputs that are whole numbers must be equal, the others, and the gradients, close.
     """
     values = {name: value.to(DEVICE) for name, value in values.items()}
-    rest = [r.to(DEVICE) if isinstance(r, torch.Tensor) else r for r in rest]
+    rest = tree_map_only(torch.Tensor, lambda r: r.to(DEVICE), rest)
     seed_dtype = next(iter(values.values())).dtype
     found = []
     for _ in range(2):

@@ -14,8 +14,8 @@ def _numpy_overflows_as_a_gpu_does():
 
 
 @pytest.fixture(params=["torch", "triton"])
-def path(request):
-    """The test runs on torch's reference, and on Triton's kernels."""
+def each_backend(request):
+    """The test runs on torch's eager versions, and on Triton's kernels."""
     if request.param == "triton":
         pytest.importorskip("triton")
     # Tensors that a test makes are then where the kernels are; a random one says device="cpu", as its generator is.

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from swiftmoe_lightning.ops.reference import ACTIVATIONS
+from swiftmoe_lightning.ops import ACTIVATIONS
 from swiftmoe_lightning.ops.triton import activation as activations
-from swiftmoe_lightning.ops.triton import bias, router, rows, sorting
+from swiftmoe_lightning.ops.triton import bias, permute, route, sort
 from tests.ops.aot import MAX_SHARED, Build, compile_all, launched_by
 
 # T tokens, D model dim, K top-k, dtype.
@@ -28,12 +28,12 @@ def row_builds() -> list[Build]:
     builds = []
     for tokens, dim, top_k, dtype in ROWS:
         x_TD, y_RD = meta(tokens, dim, dtype=dtype), meta(tokens * top_k, dim, dtype=dtype)
-        choice_R, rows_TK = meta(tokens * top_k, dtype=torch.int32), meta(tokens, top_k, dtype=torch.int32)
+        assignment_R, rows_TK = meta(tokens * top_k, dtype=torch.int32), meta(tokens, top_k, dtype=torch.int32)
         weights_TK = meta(tokens, top_k)
-        builds += launched_by(partial(rows.permute, x_TD, choice_R, rows_TK))
-        builds += launched_by(partial(rows.gather_sum, y_RD, rows_TK))
-        builds += launched_by(partial(rows.gather_sum, y_RD, rows_TK, weights_TK))
-        builds += launched_by(partial(rows.combine_backward, x_TD, y_RD, weights_TK, choice_R, rows_TK))
+        builds += launched_by(partial(permute.permute, x_TD, assignment_R, rows_TK))
+        builds += launched_by(partial(permute.gather_sum, y_RD, rows_TK))
+        builds += launched_by(partial(permute.gather_sum, y_RD, rows_TK, weights_TK))
+        builds += launched_by(partial(permute.combine_backward, x_TD, y_RD, weights_TK, assignment_R, rows_TK))
     return builds
 
 
@@ -59,17 +59,17 @@ def bias_builds() -> list[Build]:
 
 def sort_builds() -> list[Build]:
     sizes = [(2**18, 128), (2**15, 16)]
-    return [b for n, groups in sizes for b in launched_by(partial(sorting.sort_choices, meta(n).long(), groups))]
+    return [b for n, groups in sizes for b in launched_by(partial(sort.sort, meta(n, 1).long(), groups))]
 
 
 def router_builds() -> list[Build]:
     builds = []
     for tokens, experts, top_k, score in ROUTERS:
         logits_TE, bias_E = meta(tokens, experts), meta(experts) if score == "sigmoid" else None
-        builds += launched_by(partial(router.route, logits_TE, bias_E, top_k, score, top_k > 1))
+        builds += launched_by(partial(route.route, logits_TE, bias_E, top_k, score, top_k > 1))
         grads = (meta(tokens, top_k), meta(experts), meta(()))
         ids_TK = meta(tokens, top_k, dtype=torch.int64)
-        builds += launched_by(partial(router.route_backward, *grads, logits_TE, ids_TK, score, top_k > 1))
+        builds += launched_by(partial(route.route_backward, *grads, logits_TE, ids_TK, score, top_k > 1))
     return builds
 
 
@@ -92,7 +92,7 @@ def test_a_kernel_that_needs_too_much_is_found(reports):
 
 
 def test_rows_and_activations_move_16_bytes_at_once(reports):
-    moving = [(build, report) for build, report in reports if re.search(r"\.(rows|activation)\.", build.kernel)]
+    moving = [(build, report) for build, report in reports if re.search(r"\.(permute|activation)\.", build.kernel)]
     assert len(moving) == len(row_builds()) + len(activation_builds())
     for build, report in moving:
         for access in ("ld.global", "st.global"):

@@ -1,12 +1,11 @@
-"""Biases added to rows by slot, on both paths, against a loop over rows."""
+"""Biases added to rows by slot, on both backends, against a loop over rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from swiftmoe_lightning.ops import reference
-from swiftmoe_lightning.ops.grouped import add_bias
+from swiftmoe_lightning.ops.bias import add_bias, eager_add_bias, eager_bias_gradient, slots_of
 from tests.ops.cases import DEVICE, assert_close
 
 # Rows of each slot, and rows that are unassigned behind them.
@@ -16,12 +15,12 @@ COUNTS = [([2, 0, 3], 0), ([0, 0], 4), ([1], 2), ([0, 7, 0, 150], 1), ([0], 0)]
 def test_literal_biases_and_sums() -> None:
     y_RO, bias_sO = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
     ends_s = torch.tensor([1, 3], dtype=torch.int32)
-    assert reference.add_bias(y_RO, bias_sO, ends_s).tolist() == [[11, 22], [33, 44], [35, 46]]
-    assert reference.slot_sums(y_RO, ends_s).tolist() == [[1, 2], [8, 10]]
-    assert reference.slots_of(ends_s, 4).tolist() == [0, 1, 1, 2]
+    assert eager_add_bias(y_RO, bias_sO, ends_s).tolist() == [[11, 22], [33, 44], [35, 46]]
+    assert eager_bias_gradient(y_RO, ends_s).tolist() == [[1, 2], [8, 10]]
+    assert slots_of(ends_s, 4).tolist() == [0, 1, 1, 2]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [1, 5, 96])
 @pytest.mark.parametrize("case", COUNTS, ids=str)

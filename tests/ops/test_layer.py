@@ -1,17 +1,15 @@
-"""The whole layer, by fused kernels and by single operations: one result, whichever path is taken.
+"""The whole layer, by fused kernels and by single operations: one result, whichever backend runs.
 
 T tokens, K top-k, D model dim, F hidden dim, s slots.
 """
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from swiftmoe_lightning.ops import backend, expert_layer, expert_rows, fused, moe_layer, sort_choices
+from swiftmoe_lightning.ops import backend, expert_layer, expert_rows, fused, layer, sort_assignments
 from tests.ops.cases import DEVICE, assert_close, gradients, leaves, loop_mlp, make_weights
 
 
@@ -27,14 +25,12 @@ def values(num_tokens, top_k, num_slots, activation, bias, dtype=torch.float32):
 
 
 def run_layer(inputs, ids_TK, num_slots, activation):
-    order = sort_choices(ids_TK.flatten(), num_slots)
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")}
-    rows_TK = order.row_N.view(ids_TK.shape)
-    return expert_layer(inputs["x"], inputs["scores"], order.choice_N, rows_TK, order.ends_G, weights, activation)
+    return expert_layer(inputs["x"], inputs["scores"], sort_assignments(ids_TK, num_slots), weights, activation)
 
 
 def loop_layer(inputs, ids_TK, num_slots, activation):
-    """Choice by choice."""
+    """Assignment by assignment."""
     out = torch.zeros_like(inputs["x"])
     for t, k in torch.cartesian_prod(*map(torch.arange, ids_TK.shape)).tolist():
         if int(ids_TK[t, k]) < num_slots:
@@ -45,7 +41,7 @@ def loop_layer(inputs, ids_TK, num_slots, activation):
 
 @pytest.mark.parametrize(("activation", "bias"), [("swiglu", False), ("swiglu", True), ("gelu", True)])
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_the_layer_and_its_gradients_equal_a_loop_over_choices(name, activation, bias):
+def test_the_layer_and_its_gradients_equal_a_loop_over_assignments(name, activation, bias):
     if name == "triton":
         pytest.importorskip("triton")
     inputs, ids_TK = values(9, 2, 3, activation, bias)
@@ -62,74 +58,54 @@ def test_the_layer_and_its_gradients_equal_a_loop_over_choices(name, activation,
 
 def test_rows_come_by_slot_and_those_that_are_unassigned_are_left_out_on_a_cpu():
     inputs, ids_TK = values(9, 2, 3, "swiglu", False)
-    order = sort_choices(ids_TK.flatten(), 3)
+    by_slot = sort_assignments(ids_TK, 3)
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")}
     with backend.force_backend("torch"):
-        y_RD = expert_rows(inputs["x"], order.choice_N, order.row_N.view(9, 2), order.ends_G, weights, "swiglu")
-    choices = order.choice_N[: int(order.ends_G[-1])].tolist()
-    assert len(y_RD) == len(choices) if DEVICE == "cpu" else 18
-    for row, choice in enumerate(choices):
-        slot = int(ids_TK.view(-1)[choice])
-        expected = loop_mlp(
-            inputs["x"][choice // 2 : choice // 2 + 1].double(), leaves(weights, torch.float64), [slot], "swiglu"
-        )
+        y_RD = expert_rows(inputs["x"], by_slot, weights, "swiglu")
+    assignments = by_slot.assignment_R[: int(by_slot.ends_G[-1])].tolist()
+    assert len(y_RD) == len(assignments) if DEVICE == "cpu" else 18
+    for row, assignment in enumerate(assignments):
+        slot, token = int(ids_TK.view(-1)[assignment]), assignment // 2
+        x_1D = inputs["x"][token : token + 1].double()
+        expected = loop_mlp(x_1D, leaves(weights, torch.float64), [slot], "swiglu")
         assert_close(y_RD[row : row + 1], expected)
 
 
-def fuses(inputs, **changed):
+def fuses(inputs, ids_TK, **changed):
     """Whether the layer would take the fused kernels for these weights."""
     weights = {name: value for name, value in inputs.items() if name not in ("x", "scores")} | changed
     with backend.force_backend("triton"):
-        return moe_layer._fuses(inputs["x"], weights, 18, 2)
+        return layer._fuses(inputs["x"], sort_assignments(ids_TK, 3), weights)
 
 
 def test_transposed_views_and_other_dtypes_are_not_fused():
-    inputs, _ = values(9, 2, 3, "swiglu", False)
-    assert fuses(inputs)
-    assert not fuses(inputs, down_proj=inputs["down_proj"].transpose(1, 2).contiguous().transpose(1, 2))
-    assert not fuses(inputs, down_proj=inputs["down_proj"].bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rows_per_slot", "hidden_dim", "top_k", "expected"),
-    [
-        (torch.bfloat16, 512, 1024, 8, "triton"),
-        (torch.bfloat16, 2048, 14336, 2, "torch"),
-        (torch.bfloat16, 4096, 1024, 2, "torch"),
-        (torch.bfloat16, 4096, 1024, 8, "triton"),
-        (torch.float32, 2048, 14336, 2, "triton"),
-        (torch.float64, 512, 1024, 8, "torch"),
-    ],
-)
-def test_a_small_table_picks_the_layers_path_on_a_gpu(dtype, rows_per_slot, hidden_dim, top_k, expected):
-    gpu = backend.Backend("triton", "Triton kernels on a test.")
-    with mock.patch.object(backend, "_backend_on", return_value=gpu):
-        found = backend.choose_layer(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
-    assert found.name == expected
-    assert found.reason.endswith(".")
+    inputs, ids_TK = values(9, 2, 3, "swiglu", False)
+    assert fuses(inputs, ids_TK)
+    assert not fuses(inputs, ids_TK, down_proj=inputs["down_proj"].transpose(1, 2).contiguous().transpose(1, 2))
+    assert not fuses(inputs, ids_TK, down_proj=inputs["down_proj"].bfloat16())
 
 
 def fused_arguments(bias):
     inputs, ids_TK = values(5, 2, 3, "swiglu", bias)
     # Without unassigned rows, for which Z is left as it lies in memory: two calls are compared bit by bit.
     ids_TK = ids_TK.clamp(max=2)
-    order = sort_choices(ids_TK.flatten(), 3)
+    assignment_R, rows_TK, _, ends_s = sort_assignments(ids_TK, 3)
     names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
     weights = [inputs[name].requires_grad_() if name in inputs else None for name in names]
     x, scores = inputs["x"].requires_grad_(), inputs["scores"].requires_grad_()
-    return (x, scores, order.choice_N, order.row_N.view(5, 2), order.ends_G, *weights, "swiglu", True)
+    return (x, scores, assignment_R, rows_TK, ends_s, *weights, "swiglu", True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fused_operators_keep_torchs_contract(bias):
     pytest.importorskip("triton")
     arguments = fused_arguments(bias)
-    torch.library.opcheck(torch.ops.swiftmoe.fused_mlp.default, arguments)
+    torch.library.opcheck(torch.ops.swiftmoe.fused.default, arguments)
     x, scores, *routing, first, first_bias, second, second_bias = [
         t if t is None else t.detach() for t in arguments[:9]
     ]
     with torch.no_grad():
-        out, z_RO = torch.ops.swiftmoe.fused_mlp(*arguments)
+        out, z_RO = torch.ops.swiftmoe.fused(*arguments)
     down = (torch.ones_like(out), scores, *routing, second, second_bias, z_RO, "swiglu", [True, False, bias])
     torch.library.opcheck(torch.ops.swiftmoe.fused_down_backward.default, down)
     up = (torch.ones_like(z_RO), x, *routing, first, first_bias, [True, True, bias])
@@ -140,7 +116,7 @@ def test_backward_lets_go_of_z_before_the_inputs_gradient_comes_unless_the_graph
     pytest.importorskip("triton")
     arguments = fused_arguments(bias=False)
     inputs = [t for t in arguments[:9] if t is not None and t.requires_grad]
-    out, z_RO = torch.ops.swiftmoe.fused_mlp(*arguments)
+    out, z_RO = torch.ops.swiftmoe.fused(*arguments)
     z, up_backward, is_gone = StorageWeakRef(z_RO.untyped_storage()), fused._up_backward, []
     del z_RO
     monkeypatch.setattr(fused, "_up_backward", lambda *args: is_gone.append(z.expired()) or up_backward(*args))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swiftmoe_lightning.ops import activate, backend, combine, permute, route, sort_choices
+from swiftmoe_lightning import ops
+from swiftmoe_lightning.ops import activate, combine, permute, route, sort_assignments
 from tests.ops.cases import DEVICE, assert_close
 
 OPERATORS = torch.ops.swiftmoe
@@ -17,21 +21,21 @@ def floats(*shape, grad=True):
     return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE).requires_grad_(grad)
 
 
-CHOICES = torch.tensor([3, 0, -1, 2], device=DEVICE), torch.tensor([[1, -1], [3, 0]], device=DEVICE)
+ROWS = torch.tensor([3, 0, -1, 2], device=DEVICE), torch.tensor([[1, -1], [3, 0]], device=DEVICE)
 ENDS = torch.tensor([1, 4], dtype=torch.int32, device=DEVICE)
 LOGITS_IDS = floats(3, 5), torch.tensor([[0, 1], [4, 2], [3, 0]], device=DEVICE)
 CALLS = {
-    "sort_choices": (torch.tensor([2, 0, 5, 1], device=DEVICE), 3),
-    "permute": (floats(2, 3), *CHOICES),
-    "gather_sum": (floats(4, 3), CHOICES[1]),
-    "combine": (floats(4, 3), floats(2, 2), *CHOICES),
-    "combine_backward": (floats(2, 3), floats(4, 3), floats(2, 2), *CHOICES),
+    "sort": (torch.tensor([[2, 0], [5, 1]], device=DEVICE), 3),
+    "permute": (floats(2, 3), *ROWS),
+    "gather_sum": (floats(4, 3), ROWS[1]),
+    "combine": (floats(4, 3), floats(2, 2), *ROWS),
+    "combine_backward": (floats(2, 3), floats(4, 3), floats(2, 2), *ROWS),
     "activate": (floats(3, 4), "swiglu"),
     "activate_backward": (floats(3, 2), floats(3, 4), "swiglu"),
-    "grouped_product": (floats(4, 8), floats(2, 4, 8), ENDS),
-    "grouped_product_backward": (floats(4, 4), floats(4, 8), floats(2, 4, 8), ENDS),
+    "grouped_linear": (floats(4, 8), floats(2, 4, 8), ENDS),
+    "grouped_linear_backward": (floats(4, 4), floats(4, 8), floats(2, 4, 8), ENDS),
     "add_bias": (floats(5, 3), floats(2, 3), ENDS),
-    "slot_sums": (floats(5, 3), ENDS),
+    "bias_gradient": (floats(5, 3), ENDS),
     "route": (LOGITS_IDS[0], floats(5, grad=False), 2, "sigmoid", True),
     "route_backward": (floats(3, 2), floats(5), floats(1).sum().detach(), *LOGITS_IDS, "softmax", True),
 }
@@ -39,13 +43,13 @@ BACKWARDS = [
     "gather_sum",
     "combine_backward",
     "activate_backward",
-    "grouped_product_backward",
-    "slot_sums",
+    "grouped_linear_backward",
+    "bias_gradient",
     "route_backward",
 ]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("name", CALLS)
 def test_every_operator_keeps_torchs_contract(name):
     if name in BACKWARDS:
@@ -56,26 +60,24 @@ def test_every_operator_keeps_torchs_contract(name):
 
 
 def test_every_operator_is_checked():
-    from swiftmoe_lightning.ops import grouped, operators, routing
-
+    modules = [importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__)]
     names = {
         value._qualname.split("::")[1]
-        for module in (grouped, operators, routing)
+        for module in modules
         for value in vars(module).values()
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
-    assert names == set(CALLS)
+    # The fused ones, which have no eager version, are checked beside the layer.
+    assert names == CALLS.keys() | {"fused", "fused_down_backward", "fused_up_backward"}
 
 
 def layer(x_TD, logits_TE, weight_DF, weight_FD):
     """An expert layer of one matrix for all experts."""
     routed = route(logits_TE, None, 2, "softmax", True)
     # Expert 3 is unassigned.
-    choices = sort_choices(routed.expert_ids_TK.flatten(), 3)
-    rows_TK = choices.row_N.view(routed.expert_ids_TK.shape)
-    rows_ND = permute(x_TD, choices.choice_N, rows_TK)
-    y_ND = activate(rows_ND @ weight_DF, "swiglu") @ weight_FD
-    out_TD = combine(y_ND, routed.weights_TK, choices.choice_N, rows_TK)
+    by_expert = sort_assignments(routed.expert_ids_TK, 3)
+    y_ND = activate(permute(x_TD, by_expert) @ weight_DF, "swiglu") @ weight_FD
+    out_TD = combine(y_ND, routed.weights_TK, by_expert)
     return out_TD, routed.prob_sums_E.square().sum() + routed.square_sum
 
 
@@ -86,13 +88,13 @@ def run(function):
     return out_TD, loss, *(x.grad for x in inputs)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 def test_a_layer_compiles_to_one_graph():
     for found, expected in zip(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), run(layer), strict=True):
         assert_close(found, expected)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 def test_sizes_that_change_do_not_recompile_the_graph():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for num_tokens, stance in [(3, "default"), (7, "fail_on_recompile")]:
@@ -101,7 +103,7 @@ def test_sizes_that_change_do_not_recompile_the_graph():
             assert_close(compiled(*inputs)[0], layer(*inputs)[0])
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 def test_a_checkpointed_layer_has_the_same_bits():
     for found, expected in zip(
         run(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False)), run(layer), strict=True
@@ -111,7 +113,7 @@ def test_a_checkpointed_layer_has_the_same_bits():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and TRITON_INTERPRET=0")
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu():
     inputs = (floats(5, 6), floats(5, 4), floats(6, 8), floats(4, 6))
@@ -124,56 +126,10 @@ def test_nothing_waits_for_the_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["permute", "combine", "activate", "grouped_product", "route"])
+@pytest.mark.parametrize("name", ["permute", "combine", "activate", "grouped_linear", "route"])
 def test_a_second_derivative_is_refused(name):
     out = getattr(OPERATORS, name)(*CALLS[name])
     out = out[0] if isinstance(out, tuple) else out
     (grad,) = torch.autograd.grad(out.square().sum(), CALLS[name][0], create_graph=True)
     with pytest.raises(NotImplementedError, match=r"no second derivative.*create_graph=True"):
         grad.sum().backward()
-
-
-def test_float64_and_the_cpu_run_the_reference_and_say_so():
-    assert backend.choose(torch.device("cpu"), torch.float32) == backend.Backend(
-        "torch", "CPU tensors run the torch reference: the Triton kernels need an NVIDIA GPU."
-    )
-    assert backend.choose(torch.device("meta")).reason.startswith("'meta' tensors run the torch reference")
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Pretends to be a GPU of some capability; returns what sets it."""
-    backend._backend_on.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    monkeypatch.setattr(torch.version, "hip", None)
-    yield lambda *capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    backend._backend_on.cache_clear()
-
-
-def test_a_gpu_runs_triton_where_it_can_and_says_why_not(gpu, monkeypatch):
-    pytest.importorskip("triton")
-    device = torch.device("cuda", 0)
-    gpu(9, 0)
-    assert backend.choose(device, torch.bfloat16, torch.float32) == backend.Backend(
-        "triton", "Triton kernels on NVIDIA X."
-    )
-    mixed = backend.choose(device, torch.bfloat16, torch.float64)
-    assert mixed == backend.Backend("torch", "float64 runs the torch reference: the Triton kernels compute in float32.")
-    backend._backend_on.cache_clear()
-    gpu(7, 5)
-    found = backend.choose(device, torch.float32)
-    assert found == backend.Backend(
-        "torch", "NVIDIA X has compute capability 7.5: the Triton kernels need 8.0 or more."
-    )
-    backend._backend_on.cache_clear()
-    gpu(8, 0)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install" in backend.choose(device, torch.float32).reason
-
-
-def test_a_path_that_is_forced_ends_with_its_block():
-    with pytest.raises(ValueError, match="got 'cuda'"), backend.force_backend("cuda"):
-        pass
-    with backend.force_backend("triton"), backend.force_backend("torch"):
-        assert backend.choose(torch.device("cpu")).name == "torch"
-    assert "forced" not in backend.choose(torch.device("cpu")).reason

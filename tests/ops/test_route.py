@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from swiftmoe_lightning.ops import backend, route
-from tests.ops.cases import DEVICE, assert_close, assert_triton_equals_reference, gradients
+from tests.ops.cases import DEVICE, assert_close, assert_triton_equals_eager, gradients
 
 SCORES = ["softmax", "sigmoid"]
 
@@ -17,8 +17,8 @@ def logits(num_tokens, num_experts, dtype=torch.float32):
 def route_by_autograd(logits_TE, bias_E, top_k, score, renormalize):
     """(ids, weights, sums of shares, sum of squares), written plainly, with autograd's gradients."""
     scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    ids_TK = choice_TE.topk(top_k, dim=-1).indices
+    biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    ids_TK = biased_TE.topk(top_k, dim=-1).indices
     weights_TK = scores_TE.gather(-1, ids_TK)
     if renormalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
@@ -28,7 +28,7 @@ def route_by_autograd(logits_TE, bias_E, top_k, score, renormalize):
     return ids_TK, weights_TK, probs_TE.sum(0), logits_TE.logsumexp(-1).square().sum()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -56,12 +56,12 @@ def test_route_equals_autograd_in_values_and_gradients(score, renormalize, with_
 @pytest.mark.parametrize("sizes", [(0, 4, 2), (1, 1, 1), (7, 3, 3), (7, 64, 4), (70, 33, 2)], ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_tritons_route_equals_the_reference(sizes, score, renormalize):
+def test_tritons_route_equals_the_eager_one(sizes, score, renormalize):
     num_tokens, num_experts, top_k = sizes
     values = {"logits": logits(num_tokens, num_experts)}
-    assert_triton_equals_reference(route, values, None, top_k, score, renormalize)
+    assert_triton_equals_eager(route, values, None, top_k, score, renormalize)
     bias_E = torch.linspace(-0.2, 0.3, num_experts)
-    assert_triton_equals_reference(route, values, bias_E, top_k, score, renormalize)
+    assert_triton_equals_eager(route, values, bias_E, top_k, score, renormalize)
 
 
 def test_gradients_pass_gradcheck():
@@ -75,7 +75,7 @@ def _trained(routed):
     return routed.weights_TK, routed.prob_sums_E, routed.square_sum
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_that_are_all_zero_give_zero_weights_and_finite_gradients(score):
     x_TE = torch.full((3, 4), -300.0, requires_grad=True)
@@ -85,7 +85,7 @@ def test_scores_that_are_all_zero_give_zero_weights_and_finite_gradients(score):
     assert x_TE.grad.isfinite().all()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 def test_experts_of_minus_infinite_logits_are_chosen_last():
     x_TE = torch.tensor([[0.5, -float("inf"), 1.0, -float("inf")]], requires_grad=True)
     routed = route(x_TE, None, 2, "softmax", True)
@@ -102,7 +102,7 @@ def test_of_equal_scores_triton_takes_the_lower_expert():
         assert route(torch.zeros(1, 5), bias_E, 3, "sigmoid", True).expert_ids_TK.tolist() == [[2, 4, 0]]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_poisoned_logits_choose_experts_that_exist(poison):
     x_TE = torch.full((2, 5), poison)

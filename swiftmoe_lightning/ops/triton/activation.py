@@ -14,7 +14,7 @@ from swiftmoe_lightning.ops.triton.launch import block_of_program, launch_by_blo
 
 
 def activate(z_RF: Tensor, activation: str) -> Tensor:
-    """[R, F]: `reference.activate`."""
+    """[R, F]: `eager_activate`."""
     num_rows, dim = len(z_RF), z_RF.shape[1] // (2 if activation == "swiglu" else 1)
     out_RF = torch.empty(num_rows, dim, dtype=z_RF.dtype, device=z_RF.device)
     if out_RF.numel():
@@ -23,7 +23,7 @@ def activate(z_RF: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> Tensor:
-    """The gradient of z, in its shape: `reference.activate_backward`."""
+    """The gradient of z, in its shape: `eager_activate_backward`."""
     grad_z_RF = torch.empty(z_RF.shape, dtype=z_RF.dtype, device=z_RF.device)
     if grad_z_RF.numel():
         tensors = (z_RF.contiguous(), grad_z_RF, grad_RF.contiguous())

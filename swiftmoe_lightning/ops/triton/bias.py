@@ -1,6 +1,6 @@
-"""The experts' biases: added to rows, their part of the scores' gradients, and their own gradients.
+"""The experts' biases: added to rows, and their gradients.
 
-T tokens, R rows, D model dim, K top-k, s slots, B row tiles. O: out features of one matrix. BM, BN: a program's tile of
+T tokens, R rows, K top-k, s slots. O: out features of one matrix. BM, BN: a program's tile of
 rows and columns.
 """
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from swiftmoe_lightning.ops.triton.launch import block_of_program, device_of, launch_by_block
-from swiftmoe_lightning.ops.triton.tiles import Rows
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
@@ -30,33 +29,8 @@ def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
     return out_RO
 
 
-def bias_part(grad_TD: Tensor, bias_sD: Tensor, rows: Rows, part_R: Tensor) -> None:
-    """Write each row's <dO, second bias>, the bias's part of its score's gradient.
-
-    Args:
-        grad_TD: [T, D], dO.
-        bias_sD: [s, D], the second matrix's.
-        rows: where the rows come from.
-        part_R: [R] float32, written.
-    """
-    bias_part_kernel[(len(rows.slot_B),)](
-        grad_TD,
-        rows.choice_R,
-        bias_sD,
-        rows.slot_B,
-        rows.first_row_B,
-        rows.ends_s,
-        part_R,
-        len(rows.ends_s),
-        TOP_K=rows.top_k,
-        D=grad_TD.shape[1],
-        BM=rows.tiles.up.rows,
-        BK=64,
-    )
-
-
 def bias_gradient(
-    grad: Tensor, ends_s: Tensor, scores_TK: Tensor | None = None, choice_R: Tensor | None = None, top_k: int = 1
+    grad: Tensor, ends_s: Tensor, scores_TK: Tensor | None = None, assignment_R: Tensor | None = None, top_k: int = 1
 ) -> Tensor:
     """The sum of each slot's rows of a gradient.
 
@@ -64,7 +38,7 @@ def bias_gradient(
         grad: [R, O], or with `scores_TK` [T, O], gathered and weighted.
         ends_s: [s] int32, the end of each slot's rows.
         scores_TK: [T, K], the router's weights.
-        choice_R: [R] int, the choice in each row; with `scores_TK` only.
+        assignment_R: [R] int, the assignment in each row; with `scores_TK` only.
         top_k: K.
 
     Returns:
@@ -74,7 +48,7 @@ def bias_gradient(
     with device_of(grad):
         bias_gradient_kernel[(len(ends_s), triton.cdiv(grad.shape[1], 64))](
             grad.contiguous(),
-            None if scores_TK is None else choice_R,
+            None if scores_TK is None else assignment_R,
             scores_TK,
             ends_s,
             grad_sO,
@@ -107,43 +81,10 @@ def add_bias_kernel(
 
 
 @triton.jit
-def bias_part_kernel(
-    p_grad,  # *dtype [T, D]
-    p_choice,  # *i64 [R]
-    p_bias,  # *dtype [s, D]
-    p_slot,  # *i32 [B]
-    p_first_row,  # *i32 [B]
-    p_ends,  # *i32 [s]
-    p_part,  # *f32 [R], written
-    num_slots,
-    TOP_K: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """`bias_part` of a row tile."""
-    slot = tl.load(p_slot + tl.program_id(0))
-    if slot >= num_slots:
-        return
-    rows = (tl.load(p_first_row + tl.program_id(0)) + tl.arange(0, BM)).to(tl.int64)
-    m_row = rows < tl.load(p_ends + slot)
-    tokens = (tl.load(p_choice + rows, mask=m_row, other=0).to(tl.int32) // TOP_K).to(tl.int64)
-    part = tl.zeros([BM], dtype=tl.float32)
-    for k in range(0, D, BK):
-        depth = k + tl.arange(0, BK)
-        # [BM, BK]
-        mask = m_row[:, None] & (depth < D)[None, :]
-        b_grad = tl.load(p_grad + tokens[:, None] * D + depth[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_bias = tl.load(p_bias + slot * D + depth, mask=depth < D, other=0.0).to(tl.float32)
-        part += tl.sum(b_grad * b_bias[None, :], 1)
-    tl.store(p_part + rows, part, mask=m_row)
-
-
-@triton.jit
 def bias_gradient_kernel(
-    p_grad,  # *dtype [R, OUT], or [T, OUT] with choices
-    p_choice,  # *i64 [R], or None
-    p_score,  # *f [T, K], or None; with choices only
+    p_grad,  # *dtype [R, OUT], or [T, OUT] if gathered
+    p_assignment,  # *i64 [R], or None
+    p_score,  # *f [T, K], or None; gathered only
     p_ends,  # *i32 [s]
     p_out,  # *dtype [s, OUT], written
     TOP_K: tl.constexpr,
@@ -162,10 +103,10 @@ def bias_gradient_kernel(
         m_row = rows < end
         sources = rows
         score = tl.full([BM], 1.0, dtype=tl.float32)
-        if p_choice is not None:
-            choices = tl.load(p_choice + rows, mask=m_row, other=0)
-            sources = (choices.to(tl.int32) // TOP_K).to(tl.int64)
-            score = tl.load(p_score + choices, mask=m_row, other=0.0).to(tl.float32)
+        if p_assignment is not None:
+            assignments = tl.load(p_assignment + rows, mask=m_row, other=0)
+            sources = (assignments.to(tl.int32) // TOP_K).to(tl.int64)
+            score = tl.load(p_score + assignments, mask=m_row, other=0.0).to(tl.float32)
         # [BM, BN]
         mask = m_row[:, None] & (cols < OUT)[None, :]
         b_grad = tl.load(p_grad + sources[:, None] * OUT + cols[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -27,7 +27,7 @@ def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pyt
 
 
 def test_every_tile_configuration_that_ships_is_checked() -> None:
-    from swiftmoe_lightning.ops.triton import tiles
+    from swiftmoe_lightning.ops.triton.fused import tiles
 
     shipped = {name for name, value in vars(tiles).items() if isinstance(value, tiles.MlpTiles)}
     for tiny in (True, False):

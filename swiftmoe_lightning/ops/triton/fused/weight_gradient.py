@@ -11,33 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftmoe_lightning.ops.triton.tiles import Rows, dot, dot_precision, load_block, tile_of_program
+from swiftmoe_lightning.ops.triton.fused.tiles import RowTiles, dot, dot_precision, load_block, tile_of_program
 
 
-def weight_gradient(left: Tensor, right: Tensor, rows: Rows, gathered: str = "") -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, tiles: RowTiles, gathered: str = "") -> Tensor:
     """The sum of left[row, :, None] * right[row, None, :] over each slot's rows; zero for a slot without.
 
     Args:
         left: [R, O], or gathered [T, O].
         right: [R, I], or gathered [T, I].
-        rows: where the rows come from.
-        gathered: "left" or "right" is [T, ...] and read through `rows.choice_R`; the other is [R, ...], by default
+        tiles: where the rows come from.
+        gathered: "left" or "right" is [T, ...] and read through `tiles.assignment_R`; the other is [R, ...], by default
             both.
 
     Returns:
         [s, O, I].
     """
-    (out_features, in_features), tile = (left.shape[1], right.shape[1]), rows.tiles.grad_weight
-    grad_sOI = torch.empty(len(rows.ends_s), out_features, in_features, dtype=left.dtype, device=left.device)
+    (out_features, in_features), tile = (left.shape[1], right.shape[1]), tiles.sizes.grad_weight
+    grad_sOI = torch.empty(len(tiles.ends_s), out_features, in_features, dtype=left.dtype, device=left.device)
     programs = triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.cols)
-    weight_gradient_kernel[(len(rows.ends_s) * programs,)](
+    weight_gradient_kernel[(len(tiles.ends_s) * programs,)](
         left,
         right,
-        rows.choice_R if gathered == "left" else None,
-        rows.choice_R if gathered == "right" else None,
-        rows.ends_s,
+        tiles.assignment_R if gathered == "left" else None,
+        tiles.assignment_R if gathered == "right" else None,
+        tiles.ends_s,
         grad_sOI,
-        TOP_K=rows.top_k,
+        TOP_K=tiles.top_k,
         OUT=out_features,
         IN=in_features,
         PRECISION=dot_precision(left.dtype),
@@ -48,10 +48,10 @@ def weight_gradient(left: Tensor, right: Tensor, rows: Rows, gathered: str = "")
 
 @triton.jit
 def weight_gradient_kernel(
-    p_left,  # *dtype [R, OUT], or [T, OUT] with choices
-    p_right,  # *dtype [R, IN], or [T, IN] with choices
-    p_left_choice,  # *i64 [R], or None
-    p_right_choice,  # *i64 [R], or None
+    p_left,  # *dtype [R, OUT], or [T, OUT] gathered
+    p_right,  # *dtype [R, IN], or [T, IN] gathered
+    p_left_assignment,  # *i64 [R], or None
+    p_right_assignment,  # *i64 [R], or None
     p_ends,  # *i32 [s]
     p_grad,  # *dtype [s, OUT, IN], written
     TOP_K: tl.constexpr,
@@ -77,13 +77,13 @@ def weight_gradient_kernel(
     b_grad = tl.zeros([BM, BN], dtype=tl.float32)
     # A slot without rows takes no step, and stores zeros. Whole steps need no mask of rows, which would slow all down.
     for first_row in range(start, last, BK):
-        b_left = load_rows(p_left, p_left_choice, first_row, end, outs, TOP_K, OUT, False, BK, OUT % BM != 0)
-        b_right = load_rows(p_right, p_right_choice, first_row, end, ins, TOP_K, IN, False, BK, IN % BN != 0)
+        b_left = load_rows(p_left, p_left_assignment, first_row, end, outs, TOP_K, OUT, False, BK, OUT % BM != 0)
+        b_right = load_rows(p_right, p_right_assignment, first_row, end, ins, TOP_K, IN, False, BK, IN % BN != 0)
         b_grad = dot(b_left.T, b_right, b_grad, PRECISION)
     if last < end:
         # Masked on both sides: 0 * nan is nan.
-        b_left = load_rows(p_left, p_left_choice, last, end, outs, TOP_K, OUT, True, BK, OUT % BM != 0)
-        b_right = load_rows(p_right, p_right_choice, last, end, ins, TOP_K, IN, True, BK, IN % BN != 0)
+        b_left = load_rows(p_left, p_left_assignment, last, end, outs, TOP_K, OUT, True, BK, OUT % BM != 0)
+        b_right = load_rows(p_right, p_right_assignment, last, end, ins, TOP_K, IN, True, BK, IN % BN != 0)
         b_grad = dot(b_left.T, b_right, b_grad, PRECISION)
     at_grad = p_grad + slot.to(tl.int64) * OUT * IN + outs[:, None] * IN + ins[None, :]
     tl.store(at_grad, b_grad.to(p_grad.dtype.element_ty), mask=(outs < OUT)[:, None] & (ins < IN)[None, :])
@@ -92,7 +92,7 @@ def weight_gradient_kernel(
 @triton.jit
 def load_rows(
     p_rows,
-    p_choice,
+    p_assignment,
     first_row,
     end,
     cols,
@@ -102,12 +102,12 @@ def load_rows(
     BK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[BK, len(cols)] from `first_row` on, gathered with choices. PARTIAL: rows from `end` on are zero. MASKED: columns
+    """[BK, len(cols)] from `first_row` on, gathered gathered. PARTIAL: rows from `end` on are zero. MASKED: columns
     from WIDTH on are."""
     rows = first_row + tl.arange(0, BK)
-    if p_choice is not None:
-        choice = load_block(p_choice + rows, rows < end, PARTIAL)
-        sources = (choice.to(tl.int32) // TOP_K).to(tl.int64)
+    if p_assignment is not None:
+        assignment = load_block(p_assignment + rows, rows < end, PARTIAL)
+        sources = (assignment.to(tl.int32) // TOP_K).to(tl.int64)
     else:
         sources = rows.to(tl.int64)
     mask = (rows < end)[:, None] & (cols < WIDTH)[None, :]

@@ -129,43 +129,42 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowTiles:
     """Where the rows come from, whose they are and how they are cut.
 
     All tensors are on the device, and the host waits for none.
 
     Attributes:
-        choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
+        assignment_R: [R] int, row r is of token assignment_R[r] // top_k.
         top_k: K.
         ends_s: [s] int32, the end of each slot's rows. Rows from ends_s[-1] on are unassigned.
         slot_B: [B] int32, the slot of each row tile; s: no tile.
         first_row_B: [B] int32, the first row of each tile.
         num_tiles: [1] int32, how many of the B there are.
         num_rows: R.
-        tiles: how the products cut them.
+        sizes: how the products cut them.
     """
 
-    choice_R: Tensor | None
+    assignment_R: Tensor
     top_k: int
     ends_s: Tensor
     slot_B: Tensor
     first_row_B: Tensor
     num_tiles: Tensor
     num_rows: int
-    tiles: MlpTiles
+    sizes: MlpTiles
 
 
-def map_rows(choice_R: Tensor | None, top_k: int, ends_s: Tensor, num_rows: int, tiles: MlpTiles) -> Rows:
+def cut_rows(assignment_R: Tensor, top_k: int, ends_s: Tensor, sizes: MlpTiles) -> RowTiles:
     """Cut the rows into tiles that no two slots share, without waiting: the host knows only a bound of their number.
 
     Args:
-        choice_R: [R] int, row r reads token choice_R[r] // top_k; None: row r reads row r.
+        assignment_R: [R] int, row r is of token assignment_R[r] // top_k.
         top_k: K.
         ends_s: [s] int32, the end of each slot's rows.
-        num_rows: R.
-        tiles: how the products cut them.
+        sizes: how the products cut them.
     """
-    num_slots, block = len(ends_s), tiles.up.rows
+    num_rows, num_slots, block = len(assignment_R), len(ends_s), sizes.up.rows
     max_tiles = triton.cdiv(num_rows, block) + num_slots
     slot_B, first_row_B = (torch.empty(max_tiles, dtype=torch.int32, device=ends_s.device) for _ in range(2))
     num_tiles = torch.empty(1, dtype=torch.int32, device=ends_s.device)
@@ -180,7 +179,7 @@ def map_rows(choice_R: Tensor | None, top_k: int, ends_s: Tensor, num_rows: int,
         SLOTS=triton.next_power_of_2(num_slots),
         TILES=32,
     )
-    return Rows(choice_R, top_k, ends_s, slot_B, first_row_B, num_tiles, num_rows, tiles)
+    return RowTiles(assignment_R, top_k, ends_s, slot_B, first_row_B, num_tiles, num_rows, sizes)
 
 
 @triton.jit
@@ -232,11 +231,11 @@ def rows_of_tile(p_first_row, row_tile, end, BM: tl.constexpr):
 
 
 @triton.jit
-def sources_of(rows, p_choice, TOP_K: tl.constexpr):
-    """[BM] int64: the token of each row, or the row itself without choices."""
+def sources_of(rows, p_assignment, TOP_K: tl.constexpr):
+    """[BM] int64: the token of each row, or the row itself if not gathered."""
     sources = rows
-    if p_choice is not None:
-        sources = (tl.load(p_choice + rows).to(tl.int32) // TOP_K).to(tl.int64)
+    if p_assignment is not None:
+        sources = (tl.load(p_assignment + rows).to(tl.int32) // TOP_K).to(tl.int64)
     return sources
 
 

@@ -1,8 +1,9 @@
 """Tokens to rows and back.
 
-T tokens, D model dim, K top-k, R rows. `rows` [T, K] holds the row of each choice, -1 if it has none; `choice` [R] is
-its inverse, -1 where a row is unassigned. A program takes a token, so each token is read once for its K rows. What
-does not exist is D = 0 columns wide (and not a mask of its own: Triton 3.9's interpreter cannot spread a scalar one).
+T tokens, D model dim, K top-k, R rows. `rows` [T, K] holds the row of each assignment, -1 if it has none; `assignment`
+[R] is its inverse, -1 where a row is unassigned. A program takes a token, so each token is read once for its K rows.
+What does not exist is D = 0 columns wide (and not a mask of its own: Triton 3.9's interpreter cannot spread a scalar
+one).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 from swiftmoe_lightning.ops.triton.launch import column_block, device_of
 
 
-def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """[R, D]: `reference.permute`."""
-    (num_tokens, top_k), num_rows, dim = rows_TK.shape, len(choice_R), x_TD.shape[1]
+def permute(x_TD: Tensor, assignment_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """[R, D]: `eager_permute`."""
+    (num_tokens, top_k), num_rows, dim = rows_TK.shape, len(assignment_R), x_TD.shape[1]
     out_RD = torch.empty(num_rows, dim, dtype=x_TD.dtype, device=x_TD.device)
     if out_RD.numel() == 0:
         return out_RD
@@ -27,7 +28,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
         permute_kernel[grid](
             x_TD.contiguous(),
             rows_TK.contiguous(),
-            choice_R.contiguous(),
+            assignment_R.contiguous(),
             out_RD,
             num_tokens,
             num_rows,
@@ -40,7 +41,7 @@ def permute(x_TD: Tensor, choice_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """[T, D]: `reference.gather_sum`."""
+    """[T, D]: `eager_gather_sum`."""
     (num_tokens, top_k), dim = rows_TK.shape, y_RD.shape[1]
     out_TD = torch.empty(num_tokens, dim, dtype=y_RD.dtype, device=y_RD.device)
     if out_TD.numel() == 0:
@@ -60,27 +61,10 @@ def gather_sum(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) 
     return out_TD
 
 
-def clear_tail(y_RD: Tensor, ends_s: Tensor) -> Tensor:
-    """Zero `y` from the last slot's end on, in place.
-
-    Args:
-        y_RD: [R, D], written.
-        ends_s: [s] int32, the end of each slot's rows.
-
-    Returns:
-        `y_RD`.
-    """
-    num_rows, dim = y_RD.shape
-    if y_RD.numel():
-        grid = (triton.cdiv(num_rows, 64), triton.cdiv(dim, 64))
-        clear_tail_kernel[grid](y_RD, ends_s, num_rows, len(ends_s), D=dim, BLOCK_R=64, BLOCK_D=64)
-    return y_RD
-
-
 def combine_backward(
-    grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, choice_R: Tensor, rows_TK: Tensor
+    grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, assignment_R: Tensor, rows_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """([R, D], [T, K]): `reference.combine_backward`."""
+    """([R, D], [T, K]): `eager_combine_backward`."""
     (num_tokens, top_k), (num_rows, dim) = rows_TK.shape, y_RD.shape
     grad_y_RD = torch.empty(num_rows, dim, dtype=y_RD.dtype, device=y_RD.device)
     grad_weights_TK = torch.empty(num_tokens, top_k, dtype=weights_TK.dtype, device=y_RD.device)
@@ -96,7 +80,7 @@ def combine_backward(
             y_RD.contiguous(),
             weights_TK.contiguous(),
             rows_TK.contiguous(),
-            choice_R.contiguous(),
+            assignment_R.contiguous(),
             grad_y_RD,
             grad_weights_TK,
             num_tokens,
@@ -114,7 +98,7 @@ def combine_backward(
 def permute_kernel(
     p_x,  # [T, D]
     p_rows,  # [T, K]
-    p_choice,  # [R]
+    p_assignment,  # [R]
     p_out,  # [R, D]
     num_tokens,
     num_rows,
@@ -133,7 +117,7 @@ def permute_kernel(
         tl.store(p_out + row * D + b_d, b_x, mask=b_d < tl.where(row >= 0, D, 0))
         # Program t also clears those of the rows t * K + k that are unassigned: no token writes them.
         spare = token * K + k
-        is_spare = tl.load(p_choice + spare, mask=spare < num_rows, other=0) < 0
+        is_spare = tl.load(p_assignment + spare, mask=spare < num_rows, other=0) < 0
         tl.store(p_out + spare * D + b_d, tl.zeros_like(b_x), mask=b_d < tl.where(is_spare, D, 0))
 
 
@@ -162,30 +146,12 @@ def gather_sum_kernel(
 
 
 @triton.jit
-def clear_tail_kernel(
-    p_y,  # [R, D]
-    p_ends,  # [s]
-    num_rows,
-    num_slots,
-    D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """`clear_tail` of a block of rows and columns."""
-    b_row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    b_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_tail = (b_row >= tl.load(p_ends + num_slots - 1)) & (b_row < num_rows)
-    zeros = tl.zeros([BLOCK_R, BLOCK_D], p_y.dtype.element_ty)
-    tl.store(p_y + b_row[:, None] * D + b_d[None, :], zeros, mask=is_tail[:, None] & (b_d < D)[None, :])
-
-
-@triton.jit
 def combine_backward_kernel(
     p_grad,  # [T, D]
     p_y,  # [R, D]
     p_weights,  # [T, K]
     p_rows,  # [T, K]
-    p_choice,  # [R]
+    p_assignment,  # [R]
     p_grad_y,  # [R, D]
     p_grad_weights,  # [T, K]
     num_tokens,
@@ -204,7 +170,7 @@ def combine_backward_kernel(
     b_weight = tl.load(p_weights + token * K + b_k, mask=b_row >= 0, other=0.0).to(tl.float32)
     # As in `permute_kernel`: the rows t * K + k that are unassigned.
     b_spare = token * K + b_k
-    is_spare = tl.load(p_choice + b_spare, mask=(b_k < K) & (b_spare < num_rows), other=0) < 0
+    is_spare = tl.load(p_assignment + b_spare, mask=(b_k < K) & (b_spare < num_rows), other=0) < 0
     # [BLOCK_K, BLOCK_D]
     b_dot = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):

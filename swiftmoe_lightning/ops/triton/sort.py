@@ -1,7 +1,8 @@
 """A stable counting sort of assignments by key, in three launches and without a wait for the host.
 
-N choices, G groups, B blocks of choices. A choice's place is: the choices of lower groups, those of its group in
-earlier blocks, those of its group earlier in its block. Keys outside 0..G-1 sort as one more group, at the end.
+N assignments, G groups, B blocks of assignments. The place of one is: the assignments of lower groups, those of its
+group in earlier blocks, those of its group earlier in its block. What is outside 0..G-1 sorts as one more group, at
+the end.
 """
 
 from __future__ import annotations
@@ -13,34 +14,35 @@ from torch import Tensor
 
 from swiftmoe_lightning.ops.triton.launch import device_of
 
-# A rank costs BLOCK comparisons per choice, the table of counts G * N / BLOCK numbers: 128 keeps both small.
+# A rank costs BLOCK comparisons per assignment, the table of counts G * N / BLOCK numbers: 128 keeps both small.
 BLOCK = 128
 
 
-def sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """([N], [N], [G], [G]), all int32: `reference.sort_choices`."""
-    num_assignments = len(key_N)
-    choice_N, row_N = (torch.empty(num_assignments, dtype=torch.int32, device=key_N.device) for _ in range(2))
-    counts_G, ends_G = (torch.empty(num_groups, dtype=torch.int32, device=key_N.device) for _ in range(2))
+def sort(group_TK: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """([N], [T, K], [G], [G]), all int32: `eager_sort`."""
+    num_assignments, device = group_TK.numel(), group_TK.device
+    assignment_N = torch.empty(num_assignments, dtype=torch.int32, device=device)
+    rows_TK = torch.empty(group_TK.shape, dtype=torch.int32, device=device)
+    counts_G, ends_G = (torch.empty(num_groups, dtype=torch.int32, device=device) for _ in range(2))
     if num_assignments == 0:
-        return choice_N, row_N, counts_G.zero_(), ends_G.zero_()
-    key_N = key_N.contiguous()
+        return assignment_N, rows_TK, counts_G.zero_(), ends_G.zero_()
+    group_TK = group_TK.contiguous()
     num_blocks = triton.cdiv(num_assignments, BLOCK)
     num_cells = (num_groups + 1) * num_blocks
-    counts_GB, sums_GB = (torch.empty(num_cells, dtype=torch.int32, device=key_N.device) for _ in range(2))
-    # Two bins more than groups: unassigned choices, and what the last block has beyond N.
+    counts_GB, sums_GB = (torch.empty(num_cells, dtype=torch.int32, device=device) for _ in range(2))
+    # Two bins more than groups: unassigned ones, and what the last block has beyond N.
     num_bins = triton.next_power_of_2(num_groups + 2)
-    with device_of(key_N):
+    with device_of(group_TK):
         count_kernel[(num_blocks,)](
-            key_N, counts_GB, num_assignments, num_groups, BLOCK=BLOCK, NUM_BINS=num_bins, num_warps=4
+            group_TK, counts_GB, num_assignments, num_groups, BLOCK=BLOCK, NUM_BINS=num_bins, num_warps=4
         )
         torch.cumsum(counts_GB, 0, dtype=torch.int32, out=sums_GB)
         place_kernel[(num_blocks,)](
-            key_N,
+            group_TK,
             counts_GB,
             sums_GB,
-            choice_N,
-            row_N,
+            assignment_N,
+            rows_TK,
             counts_G,
             ends_G,
             num_assignments,
@@ -49,39 +51,39 @@ def sort_choices(key_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor
             NUM_BINS=num_bins,
             num_warps=4,
         )
-    return choice_N, row_N, counts_G, ends_G
+    return assignment_N, rows_TK, counts_G, ends_G
 
 
 @triton.jit
-def _load_group(p_key, b_i, num_assignments, num_groups):
-    """The group of each choice: G for unassigned, G + 1 beyond N."""
-    b_key = tl.load(p_key + b_i, mask=b_i < num_assignments, other=-1)
+def _load_group(p_group, b_i, num_assignments, num_groups):
+    """The group of each assignment: G for unassigned, G + 1 beyond N."""
+    b_key = tl.load(p_group + b_i, mask=b_i < num_assignments, other=-1)
     b_group = tl.where((b_key >= 0) & (b_key < num_groups), b_key, num_groups).to(tl.int32)
     return tl.where(b_i < num_assignments, b_group, num_groups + 1)
 
 
 @triton.jit
 def count_kernel(
-    p_key,  # [N]
+    p_group,  # [N]
     p_counts,  # [G + 1, B]
     num_assignments,
     num_groups,
     BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
-    """How many choices of a block are of each group."""
+    """How many assignments of a block are of each group."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
-    b_group = _load_group(p_key, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_groups)
+    b_group = _load_group(p_group, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_groups)
     b_bin = tl.arange(0, NUM_BINS)
     tl.store(p_counts + b_bin * num_blocks + block, tl.histogram(b_group, NUM_BINS), mask=b_bin <= num_groups)
 
 
 @triton.jit
 def place_kernel(
-    p_key,  # [N]
+    p_group,  # [N]
     p_counts,  # [G + 1, B]
     p_sums,  # [G + 1, B], inclusive sums of the counts
-    p_choice,  # [N]
+    p_assignment,  # [N]
     p_row,  # [N]
     p_counts_out,  # [G]
     p_ends,  # [G]
@@ -90,23 +92,23 @@ def place_kernel(
     BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
-    """The rows of a block's choices; and, in the first block, each group's rows and where they end."""
+    """The rows of a block's assignments; and, in the first block, each group's rows and where they end."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     b_i = block * BLOCK + tl.arange(0, BLOCK)
     m_i = b_i < num_assignments
-    b_group = _load_group(p_key, b_i, num_assignments, num_groups)
+    b_group = _load_group(p_group, b_i, num_assignments, num_groups)
     b_rank = tl.zeros([BLOCK], tl.int32)
     # In parts, since a [BLOCK, BLOCK] tile would not fit the registers.
     PART: tl.constexpr = 32
     for start in tl.static_range(0, BLOCK, PART):
         b_j = block * BLOCK + start + tl.arange(0, PART)
-        b_other = _load_group(p_key, b_j, num_assignments, num_groups)
+        b_other = _load_group(p_group, b_j, num_assignments, num_groups)
         b_earlier = (b_other[None, :] == b_group[:, None]) & (b_j[None, :] < b_i[:, None])
         b_rank += tl.sum(b_earlier.to(tl.int32), axis=1)
     b_cell = b_group * num_blocks + block
     b_place = tl.load(p_sums + b_cell, mask=m_i, other=0) - tl.load(p_counts + b_cell, mask=m_i, other=0) + b_rank
     is_assigned = b_group < num_groups
-    tl.store(p_choice + b_place, tl.where(is_assigned, b_i, -1), mask=m_i)
+    tl.store(p_assignment + b_place, tl.where(is_assigned, b_i, -1), mask=m_i)
     tl.store(p_row + b_i, tl.where(is_assigned, b_place, -1), mask=m_i)
     if block == 0:
         b_bin = tl.arange(0, NUM_BINS)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftmoe_lightning.ops import ACTIVATIONS, expert_mlp, grouped, reference
+from swiftmoe_lightning.ops import ACTIVATIONS, expert_mlp, grouped
 from tests.ops.cases import assert_close, gradients, leaves, loop_mlp, make_weights
 
 COUNTS = [[3, 0, 5], [0, 0, 4], [1], [0, 7, 0, 1], [0, 0], [17, 2]]
@@ -61,23 +61,23 @@ def test_any_sizes_equal_a_loop_over_rows(counts, dim, hidden_dim, activation, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_grouped_path_is_taken_where_it_can_be_and_equals_the_reference(dtype, monkeypatch):
+def test_the_grouped_matmul_is_used_where_it_can_be_and_equals_the_eager_version(dtype, monkeypatch):
     x_RI, weight_sOI = torch.randn(6, 16).to(dtype), torch.randn(3, 8, 16).to(dtype)
     ends_s = torch.tensor([2, 2, 6], dtype=torch.int32)
-    expected = reference.grouped_linear(x_RI, weight_sOI, ends_s)
-    monkeypatch.setattr(reference, "grouped_linear", None)
+    expected = grouped.eager_grouped_linear(x_RI, weight_sOI, ends_s)
+    monkeypatch.setattr(grouped, "eager_grouped_linear", None)
     assert_close(grouped.grouped_linear(x_RI, weight_sOI, ends_s), expected)
 
 
 # With and without rows that are unassigned.
 @pytest.mark.parametrize("ends", [(2, 2, 3), (1, 1, 2)])
-def test_reference_gradients_pass_gradcheck_and_equal_the_written_ones(ends):
+def test_eager_gradients_pass_gradcheck_and_equal_the_written_ones(ends):
     ends_s = torch.tensor(ends, dtype=torch.int32)
     inputs = tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(3, 4), (3, 2, 4)])
-    assert torch.autograd.gradcheck(lambda x, w: reference.grouped_linear(x, w, ends_s), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: grouped.eager_grouped_linear(x, w, ends_s), inputs)
     grad_RO = torch.randn(3, 2, dtype=torch.float64)
-    expected = torch.autograd.grad(reference.grouped_linear(*inputs, ends_s), inputs, grad_RO)
-    for found, gradient in zip(reference.grouped_linear_backward(grad_RO, *inputs, ends_s), expected, strict=True):
+    expected = torch.autograd.grad(grouped.eager_grouped_linear(*inputs, ends_s), inputs, grad_RO)
+    for found, gradient in zip(grouped.eager_grouped_linear_backward(grad_RO, *inputs, ends_s), expected, strict=True):
         assert_close(found, gradient)
 
 
@@ -108,7 +108,7 @@ def test_rows_that_are_unassigned_change_nothing(wrap, dtype, sizes):
         assert_close(found_gradients[name], gradient)
 
 
-@pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["reference", "grouped"])
+@pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["eager", "grouped"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_poison_in_one_experts_rows_or_weights_shows_there_and_nowhere_else(sizes, activation):
     dim, hidden_dim = sizes
@@ -130,7 +130,7 @@ def test_poison_in_one_experts_rows_or_weights_shows_there_and_nowhere_else(size
         assert weight.grad[1].isfinite().all()
 
 
-@pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["reference", "grouped"])
+@pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["eager", "grouped"])
 def test_slots_without_rows_get_zero_gradients(sizes):
     (_, found), _ = run_both([0, 4, 0], *sizes, "swiglu", True, torch.float32)
     for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):

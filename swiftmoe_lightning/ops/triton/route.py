@@ -1,4 +1,4 @@
-"""From logits to choices, weights and the sums of the router's losses, and back, reading the logits once each way.
+"""From logits to experts, weights and the sums of the router's losses, and back, reading the logits once each way.
 
 T tokens, E experts, K top-k, B blocks of tokens. The products of each block land in a row of its own, and torch sums
 the rows: the same bits every time. Sums are float32.
@@ -20,7 +20,7 @@ _TILE = 2048
 def route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """([T, K], [T, K], [E], [E], []): `reference.route`."""
+    """([T, K], [T, K], [E], [E], []): `eager_route`."""
     num_tokens, num_experts = logits_TE.shape
     device = logits_TE.device
     block_e, block_t, num_blocks = _blocks(num_tokens, num_experts)
@@ -43,7 +43,7 @@ def route(
                 E=num_experts,
                 K=top_k,
                 SOFTMAX=score == "softmax",
-                RENORMALISE=renormalize,
+                RENORMALIZE=renormalize,
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
                 BLOCK_K=triton.next_power_of_2(top_k),
@@ -61,7 +61,7 @@ def route_backward(
     score: str,
     renormalize: bool,
 ) -> Tensor:
-    """[T, E]: `reference.route_backward`."""
+    """[T, E]: `eager_route_backward`."""
     num_tokens, num_experts = logits_TE.shape
     block_e, block_t, num_blocks = _blocks(num_tokens, num_experts)
     grad_TE = torch.empty(num_tokens, num_experts, dtype=logits_TE.dtype, device=logits_TE.device)
@@ -78,7 +78,7 @@ def route_backward(
                 E=num_experts,
                 K=ids_TK.shape[1],
                 SOFTMAX=score == "softmax",
-                RENORMALISE=renormalize,
+                RENORMALIZE=renormalize,
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
                 num_warps=8,
@@ -131,7 +131,7 @@ def route_kernel(
     E: tl.constexpr,
     K: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    RENORMALISE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,24 +150,24 @@ def route_kernel(
     tl.store(p_probs + block * E + b_e, tl.sum(tl.where(m, b_probs, 0.0), axis=0), mask=b_e < E)
     tl.store(p_squares + block, tl.sum(tl.where(b_t < num_tokens, b_lse * b_lse, 0.0), axis=0))
 
-    b_choice = b_scores
+    b_biased = b_scores
     if p_bias is not None:
-        b_choice += tl.load(p_bias + b_e, mask=b_e < E, other=0.0).to(tl.float32)[None, :]
-    b_choice = tl.where(b_e[None, :] < E, b_choice, -float("inf"))
+        b_biased += tl.load(p_bias + b_e, mask=b_e < E, other=0.0).to(tl.float32)[None, :]
+    b_biased = tl.where(b_e[None, :] < E, b_biased, -float("inf"))
     # [BLOCK_T, BLOCK_K]
     b_ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_weights = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for k in tl.static_range(K):
         # The first of equals. With nan scores any expert may come, but always one of E.
-        b_best = tl.minimum(tl.argmax(b_choice, axis=1), E - 1)
+        b_best = tl.minimum(tl.argmax(b_biased, axis=1), E - 1)
         is_best = b_e[None, :] == b_best[:, None]
         b_score = tl.sum(tl.where(is_best, b_scores, 0.0), axis=1)
         b_ids = tl.where(b_k[None, :] == k, b_best[:, None], b_ids)
         b_weights = tl.where(b_k[None, :] == k, b_score[:, None], b_weights)
         b_chosen += is_best.to(tl.int32)
-        b_choice = tl.where(is_best, -float("inf"), b_choice)
-    if RENORMALISE:
+        b_biased = tl.where(is_best, -float("inf"), b_biased)
+    if RENORMALIZE:
         b_weights, _ = _shares(b_weights)
     m_tk = (b_t[:, None] < num_tokens) & (b_k[None, :] < K)
     tl.store(p_ids + b_t[:, None] * K + b_k[None, :], b_ids, mask=m_tk)
@@ -187,7 +187,7 @@ def route_backward_kernel(
     E: tl.constexpr,
     K: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    RENORMALISE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -209,7 +209,7 @@ def route_backward_kernel(
         is_chosen = b_e[None, :] == b_id[:, None]
         b_grad = tl.where(is_chosen, b_grad_weight[:, None], b_grad)
         b_chosen = b_chosen | is_chosen
-    if RENORMALISE:
+    if RENORMALIZE:
         b_raw = tl.where(b_chosen, b_scores, 0.0)
         b_weights, b_sum = _shares(b_raw)
         # Below the clamp the divisor is a constant.

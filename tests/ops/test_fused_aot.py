@@ -47,7 +47,7 @@ def forward_and_backward(sizes, activation, bias, dtype):
     routing = [meta(tokens * top_k), meta(tokens, top_k), meta(slots)]
     inputs = [x_TD, scores_TK, *(t.to(torch.int32) for t in routing)]
     # The operators' bodies: given a meta tensor, an operator runs its fake.
-    forward, down, up = (op._init_fn for op in (fused._fused_mlp, fused._down_backward, fused._up_backward))
+    forward, down, up = (op._init_fn for op in (fused._fused, fused._down_backward, fused._up_backward))
     second = (weights["down_proj"], second_bias)
     out, z_RO = forward(*inputs, weights[first], first_bias, *second, activation, True)
     down(torch.empty_like(out), *inputs[1:], *second, z_RO, activation, [True, True, bias])

@@ -3,11 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from swiftmoe_lightning.ops import ACTIVATIONS, activate
-from tests.ops.cases import assert_close, assert_triton_equals_reference, gradients
+from tests.ops.cases import assert_close, assert_triton_equals_eager, gradients
 
 
-def plain(z_RF, activation):
-    """By autograd alone."""
+def by_autograd(z_RF, activation):
     if activation == "swiglu":
         gate_RF, up_RF = z_RF.chunk(2, dim=-1)
         return F.silu(gate_RF) * up_RF
@@ -19,9 +18,9 @@ def values(num_rows, width, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_reference_equals_torchs_functions(activation):
+def test_the_eager_version_equals_torchs_functions(activation):
     z_RF = values(9, 6, torch.float64).requires_grad_()
-    found, expected = activate(z_RF, activation), plain(z_RF, activation)
+    found, expected = activate(z_RF, activation), by_autograd(z_RF, activation)
     assert_close(found, expected)
     assert_close(gradients(found, {"z": z_RF})["z"], gradients(expected, {"z": z_RF})["z"])
     assert torch.autograd.gradcheck(lambda z: activate(z, activation), z_RF)
@@ -31,13 +30,13 @@ def test_the_reference_equals_torchs_functions(activation):
 @pytest.mark.parametrize("sizes", [(0, 4), (1, 1), (7, 33), (40, 64), (3, 1030)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_tritons_activations_equal_the_reference(sizes, dtype, activation):
+def test_tritons_activations_equal_the_eager_ones(sizes, dtype, activation):
     num_rows, dim = sizes
     z_RF = values(num_rows, 2 * dim if activation == "swiglu" else dim, dtype)
-    assert_triton_equals_reference(activate, {"z": z_RF}, activation)
+    assert_triton_equals_eager(activate, {"z": z_RF}, activation)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_values_and_poison_stay_in_their_place(activation):
     z_RF = torch.tensor([[-200.0, 1.0], [60.0, 1.0], [float("nan"), 1.0], [0.5, 1.0]], requires_grad=True)
@@ -48,7 +47,7 @@ def test_large_values_and_poison_stay_in_their_place(activation):
     assert z_RF.grad[finite].isfinite().all()
     assert out_RF[2, 0].isnan()
     assert z_RF.grad[2, 0].isnan()
-    assert_close(out_RF[finite], plain(z_RF[finite], activation))
+    assert_close(out_RF[finite], by_autograd(z_RF[finite], activation))
 
 
 def test_an_unknown_activation_is_refused():

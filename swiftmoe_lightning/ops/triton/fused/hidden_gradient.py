@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from swiftmoe_lightning.ops.triton.activation import silu_and_slope, value_and_slope
-from swiftmoe_lightning.ops.triton.launch import tiles_of
-from swiftmoe_lightning.ops.triton.tiles import (
-    Rows,
+from swiftmoe_lightning.ops.triton.fused.tiles import (
+    RowTiles,
     column_halves,
     dot,
     dot_precision,
@@ -26,10 +25,11 @@ from swiftmoe_lightning.ops.triton.tiles import (
     sources_of,
     tile_of_program,
 )
+from swiftmoe_lightning.ops.triton.launch import tiles_of
 
 
 def hidden_gradient(
-    grad: Tensor, scores_TK: Tensor | None, weight_sDF: Tensor, z_RO: Tensor, rows: Rows, activation: str
+    grad: Tensor, scores_TK: Tensor | None, weight_sDF: Tensor, z_RO: Tensor, tiles: RowTiles, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of Z, from dY, or with `scores_TK` from dO, gathered and weighted on the way in.
 
@@ -38,38 +38,38 @@ def hidden_gradient(
         scores_TK: [T, K], the router's weights w.
         weight_sDF: [s, D, F], the second matrix.
         z_RO: [R, O], before the activation.
-        rows: where the rows come from.
+        tiles: where the rows come from.
         activation: one of `ACTIVATIONS`.
 
     Returns:
         dZ [R, O], w * A [R, F] (A without scores) and, with scores, [C + 1, R] float32 with a row for the bias: the
         parts of each row's <dO, Y>, which is its score's gradient. Unassigned rows are not written.
     """
-    (num_slots, dim, hidden_dim), tile = weight_sDF.shape, rows.tiles.grad_hidden
+    (num_slots, dim, hidden_dim), tile = weight_sDF.shape, tiles.sizes.grad_hidden
     weight = tiles_of(weight_sDF, (1, tile.depth, tile.cols))
     num_col_tiles = triton.cdiv(hidden_dim, tile.cols)
     dz_RO = torch.empty(z_RO.shape, dtype=z_RO.dtype, device=z_RO.device)
-    a_RF = torch.empty(rows.num_rows, hidden_dim, dtype=z_RO.dtype, device=z_RO.device)
+    a_RF = torch.empty(tiles.num_rows, hidden_dim, dtype=z_RO.dtype, device=z_RO.device)
     parts = None
     if scores_TK is not None:
-        parts = torch.empty(num_col_tiles + 1, rows.num_rows, dtype=torch.float32, device=grad.device)
-    hidden_gradient_kernel[(len(rows.slot_B) * num_col_tiles,)](
+        parts = torch.empty(num_col_tiles + 1, tiles.num_rows, dtype=torch.float32, device=grad.device)
+    hidden_gradient_kernel[(len(tiles.slot_B) * num_col_tiles,)](
         grad,
-        None if scores_TK is None else rows.choice_R,
+        None if scores_TK is None else tiles.assignment_R,
         scores_TK,
         weight_sDF if weight is None else weight,
         z_RO,
-        rows.slot_B,
-        rows.first_row_B,
-        rows.ends_s,
+        tiles.slot_B,
+        tiles.first_row_B,
+        tiles.ends_s,
         dz_RO,
         a_RF,
         parts,
-        rows.num_rows,
+        tiles.num_rows,
         num_slots,
-        len(rows.slot_B),
+        len(tiles.slot_B),
         TMA=weight is not None,
-        TOP_K=rows.top_k,
+        TOP_K=tiles.top_k,
         D=dim,
         F=hidden_dim,
         ACTIVATION=activation,
@@ -78,25 +78,6 @@ def hidden_gradient(
         **tile.arguments(),
     )
     return dz_RO, a_RF, parts
-
-
-def score_gradient(parts: Tensor, rows_TK: Tensor, dtype: torch.dtype, with_bias: bool) -> Tensor:
-    """The gradient of the router's weights, zero for a choice without a row.
-
-    Args:
-        parts: [C + 1, R] float32, parts of each row's gradient, as `hidden_gradient` gives them.
-        rows_TK: [T, K] int, the row of each choice, -1 if none.
-        dtype: the result's.
-        with_bias: whether the last part counts.
-
-    Returns:
-        [T, K].
-    """
-    grad_TK = torch.empty(rows_TK.shape, dtype=dtype, device=rows_TK.device)
-    num_parts = len(parts) if with_bias else len(parts) - 1
-    grid = (triton.cdiv(rows_TK.numel(), 256),)
-    score_gradient_kernel[grid](parts, rows_TK, grad_TK, parts.shape[1], rows_TK.numel(), PARTS=num_parts, BLOCK=256)
-    return grad_TK
 
 
 @triton.jit
@@ -169,9 +150,9 @@ def finish_split(
 
 @triton.jit
 def hidden_gradient_kernel(
-    p_grad,  # *dtype [R, D], or [T, D] with choices
-    p_choice,  # *i64 [R], or None
-    p_score,  # *f [T, K], or None; with choices only
+    p_grad,  # *dtype [R, D], or [T, D] gathered
+    p_assignment,  # *i64 [R], or None
+    p_score,  # *f [T, K], or None; gathered only
     p_weight,  # *dtype [s, D, F], or if TMA a descriptor of it
     p_z,  # *dtype [R, O]
     p_slot,  # *i32 [B]
@@ -203,7 +184,7 @@ def hidden_gradient_kernel(
         return
     # [BM]
     rows, m_row = rows_of_tile(p_first_row, row_tile, tl.load(p_ends + slot), BM)
-    sources = sources_of(rows, p_choice, TOP_K)
+    sources = sources_of(rows, p_assignment, TOP_K)
     first_col = col_tile * BN
     cols = first_col + tl.arange(0, BN)
     depth = tl.arange(0, BK)
@@ -222,21 +203,8 @@ def hidden_gradient_kernel(
         b_grad = dot(b_y, b_weight, b_grad, PRECISION)
     score = tl.full([BM], 1.0, dtype=tl.float32)
     if p_score is not None:
-        score = tl.load(p_score + tl.load(p_choice + rows)).to(tl.float32)
+        score = tl.load(p_score + tl.load(p_assignment + rows)).to(tl.float32)
     # In column parts, one after the other: all at once they do not fit the registers beside the product.
     part = finish_split(b_grad, score, rows, m_row, first_col, p_z, p_dz, p_a, F, ACTIVATION, SPLIT, BM, BN)
     if p_parts is not None:
         tl.store(p_parts + col_tile.to(tl.int64) * num_rows + rows, part, mask=m_row)
-
-
-@triton.jit
-def score_gradient_kernel(p_parts, p_rows, p_grad, num_rows, num_assignments, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """`score_gradient` of BLOCK choices."""
-    # [BLOCK]
-    choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(p_rows + choices, mask=choices < num_assignments, other=-1).to(tl.int64)
-    b_grad = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(PARTS):
-        b_grad += tl.load(p_parts + rows, mask=rows >= 0, other=0.0)
-        p_parts += num_rows
-    tl.store(p_grad + choices, b_grad.to(p_grad.dtype.element_ty), mask=choices < num_assignments)

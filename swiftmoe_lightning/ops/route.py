@@ -1,0 +1,210 @@
+"""The router's operation: from logits to experts, weights and what the router's losses sum.
+
+T tokens, E experts, K top-k.
+"""
+
+# No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.config import check_choice
+from swiftmoe_lightning.ops.backend import uses_triton
+from swiftmoe_lightning.ops.common import refuse_second_derivative, save_nothing, sum_dtype
+
+SCORES: Final = ("softmax", "sigmoid")
+# What a sum of scores is at least, when it divides: a token of zero scores has zero shares, not nan.
+_MIN_SUM: Final = 1e-20
+
+
+class Routed(NamedTuple):
+    """What `route` returns. Floats are float32 (float64 for float64 logits), and have gradients.
+
+    Attributes:
+        weights_TK: [T, K].
+        expert_ids_TK: [T, K] int64.
+        prob_sums_E: [E], sums over tokens of the scores as shares (for the auxiliary loss).
+        counts_E: [E] int64, assignments to each expert.
+        square_sum: [], sum over tokens of the squared log-sum-exp of the logits (for the z-loss).
+    """
+
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+    prob_sums_E: Tensor
+    counts_E: Tensor
+    square_sum: Tensor
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool) -> Routed:
+    """Choose experts by logits, as `TopKRouter` does, and sum what its losses need.
+
+    Of equal scores the Triton path takes the lower expert id; torch's `topk` may take any. With logits that are not
+    finite the ids are some of 0..E-1.
+
+    Args:
+        logits_TE: [T, E] floating.
+        bias_E: [E], added to the scores where experts are chosen, and to no weight; no gradient.
+        top_k: K.
+        score: "softmax" or "sigmoid".
+        renormalize: divide a token's K weights by their sum.
+
+    Raises:
+        ValueError: for a score that is not one of `SCORES`, or top_k outside 1..E.
+    """
+    check_choice("score", score, SCORES)
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k must be in 1..num_experts={logits_TE.shape[1]}, got {top_k}.")
+    return Routed(*_route(logits_TE, bias_E, top_k, score, renormalize))
+
+
+def eager_route(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Choose experts by logits: see `route`.
+
+    Returns:
+        (weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
+    """
+    wide_TE = logits_TE.to(sum_dtype(logits_TE))
+    scores_TE, probs_TE, _ = _scores(wide_TE, score)
+    biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    ids_TK = biased_TE.topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(-1, ids_TK)
+    if renormalize:
+        weights_TK, _ = _shares(weights_TK)
+    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
+    counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+    return weights_TK, ids_TK, probs_TE.sum(0), counts_E, wide_TE.logsumexp(-1).square().sum()
+
+
+def eager_route_backward(
+    grad_weights_TK: Tensor,
+    grad_probs_E: Tensor,
+    grad_square: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    score: str,
+    renormalize: bool,
+) -> Tensor:
+    """The gradient of the logits, [T, E].
+
+    Args:
+        grad_weights_TK: [T, K], of the weights.
+        grad_probs_E: [E], of the sums of probs.
+        grad_square: [], of the sum of squares.
+        logits_TE: what `route` took.
+        ids_TK: what it chose.
+        score: one of `SCORES`.
+        renormalize: as `route` took it.
+    """
+    wide_TE = logits_TE.to(sum_dtype(logits_TE))
+    scores_TE, probs_TE, sum_T1 = _scores(wide_TE, score)
+    if renormalize:
+        raw_TK = scores_TE.gather(-1, ids_TK)
+        weights_TK, divisor_T1 = _shares(raw_TK)
+        grad_weights_TK = _shares_backward(grad_weights_TK, weights_TK, divisor_T1)
+    grad_TE = torch.zeros_like(wide_TE).scatter_(-1, ids_TK, grad_weights_TK.to(wide_TE.dtype))
+    softmax_TE = wide_TE.softmax(-1)
+    if score == "softmax":
+        grad_TE += grad_probs_E
+        grad_TE = softmax_TE * (grad_TE - (grad_TE * softmax_TE).sum(-1, keepdim=True))
+    else:
+        grad_TE += _shares_backward(grad_probs_E.expand_as(probs_TE), probs_TE, sum_T1)
+        grad_TE = grad_TE * scores_TE * (1 - scores_TE)
+    grad_TE += 2 * grad_square * wide_TE.logsumexp(-1, keepdim=True) * softmax_TE
+    return grad_TE.to(logits_TE.dtype)
+
+
+def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, scores as shares, what divided them [T, 1])."""
+    if score == "softmax":
+        scores_TE = logits_TE.softmax(-1)
+        return scores_TE, scores_TE, torch.ones_like(scores_TE[:, :1])
+    scores_TE = logits_TE.sigmoid()
+    return scores_TE, *_shares(scores_TE)
+
+
+def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:
+    divisor = scores.sum(-1, keepdim=True).clamp(min=_MIN_SUM)
+    return scores / divisor, divisor
+
+
+def _shares_backward(grad: Tensor, shares: Tensor, divisor: Tensor) -> Tensor:
+    """At the clamp the divisor is a constant, or nearly: then the shares' sum is no more than what rounding leaves."""
+    mean = (grad * shares).sum(-1, keepdim=True).masked_fill(divisor <= _MIN_SUM, 0.0)
+    return (grad - mean) / divisor
+
+
+@torch.library.custom_op("swiftmoe::route", mutates_args=())
+def _route(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if uses_triton(logits_TE):
+        from swiftmoe_lightning.ops.triton import route as kernels
+
+        return kernels.route(logits_TE, bias_E, top_k, score, renormalize)
+    return eager_route(logits_TE, bias_E, top_k, score, renormalize)
+
+
+@_route.register_fake
+def _(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (num_tokens, num_experts), wide = logits_TE.shape, sum_dtype(logits_TE)
+    return (
+        logits_TE.new_empty(num_tokens, top_k, dtype=wide),
+        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64),
+        logits_TE.new_empty(num_experts, dtype=wide),
+        logits_TE.new_empty(num_experts, dtype=torch.int64),
+        logits_TE.new_empty((), dtype=wide),
+    )
+
+
+@torch.library.custom_op("swiftmoe::route_backward", mutates_args=())
+def _route_backward(
+    grad_weights_TK: Tensor,
+    grad_probs_E: Tensor,
+    grad_square: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    score: str,
+    renormalize: bool,
+) -> Tensor:
+    inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK, score, renormalize)
+    if uses_triton(logits_TE):
+        from swiftmoe_lightning.ops.triton import route as kernels
+
+        return kernels.route_backward(*inputs)
+    return eager_route_backward(*inputs)
+
+
+@_route_backward.register_fake
+def _(
+    grad_weights_TK: Tensor,
+    grad_probs_E: Tensor,
+    grad_square: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    score: str,
+    renormalize: bool,
+) -> Tensor:
+    return logits_TE.new_empty(logits_TE.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_TE, _, _, ctx.score, ctx.renormalize = inputs
+    _, ids_TK, _, _, _ = output
+    ctx.save_for_backward(logits_TE, ids_TK)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    grad_weights_TK, _, grad_probs_E, _, grad_square = grads
+    logits_TE, ids_TK = ctx.saved_tensors
+    inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK)
+    return _route_backward(*inputs, ctx.score, ctx.renormalize), None, None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_save_for_backward)
+_route_backward.register_autograd(refuse_second_derivative, setup_context=save_nothing)

@@ -1,0 +1,1 @@
+"""The fused experts: gather, products, activation and weighting in few kernels, forward and backward."""
