@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
@@ -94,7 +95,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
             self._names.append(names_of(module))
             engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
             self._engines.append(engine)
-            self._adopt_scaler(engine)
+            self._share_scaler(engine)
         else:
             engine.attach(module)
         device_ids = self._determine_ddp_device_ids()
@@ -129,14 +130,15 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
                 engine.prepare_optimizer(optimizer)
         return optimizer
 
-    def _adopt_scaler(self, engine: SwiftMoEEngine) -> None:
-        """Let ranks skip a step together, though each sees the gradients of its own rows."""
+    def _share_scaler(self, engine: SwiftMoEEngine) -> None:
+        """Let ranks skip a step together, though each sees the gradients of its own rows. The user's plugin stays."""
         plugin = self.precision
         if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not engine.layers:
             return
         if isinstance(plugin.scaler, ShardedGradScaler):
             raise ValueError("at precision='16-mixed' one model with experts can be set up. Use 'bf16-mixed' for more.")
-        plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
+        self.precision = copy.copy(plugin)
+        self.precision.scaler = engine.scaler_like(plugin.scaler, plugin.device)
 
     def _engine_of(self, module: nn.Module) -> SwiftMoEEngine | None:
         inner = module.module if isinstance(module, DistributedDataParallel) else module

@@ -1,14 +1,17 @@
-"""Precisions train as on one process; a compiled module does not recompile from step to step."""
+"""Every precision trains as on one process, and the user's plugin stays as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor
+from torch.optim import Optimizer
 
 import swiftmoe_lightning as sml
 from tests.engine import models
@@ -62,6 +65,63 @@ def test_16_mixed_scales_and_skips_as_under_ddp() -> None:
     ):
         assert (scale, name) == (ddp_scale, "ShardedGradScaler")
         assert_close(state, ddp_state, 1e-3)
+
+
+class HalvesGradients(DoublePrecision):
+    """A user's plugin whose clipping is its own, with settings and a mutable count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.num_clips = 0.5, 0
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self.num_clips += 1
+        for parameter in self.main_params(optimizer):
+            assert parameter.grad is not None
+            parameter.grad.mul_(self.factor)
+
+
+def fit_with_own_plugin(world_size: int, strategy: str, make: Callable[[], Precision]) -> dict[str, Tensor]:
+    """Whatever the strategy, `plugin` has the same attributes, which are the same objects, at every batch and after."""
+    model, plugin = Cast(), make()
+    before, kind = dict(vars(plugin)), type(plugin)
+
+    def is_untouched() -> bool:
+        now = vars(plugin)
+        return type(plugin) is kind and now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert is_untouched() or strategy == "ddp"
+
+    runner = trainer(world_size, strategy, plugins=[plugin], gradient_clip_val=0.5, callbacks=[Watch()])
+    for num_epochs in (2, 3):
+        runner.fit_loop.max_epochs = num_epochs
+        runner.fit(model, loader(world_size), loader(world_size, GLOBAL_BATCH))
+        assert is_untouched() or strategy == "ddp"
+    assert isinstance(runner.precision_plugin, kind)
+    assert type(runner.precision_plugin).__qualname__ == kind.__qualname__
+    assert strategy == "ddp" or getattr(runner.precision_plugin, "num_clips", 12) == 12
+    return whole(model)
+
+
+def half_precision() -> Precision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=16.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [(HalvesGradients, 1e-9), (Precision, 1e-4), (half_precision, 1e-2)],
+    ids=["own clipping", "full", "scaled"],
+)
+def test_a_users_plugin_clips_by_its_own_rule_and_is_never_written_to(
+    make: Callable[[], Precision], tolerance: float
+) -> None:
+    expected = run_ranks(fit_with_own_plugin, 2, 2, "ddp", make, init=False)
+    for state, ddp_state in zip(
+        run_ranks(fit_with_own_plugin, 2, 2, "swiftmoe", make, init=False), expected, strict=True
+    ):
+        assert_close(state, ddp_state, tolerance)
 
 
 def dtypes(precision: str) -> dict[str, torch.dtype]:
@@ -146,44 +206,3 @@ def test_all_ranks_skip_the_step_in_which_one_overflowed() -> None:
     for state, found_scales in run_ranks(train_scaled, 2, 2, torch.float32):
         assert found_scales == scales
         assert_close(state, expected)
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: Any, _: Any) -> Any:
-        self.count += 1
-        return graph.forward
-
-
-def fit_compiled(world_size: int, strategy: str, whole_module: bool) -> tuple[dict[str, Tensor], list[int]]:
-    """End state of a fit of a compiled module, and how many graphs there were after each batch."""
-    backend = Graphs()
-    model = Model(aux_loss_coef=0.1, z_loss_coef=0.01)
-    counts = []
-
-    class Count(sml.ExpertPopularityMonitor):
-        def on_train_batch_end(self, *args: Any) -> None:
-            counts.append(backend.count)
-
-    if not whole_module:
-        model.moe = torch.compile(model.moe, backend=backend)  # type: ignore[assignment]
-    compiled = torch.compile(model, backend=backend) if whole_module else model
-    runner = trainer(world_size, strategy, callbacks=[Count()])
-    runner.fit(compiled, loader(world_size), loader(world_size))  # type: ignore[arg-type]
-    return whole(model), counts
-
-
-@pytest.mark.parametrize("whole_module", [True, False])
-def test_a_compiled_module_trains_the_same_without_recompiling_at_every_step(whole_module: bool) -> None:
-    ((expected, expected_counts),) = run_ranks(fit_compiled, 1, 1, "auto", whole_module, init=False)
-    for state, counts in run_ranks(fit_compiled, 2, 2, "swiftmoe", whole_module, init=False, timeout_s=120):
-        assert_close(state, expected)
-        assert counts[0] > 0
-        # Lightning's own logging compiles again after the first validation, and on one process just the same.
-        assert counts == expected_counts
-        assert counts[1] == counts[3]
-        assert counts[4] == counts[-1]
