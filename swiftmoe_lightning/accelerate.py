@@ -88,11 +88,11 @@ def prepare(
 
 
 def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.Module, **ddp_options: Any) -> nn.Module:
-    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have.
+    """The engine's wrapper around `module`, with the options and communication hook that Accelerate's DDP would have.
 
     Args:
         accelerator: of the processes, and of the options in its `kwargs_handlers`.
-        engine: with dense="fsdp2" the module itself is returned, cut.
+        engine: whose `data_parallel` wraps it.
         module: the engine's, as Accelerate has prepared it for calls.
         **ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
     """

@@ -16,7 +16,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.distributed import ExpertGroup, serve_stock_code
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.collecting import GradientCollector
-from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
+from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
@@ -110,9 +110,10 @@ class SwiftMoEEngine:
             gather_to_save(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module, averaging dense gradients over ranks: in DDP, or itself, cut in place (dense="fsdp2").
+        """The module in a wrapper that averages dense gradients over ranks: DDP, or FSDP2, which cuts it in place.
 
-        Use it for forward and `no_sync()`; its `engine` is this one. On one rank, it is left alone.
+        Use the wrapper for forward and `no_sync()`: `module` is what it wraps, and `engine` this engine. On one rank
+        the module itself is returned.
 
         Args:
             module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
@@ -124,8 +125,7 @@ class SwiftMoEEngine:
         if self.config.dense == "ddp":
             return ExpertDataParallel(module, self, **ddp_options)
         self.shard_dense()
-        module.__dict__.update(engine=self, no_sync=self.no_sync)
-        return module
+        return ShardedDataParallel(module, self)
 
     def shard_dense(self) -> None:
         """With dense="fsdp2", cut the dense part over the ranks, in place; else nothing. Repeatable. A collective."""
