@@ -20,9 +20,9 @@ from torch import nn
 from benchmarks.provenance import birth_certificate, write_result
 from benchmarks.spread import paired_ratio, spread
 from swiftmoe_lightning import MoE
-from swiftmoe_lightning.engine import safe_reading
+from swiftmoe_lightning.engine import safe_reader
 from swiftmoe_lightning.engine.checkpoint import load_model, save_directory
-from swiftmoe_lightning.engine.files import check_file
+from swiftmoe_lightning.engine.checkpoint_files import check_file
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileIO
 
 # 16 experts of 2 million values, 4 layers: 0.5 GB in float32.
@@ -60,7 +60,7 @@ def measure(folder: Path) -> dict[str, Any]:
     save_directory(directory, module, [], {})
 
     def unchecked() -> None:
-        with mock.patch.object(safe_reading, "check_slice", return_value=True):
+        with mock.patch.object(safe_reader, "check_slice", return_value=True):
             load_model(directory, module)
 
     found["load_directory"] = compare(lambda: load_model(directory, module), unchecked)

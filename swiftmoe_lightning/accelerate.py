@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
-from swiftmoe_lightning.engine.files import save_whole
-from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
+from swiftmoe_lightning.engine.checkpoint_files import save_whole
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_stepped, swap_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,12 +71,12 @@ def prepare(
         for each in optimizers:
             engine.prepare_optimizer(each)
         return tuple(accelerator.prepare(model, optimizer, *rest))
-    names = names_of(model)
+    names = parameter_names(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
     wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     for each in optimizers:
-        rebind(each, model, names)
+        swap_parameters(each, model, names)
         engine.prepare_optimizer(each)
         # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
         each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))

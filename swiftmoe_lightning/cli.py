@@ -186,7 +186,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what is installed here, on which devices it runs, and which path each operation takes, with the reason.
+    """Say what is installed here, on which devices it runs, and by which backend each operation runs, with the reason.
 
     With CHECKPOINT, say instead of each of its files whether it still holds what was written.
     """

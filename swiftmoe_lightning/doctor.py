@@ -1,4 +1,4 @@
-"""What is installed here, on what it can run, and which path each operation takes; or if a checkpoint is whole."""
+"""What is installed here, on what it can run, and by which backend each operation runs; or if a checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftmoe_lightning.distributed.backends import available_backends
-from swiftmoe_lightning.engine.verifying import verify_checkpoint
+from swiftmoe_lightning.engine.checkpoint_verification import verify_checkpoint
 from swiftmoe_lightning.ops import backend
 
 _LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
@@ -29,18 +29,19 @@ _SHAPES: Final = {
 
 
 def examine() -> dict[str, Any]:
-    """What is installed, which devices there are, and which path each operation takes on them.
+    """What is installed, which devices there are, and by which backend each operation runs on them.
 
     Returns:
-        JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes. backends: names.
-        paths: one entry for each device, operation and dtype, with the path's name and the reason.
+        JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes.
+        process_group_backends: names. operations: one entry for each device, operation and dtype, with the backend's
+        name and the reason.
     """
     devices = _devices()
     return {
         "versions": _versions(),
         "devices": devices,
-        "backends": available_backends(),
-        "paths": [entry for device in devices for entry in _paths(torch.device(device["device"]))],
+        "process_group_backends": available_backends(),
+        "operations": [entry for device in devices for entry in _operations(torch.device(device["device"]))],
     }
 
 
@@ -59,8 +60,8 @@ def print_findings(found: dict[str, Any]) -> None:
     console.print(devices)
     if len(found["devices"]) == 1:
         console.print("No GPU is seen by torch.\n")
-    console.print(f"Process-group backends: {', '.join(found['backends']) or 'none'}.\n")
-    console.print(_path_table(found["paths"]))
+    console.print(f"Process-group backends: {', '.join(found['process_group_backends']) or 'none'}.\n")
+    console.print(_operation_table(found["operations"]))
 
 
 def print_checkpoint(path: Path, as_json: bool) -> bool:
@@ -116,26 +117,26 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _paths(device: torch.device) -> list[dict[str, str]]:
+def _operations(device: torch.device) -> list[dict[str, str]]:
     found = []
     for dtype in _DTYPES:
         chosen = {"sort, permute, combine, activate, route": backend.choose(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
             chosen[name] = backend.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
-        for operation, path in chosen.items():
+        for operation, choice in chosen.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
-            found.append(entry | {"path": path.name, "reason": path.reason})
+            found.append(entry | {"backend": choice.name, "reason": choice.reason})
     return found
 
 
-def _path_table(entries: list[dict[str, str]]) -> Table:
+def _operation_table(entries: list[dict[str, str]]) -> Table:
     """Dtypes that go one way for one reason share a row."""
     dtypes_of = defaultdict(list)
     for entry in entries:
-        dtypes_of[entry["device"], entry["operation"], entry["path"], entry["reason"]].append(entry["dtype"])
-    table = _table("device", "operation", "dtypes", "path", "why")
-    for (device, operation, path, reason), dtypes in dtypes_of.items():
-        table.add_row(device, operation, ", ".join(dtypes), path, reason)
+        dtypes_of[entry["device"], entry["operation"], entry["backend"], entry["reason"]].append(entry["dtype"])
+    table = _table("device", "operation", "dtypes", "backend", "why")
+    for (device, operation, name, reason), dtypes in dtypes_of.items():
+        table.add_row(device, operation, ", ".join(dtypes), name, reason)
     return table
 
 

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import full_tensor, is_sharded
-from swiftmoe_lightning.engine.files import check_file, discard, partial_path, save_whole, sync_folder
-from swiftmoe_lightning.engine.safe_reading import SafePlanner, SafeReader
+from swiftmoe_lightning.engine.checkpoint_files import check_file, discard, partial_path, save_whole, sync_folder
+from swiftmoe_lightning.engine.safe_reader import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message
 
 META_FILE: Final = "meta.pt"

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
-from swiftmoe_lightning.distributed import ExpertGroup, serve_stock_code
+from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors
 from swiftmoe_lightning.engine.checkpoint import full_state
-from swiftmoe_lightning.engine.collecting import GradientCollector
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
+from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
 from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states
-from swiftmoe_lightning.engine.placing import make_placer
-from swiftmoe_lightning.engine.pretrained import gather_to_save
+from swiftmoe_lightning.engine.placer_factory import make_placer
+from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.stale_parameters import refuse_foreign
-from swiftmoe_lightning.engine.steps import layers_stepped_by
+from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, Placer
 
@@ -99,7 +99,7 @@ class SwiftMoEEngine:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
-            serve_stock_code()
+            extend_dtensors()
             self._placer = make_placer(self.config, self.group)
         self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
         if self.group is not None and self.layers:
@@ -107,7 +107,7 @@ class SwiftMoEEngine:
             handshake = ForwardHandshake(self.group, [t.name for t in self._states], widest, self._device)
             for layer in self.layers:
                 layer.connect(handshake, self._collector)
-            gather_to_save(module)
+            gather_before_save_pretrained(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
         """The module in a wrapper that averages dense gradients over ranks: DDP, or FSDP2, which cuts it in place.

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import is_number
 from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, local_shard
+from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 from swiftmoe_lightning.engine.update import ShardedUpdate
-from swiftmoe_lightning.engine.waiting import has_gradient
 
 
 @torch.no_grad()

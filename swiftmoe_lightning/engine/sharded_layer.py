@@ -22,14 +22,14 @@ from swiftmoe_lightning.distributed import (
     sharded_from_local,
     sharded_like,
 )
+from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
 from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeRows
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
-from swiftmoe_lightning.engine.waiting import StandIn, has_gradient
 from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
-    from swiftmoe_lightning.engine.collecting import GradientCollector
+    from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 
 
 class ShardedLayer(ExpertParallelContext):
@@ -53,7 +53,7 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
-        self._stand_ins: dict[str, StandIn] = {}
+        self._placeholders: dict[str, GradientPlaceholder] = {}
         self._rows: HandshakeRows | None = None
 
     def connect(self, handshake: ForwardHandshake, collector: GradientCollector) -> None:
@@ -165,18 +165,18 @@ class ShardedLayer(ExpertParallelContext):
         self.collector.on_backward(self)
 
     def announce_gradients(self) -> None:
-        """Put stand-ins in `.grad` of the sharded parameters before backward adds to the slots."""
+        """Put placeholders in `.grad` of the sharded parameters before backward adds to the slots."""
         self.drop_discarded()
         for name, sharded in self.experts.expert_parameters().items():
-            if sharded.requires_grad and name not in self._stand_ins:
-                self._stand_ins[name] = StandIn(sharded)
+            if sharded.requires_grad and name not in self._placeholders:
+                self._placeholders[name] = GradientPlaceholder(sharded)
 
     def drop_discarded(self) -> None:
         """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
         parameters = self.experts.expert_parameters()
-        for name, stand_in in list(self._stand_ins.items()):
-            if stand_in.was_discarded(parameters[name]):
-                self._stand_ins.pop(name).release()
+        for name, placeholder in list(self._placeholders.items()):
+            if placeholder.was_discarded(parameters[name]):
+                self._placeholders.pop(name).release()
                 self.slots.weights[name].grad = None
 
     def holds_gradients(self) -> bool:
@@ -199,7 +199,7 @@ class ShardedLayer(ExpertParallelContext):
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
         for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
-            self._stand_ins.pop(name, None)
+            self._placeholders.pop(name, None)
             # Contiguous, too: fused kernels do not look at strides.
             accumulate_gradient(parameters[name], total.to(shards[name]))
 

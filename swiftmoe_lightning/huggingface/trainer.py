@@ -22,8 +22,8 @@ from swiftmoe_lightning.accelerate import (
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
-from swiftmoe_lightning.engine.files import save_whole
-from swiftmoe_lightning.engine.rebinding import names_of, rebind
+from swiftmoe_lightning.engine.checkpoint_files import save_whole
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, swap_parameters
 from swiftmoe_lightning.huggingface.convert import convert
 from swiftmoe_lightning.private_names import check_names
 
@@ -98,12 +98,12 @@ class SwiftMoETrainer(Trainer):
         optimizer: Optimizer = getattr(created, "optimizer", created)
         if self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
-            names = names_of(self.model)
+            names = parameter_names(self.model)
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
             self.engine.shard_dense()
             share_scaler(self.accelerator, self.engine)
             gather_state_dicts(self.accelerator)
-            rebind(optimizer, self.model, names)
+            swap_parameters(optimizer, self.model, names)
         if not getattr(optimizer, "_swiftmoe_prepared", False):
             self.engine.prepare_optimizer(optimizer)
             optimizer._swiftmoe_prepared = True  # type: ignore[attr-defined]

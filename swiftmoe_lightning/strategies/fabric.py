@@ -20,16 +20,16 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
-from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_stepped, swap_parameters
 from swiftmoe_lightning.placement import PlacementPolicy
-from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
+from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
 # Beside what the user saves: where each model's experts were, by the model's own key.
 STATE_KEY: Final = "swiftmoe_engines"
 
 
-class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
+class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     The loop stays as it is under "ddp": `setup` (optimizers may be made before it), `setup_module` and
@@ -92,7 +92,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         engine = next((engine for engine in self._engines if engine.module is module), None)
         if engine is None:
-            self._names.append(names_of(module))
+            self._names.append(parameter_names(module))
             engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
             self._engines.append(engine)
             self._share_scaler(engine)
@@ -108,7 +108,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         refuse_stepped(optimizer, "Set it up first, then step, or load with fabric.load.")
         for engine, names in zip(self._engines, self._names, strict=True):
-            rebind(optimizer, engine.module, names)
+            swap_parameters(optimizer, engine.module, names)
         held = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
         mine = {}
         for engine in self._engines:

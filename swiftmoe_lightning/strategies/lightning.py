@@ -21,8 +21,8 @@ from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
-from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
-from swiftmoe_lightning.strategies.joining import JoinRanks
+from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
+from swiftmoe_lightning.strategies.join import JoinCallback
 from swiftmoe_lightning.strategies.precision import shard_precision
 from swiftmoe_lightning.strategies.shard_dense import shard_dense
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
@@ -32,7 +32,7 @@ _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
 
 
-class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
+class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
@@ -101,7 +101,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         self._evaluating = None
-        JoinRanks.add_to(trainer)
+        JoinCallback.add_to(trainer)
         super().setup(trainer)
         if self.engine.layers:
             stop_together(trainer, self.engine)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
-from tests.engine.test_loops import Explode
+from tests.engine.test_random_training_loops import Explode
 from tests.helpers import rank_errors, run_ranks
 
 

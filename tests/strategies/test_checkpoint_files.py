@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.engine.files import partial_path
+from swiftmoe_lightning.engine.checkpoint_files import partial_path
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileIO
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from swiftmoe_lightning.engine.checkpoint import META_FILE, expected_index_sum, index_sum
-from swiftmoe_lightning.engine.files import ZIP_START, check_file
-from swiftmoe_lightning.engine.safe_reading import SafeReader, check_slice
+from swiftmoe_lightning.engine.checkpoint_files import ZIP_START, check_file
+from swiftmoe_lightning.engine.safe_reader import SafeReader, check_slice
 
 _INDEX: Final = ".metadata"
 # What Lightning, Accelerate and transformers give `torch.save`, which begins its files in one of two ways.

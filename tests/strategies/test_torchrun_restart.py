@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from tests.helpers import run_ranks, script_environment
-from tests.strategies.stopping import ROOT, assert_same_losses, losses, train
+from tests.strategies.sigterm_runs import ROOT, assert_same_losses, losses, train
 
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.strategies.stopping import load_example, train
+from tests.strategies.sigterm_runs import load_example, train
 train(sys.argv[1], load_example().DieOnce(), num_steps=23)
 """
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-def names_of(module: nn.Module) -> WeakIdKeyDictionary:
+def parameter_names(module: nn.Module) -> WeakIdKeyDictionary:
     """The name of every parameter that the module has now, for as long as an optimizer keeps it alive."""
     return WeakIdKeyDictionary({parameter: name for name, parameter in module.named_parameters()})
 
@@ -35,13 +35,13 @@ def _is_of_a_step(state: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and bool(value.count_nonzero()) for value in state.values())
 
 
-def rebind(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
+def swap_parameters(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
     """Let the optimizer's groups hold what the engine put in place of their parameters.
 
     Args:
         optimizer: changed in place, with its state.
         module: as the engine has left it.
-        names: `names_of` the module before the engine; other parameters are left alone.
+        names: `parameter_names` the module before the engine; other parameters are left alone.
     """
     now = dict(module.named_parameters())
     for group in optimizer.param_groups:

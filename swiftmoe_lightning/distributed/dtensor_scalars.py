@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from swiftmoe_lightning.distributed.operators import by_default, handle
+from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
 
 _aten = torch.ops.aten
 
 
-def read_whole_numbers() -> None:
+def handle_scalars() -> None:
     """Let numbers be of the whole tensor where they are read, and where they meet a plain tensor.
 
     `.item()` (`float`, `bool`, `if`) of torch returns this rank's part. A penalty on weights that is added to a loss

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.helpers import rank_errors, run_ranks, script_environment
-from tests.strategies.stopping import (
+from tests.strategies.sigterm_runs import (
     ROOT,
     Signal,
     assert_same_losses,
@@ -140,7 +140,7 @@ def test_sigterm_to_the_launcher_saves(launcher: str, uninterrupted: str, tmp_pa
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport lightning as L\n"
-        "from tests.strategies.stopping import train\n"
+        "from tests.strategies.sigterm_runs import train\n"
         "class Slow(L.Callback):\n    def on_train_batch_end(self, *_):\n        time.sleep(0.1)\n"
         "if __name__ == '__main__':\n    train(sys.argv[1], Slow())\n"
     )

@@ -21,7 +21,7 @@ from swiftmoe_lightning.engine.checkpoint import (
     read_file,
     save_directory,
 )
-from swiftmoe_lightning.engine.files import FileSlice, check_file, check_records, save_whole
+from swiftmoe_lightning.engine.checkpoint_files import FileSlice, check_file, check_records, save_whole
 from tests.helpers import rank_errors, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

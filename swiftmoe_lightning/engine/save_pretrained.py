@@ -9,28 +9,28 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from swiftmoe_lightning.distributed import is_sharded, meet
+from swiftmoe_lightning.distributed import is_sharded, store_barrier
 from swiftmoe_lightning.engine.checkpoint import full_state
 
 _NAME: Final = "save_pretrained"
 # Whoever saves on one rank alone should hear of it while still watching.
-_PATIENCE_S: Final = 60
+_TIMEOUT_S: Final = 60
 
 
-def gather_to_save(module: nn.Module) -> None:
+def gather_before_save_pretrained(module: nn.Module) -> None:
     """Let `save_pretrained` of the module, and of what is in it, gather experts first. For the rest of the process."""
     for child in module.modules():
         for kind in type(child).__mro__:
             save = vars(kind).get(_NAME)
             if save is not None and not hasattr(save, "_swiftmoe") and _takes_state(save):
-                setattr(kind, _NAME, _gathering(save))
+                setattr(kind, _NAME, _with_gathered_experts(save))
 
 
 def _takes_state(save: Any) -> bool:
     return {"state_dict", "is_main_process"} <= inspect.signature(save).parameters.keys()
 
 
-def _gathering(save: Any) -> Any:
+def _with_gathered_experts(save: Any) -> Any:
     signature = inspect.signature(save)
 
     @functools.wraps(save)
@@ -38,7 +38,7 @@ def _gathering(save: Any) -> Any:
         given = signature.bind(model, *args, **kwargs)
         given.apply_defaults()
         if given.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
-            meet(_NAME, _PATIENCE_S)
+            store_barrier(_NAME, _TIMEOUT_S)
             writes = dist.get_rank() == 0
             given.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)
             given.arguments["is_main_process"] &= writes

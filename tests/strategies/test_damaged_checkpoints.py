@@ -11,7 +11,7 @@ import pytest
 from lightning.fabric import Fabric
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.engine.verifying import verify_checkpoint
+from swiftmoe_lightning.engine.checkpoint_verification import verify_checkpoint
 from tests.accelerate.test_prepare import Loop
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
 from tests.helpers import run_ranks
-from tests.strategies.stopping import BLOCKS
+from tests.strategies.sigterm_runs import BLOCKS
 
 NUM_STEPS, STOP_AT = 12, 5
 

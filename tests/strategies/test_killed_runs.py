@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.helpers import run_ranks
 from tests.strategies.cases import assert_close
-from tests.strategies.kills import WHERE, Kill, num_lost_steps, run_and_kill, train
-from tests.strategies.stopping import assert_same_losses
+from tests.strategies.killed_run import WHERE, Kill, num_lost_steps, run_and_kill, train
+from tests.strategies.sigterm_runs import assert_same_losses
 
 
 @pytest.fixture(scope="module")

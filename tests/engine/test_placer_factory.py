@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swiftmoe_lightning import Placement, PlacementPolicy, SwiftMoEConfig
-from swiftmoe_lightning.engine.placing import make_placer
+from swiftmoe_lightning.engine.placer_factory import make_placer
 from swiftmoe_lightning.placement import ExpertLoad, Forecast, plan_dispatch
 
 E, W = 4, 4

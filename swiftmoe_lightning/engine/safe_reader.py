@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from swiftmoe_lightning.engine.files import ZIP_START, FileSlice, check_records
+from swiftmoe_lightning.engine.checkpoint_files import ZIP_START, FileSlice, check_records
 
 # Module -> names that DCP's own `.metadata` holds.
 _ALLOWED: Final = {

@@ -2,7 +2,7 @@
 
 Between a backward without synchronisation (accumulation), or one that an exception ended, and the collection, a
 layer's gradients are in its slots, which nobody outside sees. `zero_grad()` and `p.grad = None` must discard them all
-the same. So a stand-in waits in `.grad` of each sharded parameter, and what became of it says what to do.
+the same. So a placeholder stands in `.grad` of each sharded parameter, and what became of it says what to do.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.distributed import local_shard, sharded_like
 
-_MARK: Final = "_swiftmoe_stand_in"
+_MARK: Final = "_swiftmoe_placeholder"
 
 
-class StandIn:
+class GradientPlaceholder:
     """What stands in `.grad` of `sharded` while its gradient waits in the slots.
 
-    The gradient that was there, or one of zeros with a trace of life, which scaling keeps and zeroing does not.
+    The gradient that was there before, or zeros with one tiny number among them: scaling keeps it, zeroing does not.
     """
 
     def __init__(self, sharded: nn.Parameter) -> None:
@@ -37,25 +37,25 @@ class StandIn:
         return sharded.grad is None or self.was_zeroed(sharded.grad)
 
     def release(self) -> None:
-        """Let what stood in be a gradient like any other, as its owner wrote it."""
+        """Let the placeholder be a gradient like any other from now on, with what its owner has written into it."""
         vars(self._gradient).pop(_MARK, None)
 
     def was_zeroed(self, gradient: Tensor) -> bool:
-        """Whether `gradient` is it, written to zeros, or zeros in its place. Looks at values only where it must."""
+        """Whether `gradient` is the placeholder with zeros written into it, or other zeros in its place."""
         if gradient is self._gradient and _versions(gradient) == self._versions:
             return False
         return not local_shard(gradient).any()
 
 
-def is_stand_in(gradient: Tensor) -> bool:
-    """Whether it holds no gradient of its own: all there is waits in the slots."""
-    stand_in = getattr(gradient, _MARK, None)
-    return stand_in is not None and not stand_in.was_zeroed(gradient)
+def is_placeholder(gradient: Tensor) -> bool:
+    """Whether it is a placeholder: the gradient itself waits in the slots."""
+    placeholder = getattr(gradient, _MARK, None)
+    return placeholder is not None and not placeholder.was_zeroed(gradient)
 
 
 def has_gradient(parameter: Tensor) -> bool:
     """Whether an update, a norm or a scaler would find a gradient."""
-    return parameter.grad is not None and not is_stand_in(parameter.grad)
+    return parameter.grad is not None and not is_placeholder(parameter.grad)
 
 
 def _versions(gradient: Tensor) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 
-class JoinRanks(Callback):
+class JoinCallback(Callback):
     """A rank that is out of evaluation batches serves the others' expert layers until all are.
 
     A training epoch in which ranks have differently many batches is an error on every rank, before it begins. Where

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.engine.layer_state import LayerState
-from swiftmoe_lightning.engine.steps import layers_stepped_by
+from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import swiftmoe_lightning as sml
 from tests.helpers import start_ranks
 from tests.strategies.cases import GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer, whole
-from tests.strategies.stopping import Record
+from tests.strategies.sigterm_runs import Record
 
 NUM_STEPS, TIMEOUT_S = 60, 60
 STEP_S, START_S = 0.02, 0.2

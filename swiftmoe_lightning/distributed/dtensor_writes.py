@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from swiftmoe_lightning.distributed.operators import by_default, handle
+from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
 from swiftmoe_lightning.distributed.sharding import local_part, sharded_like
 
 
-def count_all_writes() -> None:
+def count_writes() -> None:
     """Let every write to a DTensor show in its count of writes (`_version`), and none be lost.
 
     torch's own: a write through `t.data` does not count, as with any tensor; `t.data = value` is lost, because what a

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from swiftmoe_lightning.distributed.dtensor_handlers import handle
 from swiftmoe_lightning.distributed.group import AXIS
-from swiftmoe_lightning.distributed.operators import handle
 
 _COLLECTIVES = (
     "allreduce_",
@@ -27,7 +27,7 @@ _COLLECTIVES = (
 )
 
 
-def refuse_parts() -> None:
+def refuse_local_parts() -> None:
     """Let pickles (`torch.save`) of sharded parameters, and collectives on any DTensor, say what to do instead."""
     DTensor.__reduce_ex__ = _reduce  # type: ignore[assignment]
     handle(_collective, *(getattr(torch.ops.c10d, name).default for name in _COLLECTIVES))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from swiftmoe_lightning.distributed.operators import by_default, handle
+from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
 
 _aten = torch.ops.aten
 _FILL = (
@@ -26,7 +26,7 @@ _FILL = (
 _LIKE = (_aten.rand_like.default, _aten.randn_like.default, _aten.randint_like.default, _aten.randint_like.low_dtype)
 
 
-def draw_whole() -> None:
+def handle_random() -> None:
     """Let a draw for a DTensor on the CPU be this rank's part of what one process would draw.
 
     There, torch lets each rank draw as many values as it holds: with one seed on all ranks they are the same on each,
