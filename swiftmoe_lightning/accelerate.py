@@ -134,9 +134,9 @@ def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
     if parallelism_kind not in _KNOWN_TYPES or axes:
-        found = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
+        refused = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
         raise ValueError(
-            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
+            f"Accelerate is set up for {refused}, which cannot be combined with spread experts. Configure plain data "
             "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
         )
 
@@ -157,12 +157,12 @@ def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             f"prepare takes the accelerator, the model, then the optimizer, got a {type(model).__name__} and a "
             f"{type(optimizer).__name__}. Data loaders and schedulers come after them."
         )
-    done = [
+    prepared = [
         type(thing).__name__
         for thing in (model, optimizer)
         if getattr(thing, "_is_accelerate_prepared", False) or isinstance(thing, nn.parallel.DistributedDataParallel)
     ]
-    if done or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
+    if prepared or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
         raise ValueError(
             "this model or optimizer has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead of "
             "accelerator.prepare, once, with the model and the optimizer as they were built."
@@ -176,8 +176,8 @@ def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
     Raises:
         ValueError: for an optimizer of other parameters, or one that has stepped.
     """
-    own = {id(parameter) for parameter in model.parameters()}
-    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    ids_of_model = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(p) not in ids_of_model for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ValueError(
             f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
@@ -229,15 +229,15 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 def _load_models(models: list[nn.Module], folder: Path) -> None:
     """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, and DTensors do
     not show any. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
-    found = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
-    if not found:
+    paths = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
+    if not paths:
         return
-    if len(found) < len(models):
+    if len(paths) < len(models):
         raise ValueError(
-            f"{folder} holds the weights of {len(found)} models ({', '.join(path.name for path in found)}), and "
+            f"{folder} holds the weights of {len(paths)} models ({', '.join(path.name for path in paths)}), and "
             f"{len(models)} were prepared. Let your hooks take the weights of all models at save_state, or of none."
         )
-    for model, path in zip(models, found, strict=True):
+    for model, path in zip(models, paths, strict=True):
         load_whole(model, path)
     models.clear()
 
@@ -266,13 +266,13 @@ def load_whole(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(path) if path.suffix == ".safetensors" else read_file(path)
-    found = model.load_state_dict(state, strict=False)
-    live = model.state_dict(keep_vars=True)
-    # Of tied weights a file holds one.
-    held = {id(live[name]) for name in state if name in live}
-    missing = [name for name in found.missing_keys if id(live[name]) not in held]
-    if missing or found.unexpected_keys:
+    incompatible = model.load_state_dict(state, strict=False)
+    parameters = model.state_dict(keep_vars=True)
+    # A file holds one of several names that share a weight.
+    loaded_ids = {id(parameters[name]) for name in state if name in parameters}
+    missing = [name for name in incompatible.missing_keys if id(parameters[name]) not in loaded_ids]
+    if missing or incompatible.unexpected_keys:
         raise ValueError(
-            f"{path} belongs to another model: it lacks {missing}, and holds {found.unexpected_keys} that this one "
-            "does not have. Build the model that was saved, or load another folder."
+            f"{path} belongs to another model: it lacks {missing}, and holds {incompatible.unexpected_keys} that this "
+            "one does not have. Build the model that was saved, or load another folder."
         )

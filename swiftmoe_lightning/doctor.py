@@ -45,23 +45,23 @@ def examine() -> dict[str, Any]:
     }
 
 
-def print_findings(found: dict[str, Any]) -> None:
+def print_findings(findings: dict[str, Any]) -> None:
     """What `examine` returned, as tables on standard output."""
     console = Console()
     versions = _table("library", "version")
-    for name, version in found["versions"].items():
+    for name, version in findings["versions"].items():
         versions.add_row(name, version or "not installed")
     console.print(versions)
     devices = _table("device", "name", "capability", "memory")
-    for device in found["devices"]:
+    for device in findings["devices"]:
         memory = device["memory"]
         size = "" if memory is None else f"{memory / 2**30:.1f} GiB"
         devices.add_row(device["device"], device["name"], device["capability"] or "", size)
     console.print(devices)
-    if len(found["devices"]) == 1:
+    if len(findings["devices"]) == 1:
         console.print("No GPU is seen by torch.\n")
-    console.print(f"Process-group backends: {', '.join(found['process_group_backends']) or 'none'}.\n")
-    console.print(_operation_table(found["operations"]))
+    console.print(f"Process-group backends: {', '.join(findings['process_group_backends']) or 'none'}.\n")
+    console.print(_operation_table(findings["operations"]))
 
 
 def print_checkpoint(path: Path, as_json: bool) -> bool:
@@ -74,59 +74,59 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     Returns:
         Whether no file is bad.
     """
-    is_good, found = True, []
+    is_good, entries = True, []
     for finding in verify_checkpoint(path):
         is_good &= not finding.is_bad
         # A name need not be Unicode.
         name = os.fsencode(finding.path).decode(errors="replace")
         if as_json:
-            found.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
+            entries.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
         else:
             size = "" if finding.size is None else f", {finding.size:,} bytes"
             print(f"{name}{size}: {finding.state}{f' ({finding.why})' if finding.why else ''}", flush=True)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(entries, indent=2))
     return is_good
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[library] = None
+            versions[library] = None
     built_for = {"CUDA of torch": torch.version.cuda, "ROCm of torch": torch.version.hip}
-    return found | {name: version for name, version in built_for.items() if version is not None}
+    return versions | {name: version for name, version in built_for.items() if version is not None}
 
 
 def _devices() -> list[dict[str, Any]]:
     """The CPU first, then every accelerator; a capability, such as "9.0", is an NVIDIA or AMD GPU's."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu, "capability": None, "memory": None}]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": cpu, "capability": None, "memory": None}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"{properties.major}.{properties.minor}"
             gpu = {"device": f"cuda:{index}", "name": properties.name, "capability": capability}
-            found.append(gpu | {"memory": properties.total_memory})
+            devices.append(gpu | {"memory": properties.total_memory})
     elif (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         for index in range(torch.accelerator.device_count()):
             other = {"device": f"{accelerator.type}:{index}", "name": accelerator.type}
-            found.append(other | {"capability": None, "memory": None})
-    return found
+            devices.append(other | {"capability": None, "memory": None})
+    return devices
 
 
 def _operations(device: torch.device) -> list[dict[str, str]]:
-    found = []
+    entries = []
     for dtype in _DTYPES:
         chosen = {"sort, permute, combine, activate, route": backend.choose(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
             chosen[name] = backend.choose_layer(device, dtype, rows_per_slot, hidden_dim, top_k)
         for operation, choice in chosen.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
-            found.append(entry | {"backend": choice.name, "reason": choice.reason})
-    return found
+            entries.append(entry | {"backend": choice.name, "reason": choice.reason})
+    return entries
 
 
 def _operation_table(entries: list[dict[str, str]]) -> Table:

@@ -126,18 +126,18 @@ def _finish(meta: dict[str, Any], whole: Path, partial: Path, previous: Path) ->
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
     """Run `action` on rank 0; what it raises, all ranks raise as an OSError. A collective."""
-    said: list[str | None] = [None]
+    messages: list[str | None] = [None]
     cause: Exception | None = None
     is_spread = dist.is_available() and dist.is_initialized()
     if not is_spread or dist.get_rank() == 0:
         try:
             action()
         except Exception as error:
-            cause, said = error, [f"rank 0: {type(error).__name__}: {error}"]
+            cause, messages = error, [f"rank 0: {type(error).__name__}: {error}"]
     if is_spread:
-        dist.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise OSError(said[0]) from cause
+        dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise OSError(messages[0]) from cause
 
 
 def _causes(error: BaseException) -> str:
@@ -154,8 +154,8 @@ def index_sum(path: str | os.PathLike[str]) -> str:
 
 def expected_index_sum(path: str | os.PathLike[str]) -> str | None:
     """What `index_sum` was when a directory was saved; None if it was not kept."""
-    found: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
-    return found
+    index_hash: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
+    return index_hash
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:

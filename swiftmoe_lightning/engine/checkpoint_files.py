@@ -113,7 +113,7 @@ class FileSlice(io.RawIOBase):
     """`length` bytes of `file` from `offset` on, as a file of their own."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
 
     def readable(self) -> bool:
         """Always."""
@@ -125,19 +125,19 @@ class FileSlice(io.RawIOBase):
 
     def tell(self) -> int:
         """The position, in bytes from the slice's start."""
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move by `offset` bytes from the slice's start, the position or the slice's end. Returns the new position."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the slice reaches. Returns how many bytes were read."""
-        self._file.seek(self._offset + self._at)
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._offset + self._position)
+        view = memoryview(buffer)[: max(0, self._length - self._position)]
         # As `file` says: it is a buffered one.
         read: int = self._file.readinto(view)  # type: ignore[attr-defined]
-        self._at += read
+        self._position += read
         return read

@@ -83,13 +83,13 @@ def _directory(folder: Path, entries: dict[str, Path]) -> Iterator[Finding]:
     """A directory of `save_directory`; what has been looked at leaves `entries`."""
     meta, index = entries.pop(META_FILE, None), entries.pop(_INDEX, None)
     why = "it is written last: the run was stopped while it saved, or another program saved this"
-    found = Finding(folder / META_FILE, None, "unfinished", why) if meta is None else _file(meta)
-    yield found
+    finding = Finding(folder / META_FILE, None, "unfinished", why) if meta is None else _file(meta)
+    yield finding
     if index is None:
         yield Finding(folder / _INDEX, None, "missing", "it says what is where in the shards")
         return
-    found, stored = _index(index, found.state == "ok")
-    yield found
+    finding, stored = _index(index, finding.state == "ok")
+    yield finding
     slices = defaultdict(list)
     for key, place in stored.items():
         slices[place.relative_path].append((key, place))

@@ -37,11 +37,11 @@ class SwiftMoEEngine:
     collect      at the end of backward: each expert's gradient -> the ranks that own its rows   (all-to-all 1)
     update       `optimizer.step()`, on this rank's rows alone; no communication
     place        next placements from popularity; the same answer on every rank
-    distribute   updated rows -> the experts' hosts in the next placements                       (all-to-all 2)
+    distribute   updated rows -> the experts' ranks in the next placements                       (all-to-all 2)
 
     Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
     through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
-    group, or on one rank, the module stays a plain MoE and the engine keeps the books.
+    group, or on one rank, the module stays a plain MoE: the engine counts loads and moves router biases.
 
     Args:
         module: its `Experts` layers are found by type.
@@ -204,7 +204,7 @@ class SwiftMoEEngine:
         return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
-        """Phase 4: begin to send the parameters' rows to their hosts; each layer's next forward waits for its own."""
+        """Phase 4: begin to send parameters' rows to the expert ranks; each layer's next forward waits for its own."""
         for t in states:
             if t.sharded is None:
                 continue

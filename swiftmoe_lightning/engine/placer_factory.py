@@ -14,31 +14,31 @@ _log = logging.getLogger(__name__)
 
 
 def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
-    """The placer of an engine's layers on these ranks. Rank 0's says in the log what its guard did."""
+    """The placer of an engine's layers on these ranks. On rank 0 it logs where uniform replicas replace a plan."""
 
     def policy_of(num_experts: int) -> PlacementPolicy:
         slots_per_rank = config.resolve_slots_per_rank(num_experts, group.world_size)
         return make_policy(config.placement, group.world_size, slots_per_rank, group.ranks_per_node)
 
-    speaks = group.rank == 0
-    placer = Placer(policy_of, skip_when_balanced=config.replace_every == "auto", report=_log.info if speaks else None)
-    if speaks:
-        # When the engine is dropped, or else at exit: no host has one end of a run that all of them reach.
-        weakref.finalize(placer, _say_how_often_guarded, placer.layers)
+    logs = group.rank == 0
+    placer = Placer(policy_of, skip_when_balanced=config.replace_every == "auto", report=_log.info if logs else None)
+    if logs:
+        # When the engine is dropped, or else at exit: no framework has an end of a run that every script reaches.
+        weakref.finalize(placer, _log_uniform_fallbacks, placer.layers)
     return placer
 
 
-def _say_how_often_guarded(layers: Mapping[str, LayerMemory]) -> None:
+def _log_uniform_fallbacks(layers: Mapping[str, LayerMemory]) -> None:
     """One line for the whole run, if uniform replicas ever stood in for a policy's plan."""
-    guarded = {name: memory for name, memory in layers.items() if memory.num_fallbacks}
-    if not guarded:
+    with_fallbacks = {name: memory for name, memory in layers.items() if memory.num_fallbacks}
+    if not with_fallbacks:
         return
-    most = max(guarded, key=lambda name: guarded[name].num_fallbacks)
+    most = max(with_fallbacks, key=lambda name: with_fallbacks[name].num_fallbacks)
     _log.warning(
         "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
         "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well.",
-        len(guarded),
+        len(with_fallbacks),
         most,
-        guarded[most].num_fallbacks,
-        guarded[most].num_placements,
+        with_fallbacks[most].num_fallbacks,
+        with_fallbacks[most].num_placements,
     )

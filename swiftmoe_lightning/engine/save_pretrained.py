@@ -13,7 +13,7 @@ from swiftmoe_lightning.distributed import is_sharded, store_barrier
 from swiftmoe_lightning.engine.checkpoint import full_state
 
 _NAME: Final = "save_pretrained"
-# Whoever saves on one rank alone should hear of it while still watching.
+# Short, so that who saves on one rank alone sees the error while still looking.
 _TIMEOUT_S: Final = 60
 
 
@@ -35,16 +35,16 @@ def _with_gathered_experts(save: Any) -> Any:
 
     @functools.wraps(save)
     def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(model, *args, **kwargs)
-        given.apply_defaults()
-        if given.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
+        bound = signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
             store_barrier(_NAME, _TIMEOUT_S)
             writes = dist.get_rank() == 0
-            given.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)
-            given.arguments["is_main_process"] &= writes
+            bound.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)
+            bound.arguments["is_main_process"] &= writes
             if not writes:
                 return None
-        return save(*given.args, **given.kwargs)
+        return save(*bound.args, **bound.kwargs)
 
     save_pretrained._swiftmoe = True  # type: ignore[attr-defined]
     return save_pretrained

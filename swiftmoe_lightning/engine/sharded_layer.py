@@ -140,10 +140,10 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
-        """Begin to send the parameters' rows to their hosts in `placement`. Frozen experts that stay are not sent."""
-        stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
-        # Who was frozen between backward and step still has a gradient, and was updated.
-        if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
+        """Begin to send parameters' rows to the expert ranks of `placement`; frozen experts that stay are not sent."""
+        is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
+        # A parameter that was frozen between backward and step still has a gradient, and was updated.
+        if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
             return
         self.slots.start_distribution(placement)
         self.stale = False
@@ -194,7 +194,7 @@ class ShardedLayer(ExpertParallelContext):
         self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
 
     @torch.no_grad()
-    def add_to_master_gradients(self, collection: PendingCollection) -> None:
+    def add_to_sharded_gradients(self, collection: PendingCollection) -> None:
         """Wait for the collected rows and add them to `.grad` of the parameters, past the hooks of their owners."""
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
@@ -211,10 +211,10 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
     for layer in sorted(layers, key=lambda layer: layer.index):
         following = layer.slots.start_collection()
         if under_way is not None:
-            under_way[0].add_to_master_gradients(under_way[1])
+            under_way[0].add_to_sharded_gradients(under_way[1])
         under_way = None if following is None else (layer, following)
     if under_way is not None:
-        under_way[0].add_to_master_gradients(under_way[1])
+        under_way[0].add_to_sharded_gradients(under_way[1])
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
@@ -261,8 +261,8 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
             sharded = sharded_from_local(local, parameter.shape, group)
         else:
             sharded = shard_from_rank_zero(parameter.to(device), group)
-        spread = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+        new_parameter = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            setattr(spread, kind, getattr(parameter, kind, None))
-        experts.register_parameter(name, spread)
+            setattr(new_parameter, kind, getattr(parameter, kind, None))
+        experts.register_parameter(name, new_parameter)
     return replaced

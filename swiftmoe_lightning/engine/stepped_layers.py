@@ -24,19 +24,19 @@ def layers_stepped_by(
         others: the optimizers beside it.
         states: the layers to choose from.
     """
-    mine, theirs = _held_by([optimizer]), _held_by(others)
+    stepped_ids, other_ids = _ids_in([optimizer]), _ids_in(others)
 
-    def is_mine(t: LayerState) -> bool:
+    def is_stepped(t: LayerState) -> bool:
         for part in (t.experts, t.router):
             ids = _ids(part.parameters()) if part is not None else set()
-            if not ids.isdisjoint(mine | theirs):
-                return not ids.isdisjoint(mine)
+            if not ids.isdisjoint(stepped_ids | other_ids):
+                return not ids.isdisjoint(stepped_ids)
         return True
 
-    return [t for t in states if is_mine(t)]
+    return [t for t in states if is_stepped(t)]
 
 
-def _held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+def _ids_in(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 

@@ -61,7 +61,7 @@ class WholeFileMixin:
         if self._checkpoint_io is None:
             self._checkpoint_io = WholeFileIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # It keeps the one that it has.
+            # This setter fills a wrapper that has none, and leaves one that it has.
             self._checkpoint_io.checkpoint_io = WholeFileIO()
         return self._checkpoint_io
 

@@ -25,7 +25,7 @@ from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
-# Beside what the user saves: where each model's experts were, by the model's own key.
+# The entry of a checkpoint that holds each model's placements, by the key under which the user saves the model.
 STATE_KEY: Final = "swiftmoe_engines"
 
 
@@ -72,7 +72,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         refuse_start_method(self._start_method)
         self._backward_sync_control = _SyncControl()
         self._engines: list[SwiftMoEEngine] = []
-        # Of every parameter that a model was set up with: an optimizer may still hold it.
+        # For each engine, the names of the parameters before it: an optimizer may still hold those.
         self._names: list[WeakIdKeyDictionary] = []
 
     @property
@@ -109,24 +109,24 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         refuse_stepped(optimizer, "Set it up first, then step, or load with fabric.load.")
         for engine, names in zip(self._engines, self._names, strict=True):
             swap_parameters(optimizer, engine.module, names)
-        held = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = {}
+        sharded_by_id = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
+        holds_experts: dict[SwiftMoEEngine, bool] = {}
         for engine in self._engines:
-            shared = [held.pop(id(p)) for p in engine.module.parameters() if id(p) in held]
-            if shared:
-                mine[engine] = any(shared)
-        if held:
+            own = [sharded_by_id.pop(id(p)) for p in engine.module.parameters() if id(p) in sharded_by_id]
+            if own:
+                holds_experts[engine] = any(own)
+        if sharded_by_id:
             raise ValueError(
-                f"{len(held)} parameters of the optimizer belong to no model that has been set up. "
+                f"{len(sharded_by_id)} parameters of the optimizer belong to no model that has been set up. "
                 "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before setup_optimizers(optimizer)."
             )
-        if sum(mine.values()) > 1:
+        if sum(holds_experts.values()) > 1:
             raise ValueError(
                 "the optimizer holds experts of several models. Make one optimizer for each of the models."
             )
-        for engine, has_masters in mine.items():
-            # Dense parameters of a second model are any optimizer's.
-            if has_masters or not any(mine.values()):
+        for engine, has_experts in holds_experts.items():
+            # An optimizer with experts may hold the dense parameters of a second model besides.
+            if has_experts or not any(holds_experts.values()):
                 engine.prepare_optimizer(optimizer)
         return optimizer
 
@@ -184,8 +184,8 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         }
         if engines:
             checkpoint[STATE_KEY] = engines
-        whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-        checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, path, storage_options)
+        full_checkpoint = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+        checkpoints.save_file(self.checkpoint_io.save_checkpoint, full_checkpoint, path, storage_options)
 
     @override
     def load_checkpoint(

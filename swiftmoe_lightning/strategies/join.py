@@ -43,9 +43,8 @@ class JoinCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         engine = trainer.strategy.engine  # type: ignore[attr-defined]
         if engine.layers:
-            num_batches = trainer.num_training_batches
-            mine = -1 if math.isinf(num_batches) else int(num_batches)
-            refuse_uneven_training(engine.layers[0].handshake.begin_epoch(mine))
+            num_batches = -1 if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
+            refuse_uneven_training(engine.layers[0].handshake.begin_epoch(num_batches))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,8 +98,8 @@ def refuse_uneven_training(num_batches_W: list[int]) -> None:
         ValueError: when they differ.
     """
     if len(set(num_batches_W)) > 1:
-        said = ("unknown" if n < 0 else str(n) for n in num_batches_W)
+        numbers = ("unknown" if n < 0 else str(n) for n in num_batches_W)
         raise ValueError(
-            f"ranks have different numbers of training batches ({', '.join(said)}, by rank), and would wait for each "
-            "other: give all ranks equally many training batches (drop_last=True, or limit_train_batches)."
+            f"ranks have different numbers of training batches ({', '.join(numbers)}, by rank), and would wait for "
+            "each other: give all ranks equally many training batches (drop_last=True, or limit_train_batches)."
         )

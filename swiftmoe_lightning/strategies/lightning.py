@@ -200,9 +200,9 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         checkpoint = {**checkpoint, _STATE_KEY: self.engine.state_dict()}
         if not self._save_distributed_checkpoint:
-            # Here, after all hooks have put into it what they want (EMA adds a second model).
-            whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-            checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, filepath, storage_options)
+            # Gathered here, after all hooks have added to the checkpoint (EMA adds a second model).
+            full_checkpoint = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+            checkpoints.save_file(self.checkpoint_io.save_checkpoint, full_checkpoint, filepath, storage_options)
             return
         if "current_model_state" in checkpoint:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A backward that raises, is caught, and is tried again: under DistributedDataParallel, and under hosts that do so."""
+"""A backward that raises, is caught, and is tried again: under DDP, and under frameworks that wrap the module anew."""
 
 from __future__ import annotations
 

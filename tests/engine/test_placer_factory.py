@@ -42,7 +42,7 @@ def train(policy: Any, rank: int, num_steps: int) -> None:
     gc.collect()
 
 
-def test_a_run_with_an_overruled_policy_ends_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_in_which_uniform_replicas_replaced_a_plan_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="swiftmoe_lightning")
     train(Coldest, rank=0, num_steps=10)
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -54,7 +54,7 @@ def test_a_run_with_an_overruled_policy_ends_with_one_line(caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize(("policy", "rank"), [("balanced", 0), (Coldest, 1)])
-def test_nothing_is_said_without_a_reason_or_by_other_ranks(
+def test_nothing_is_logged_without_fallbacks_or_by_other_ranks(
     policy: Any, rank: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="swiftmoe_lightning")

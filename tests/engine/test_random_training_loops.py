@@ -172,7 +172,7 @@ CASES = {
 }
 
 
-def test_every_known_fault_of_a_loop() -> None:
+def test_loops_that_once_went_wrong_equal_one_process() -> None:
     check(list(CASES.values()))
 
 

@@ -20,13 +20,13 @@ def block() -> nn.Module:
 
 
 @pytest.mark.parametrize("config", [{"slots_per_rank": 2}, "balanced", 0, sml.SwiftMoEConfig])
-def test_a_config_is_a_config(config: Any) -> None:
+def test_a_config_of_another_type_is_refused(config: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"config must be a SwiftMoEConfig, got {config!r}. Write")):
         sml.SwiftMoEEngine(block(), config)
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 1.5, "2", True])
-def test_a_node_has_a_rank_or_more(ranks: Any) -> None:
+def test_ranks_per_node_below_one_are_refused(ranks: Any) -> None:
     with pytest.raises(ValueError, match=f"ranks_per_node must be a whole number of 1 or more, got {ranks!r}"):
         sml.SwiftMoEEngine(block(), ranks_per_node=ranks)
 
@@ -55,7 +55,7 @@ def test_without_experts_any_optimizer_will_do() -> None:
 
 
 @pytest.mark.parametrize("limit", [float("nan"), -1.0, "1", None, True])
-def test_gradients_are_clipped_to_a_number(limit: Any) -> None:
+def test_clip_limits_that_are_no_number_are_refused(limit: Any) -> None:
     engine = sml.SwiftMoEEngine(block())
     with pytest.raises(ValueError, match=rf"max_norm must be a number of 0 or more, got {limit!r}\. Use 1\.0"):
         engine.clip_grad_norm_(limit)

@@ -78,7 +78,7 @@ def test_a_directory_that_was_never_finished_is_named(saved: tuple[Path, nn.Modu
         load_meta(path)
 
 
-def test_what_cannot_be_written_leaves_the_old_one(
+def test_a_directory_that_cannot_be_written_leaves_the_old_one(
     saved: tuple[Path, nn.Module, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, module, optimizer = saved

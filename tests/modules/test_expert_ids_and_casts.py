@@ -46,10 +46,10 @@ def test_on_a_gpu_ids_are_looked_at_under_anomaly_detection_alone() -> None:
 
 
 @pytest.mark.parametrize("capacity", [1.0, 2, "rank", True])
-def test_a_capacity_is_a_capacity(capacity: Any) -> None:
+def test_a_capacity_of_another_type_is_refused(capacity: Any) -> None:
     with pytest.raises(ValueError, match=rf"capacity must be a Capacity, or None, got {capacity!r}\. Write"):
         sml.Experts(2, 4, 4, capacity=capacity)
 
 
-def test_foreign_choices_add_nothing() -> None:
+def test_choices_of_other_ranks_experts_add_nothing() -> None:
     assert choose(torch.tensor([[-1], [3]])).count_nonzero() == 0

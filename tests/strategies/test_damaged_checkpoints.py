@@ -1,4 +1,4 @@
-"""A checkpoint of any host that was damaged on disk is an error on every rank, naming file and record."""
+"""A checkpoint of any framework that was damaged on disk is an error on every rank, naming file and record."""
 
 from __future__ import annotations
 

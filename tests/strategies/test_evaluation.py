@@ -166,7 +166,7 @@ def fit_swa(world_size: int, strategy: str) -> dict[str, Tensor]:
     return whole(model)
 
 
-def test_stochastic_weight_averaging() -> None:
+def test_stochastic_weight_averaging_ends_as_on_one_process() -> None:
     (expected,) = run_ranks(fit_swa, 1, 1, "auto", init=False)
     for found in run_ranks(fit_swa, 2, 2, "swiftmoe", init=False):
         assert_close(found, expected)

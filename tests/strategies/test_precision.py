@@ -34,13 +34,13 @@ class Cast(Sgd):
         return F.mse_loss(self(x), y)
 
 
-def test_64_bit() -> None:
+def test_64_bit_trains_as_on_one_process() -> None:
     assert_same_fit(Cast, 1e-12, precision="64-true")
 
 
 # A token's expert may change with a score's last bit, so these differ by more than rounding alone would make them.
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_16_bit(precision: str) -> None:
+def test_16_bit_trains_as_on_one_process_up_to_rounding(precision: str) -> None:
     assert_same_fit(Cast, 3e-2, precision=precision)
 
 

@@ -53,5 +53,5 @@ def fit_after_a_stop() -> tuple[int, int]:
     return stopped.global_step, second.global_step
 
 
-def test_a_stop_is_of_one_run() -> None:
+def test_a_stop_ends_one_run_and_not_the_next() -> None:
     assert run_ranks(fit_after_a_stop, 2, init=False) == [(2, 8)] * 2
