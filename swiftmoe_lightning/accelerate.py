@@ -102,7 +102,7 @@ def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.M
         defaults["device_ids"] = [accelerator.device.index]
     wrapped = engine.data_parallel(module, **{**defaults, **ddp_options})
     if handler is not None and engine.dense is None:
-        # Of dense gradients; those of experts go as `reduce_dtype` says.
+        # The hook is for dense gradients; those of experts travel in `reduce_dtype`.
         handler.register_comm_hook(wrapped)
     return wrapped
 

@@ -174,7 +174,7 @@ def report(  # noqa: PLR0913 - options
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
         write_page(out, plan_page(make_plan(recorded, machine, options, _say), title=run_or_trace.name))
-    # A name need not be Unicode.
+    # A file's name may hold bytes that are not Unicode.
     name = os.fsencode(out).decode(errors="replace")
     typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 

@@ -77,7 +77,7 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     is_good, entries = True, []
     for finding in verify_checkpoint(path):
         is_good &= not finding.is_bad
-        # A name need not be Unicode.
+        # A file's name may hold bytes that are not Unicode.
         name = os.fsencode(finding.path).decode(errors="replace")
         if as_json:
             entries.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})

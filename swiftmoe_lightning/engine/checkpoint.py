@@ -96,7 +96,7 @@ def save_directory(
         dcp.save(state, checkpoint_id=partial)
         _on_rank_zero(lambda: _finish(meta, whole, partial, previous))
     except (CheckpointException, OSError) as error:
-        # By one rank: the next save's may be there by the time another has come here.
+        # On rank 0 alone: when a slower rank gets here, the partial folder of the next save may be there already.
         _on_rank_zero(lambda: discard(partial))
         raise OSError(
             f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
@@ -239,7 +239,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    # Of a damaged pickle anything may come.
+    # A damaged pickle can raise any exception.
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(unreadable(path, f"{kind}{error}")) from error

@@ -91,13 +91,13 @@ def check_records(stream: BinaryIO, name: str) -> bool:
         with zipfile.ZipFile(stream) as archive:
             for record in archive.infolist():
                 part = f"record {record.filename!r}"
-                # Of records without a sum it is 0.
+                # The CRC of a record that was saved without one is 0.
                 if record.CRC or not record.file_size:
                     has_sums |= bool(record.CRC)
                     with archive.open(record) as content:
                         while content.read(_CHUNK):
                             pass
-    # Of damaged bytes anything may come.
+    # Damaged bytes can raise any exception.
     except Exception as error:
         raise ValueError(f"{name} is damaged: its {part} does not hold what was written ({error})") from error
     return has_sums
@@ -137,7 +137,7 @@ class FileSlice(io.RawIOBase):
         """Fill `buffer` as far as the slice reaches. Returns how many bytes were read."""
         self._file.seek(self._offset + self._position)
         view = memoryview(buffer)[: max(0, self._length - self._position)]
-        # As `file` says: it is a buffered one.
+        # `file` is a buffered file, which has readinto.
         read: int = self._file.readinto(view)  # type: ignore[attr-defined]
         self._position += read
         return read

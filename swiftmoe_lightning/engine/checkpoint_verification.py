@@ -71,7 +71,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
             why = "a run was stopped while it saved: delete it, unless that run is still saving"
             yield Finding(entry, _size(entry), "unfinished", why)
         elif entry.is_dir() and entry.is_symlink():
-            # It may lead back to where it is.
+            # A link may lead to a folder that it is in.
             yield Finding(entry, None, "not verified", f"a link to the folder {entry.readlink()}")
         elif entry.is_dir():
             yield from _folder(entry)
@@ -105,7 +105,7 @@ def _index(path: Path, has_sum: bool) -> tuple[Finding, dict[Any, Any]]:
         if expected not in (None, index_sum(path.parent)):
             raise ValueError(f"its SHA-256 is not the one in {META_FILE}")
         stored = SafeReader(path.parent).read_metadata().storage_data
-    # Of a damaged pickle anything may come.
+    # A damaged pickle can raise any exception.
     except Exception as error:
         return Finding(path, _size(path), "damaged", f"{type(error).__name__}: {error}"), {}
     if expected is None:

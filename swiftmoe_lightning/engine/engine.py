@@ -235,7 +235,7 @@ class SwiftMoEEngine:
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
         if self.dense is not None:
-            # As the others did in their first forward.
+            # The other ranks gathered the dense weights in their first forward: a collective.
             self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return

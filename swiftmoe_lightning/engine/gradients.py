@@ -68,7 +68,7 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
-    # As torch: Fabric's users write "inf".
+    # torch takes the order as a string, too: users of Fabric write "inf".
     norm_type = float(norm_type)
     norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
     if group is not None:

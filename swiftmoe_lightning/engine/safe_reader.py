@@ -71,7 +71,7 @@ class SafeReader(FileSystemReader):
             ValueError: when any of it is damaged, naming file and record.
         """
         for item in plan.items:
-            # One by one: what has been checked is then read from memory.
+            # Each item is read right after its check, while the file's pages are still in memory.
             check_slice(self.path, item.storage_index.fqn, self.storage_data[item.storage_index])
             super().read_data(replace(plan, items=[item]), planner).wait()
         done: Future[None] = Future()

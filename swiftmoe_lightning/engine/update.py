@@ -57,7 +57,7 @@ class ShardedUpdate:
             if parameters:
                 check_elementwise(optimizer, param_group, parameters[0])
             for sharded in parameters:
-                # What some optimizers (Adagrad) allocate where they are made is as large as the sharded parameters.
+                # Adagrad and others allocate state in their constructor, of the shape of whole experts.
                 state = optimizer.state.get(sharded, {})
                 state.update({key: self._shard_value(sharded, key, v) for key, v in state.items()})
 
@@ -211,7 +211,7 @@ def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Pa
     parameter = nn.Parameter(start.detach().clone())
     settings = {key: value for key, value in param_group.items() if key != "params"}
     if settings.get("lr") is not None:
-        # A warm-up may start at zero, where every optimizer looks elementwise.
+        # A warm-up may start at a rate of zero, at which no optimizer changes anything.
         settings["lr"] = 0.1
     # Some allocate their state where they are made, and look for it in their step: Adagrad of torch 2.11.
     shapes = (sharded.shape, local_shard(sharded).shape)

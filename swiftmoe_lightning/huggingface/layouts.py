@@ -56,7 +56,7 @@ def as_experts(module: nn.Module) -> Experts:
         ValueError: with the reason when there is no such `Experts`.
     """
     parameters = _fused_parameters(module)
-    # Below what picks another implementation of the same sums (grouped_mm, kernels).
+    # The eager forward, below the decorator that picks another implementation of it (grouped_mm, kernels).
     forward = inspect.unwrap(type(module).forward)
     kind = Experts if _takes(forward, 3) else RepeatedExperts
     if not _takes(forward, 3) and not _takes(forward, 1):
