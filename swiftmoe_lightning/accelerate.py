@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
-from swiftmoe_lightning.engine.files import save_whole
-from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
+from swiftmoe_lightning.engine.checkpoint_files import save_whole
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_stepped, swap_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,12 +71,12 @@ def prepare(
         for each in optimizers:
             engine.prepare_optimizer(each)
         return tuple(accelerator.prepare(model, optimizer, *rest))
-    names = names_of(model)
+    names = parameter_names(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
     engine = SwiftMoEEngine(model, config, device=accelerator.device)
     wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     for each in optimizers:
-        rebind(each, model, names)
+        swap_parameters(each, model, names)
         engine.prepare_optimizer(each)
         # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
         each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
@@ -88,11 +88,11 @@ def prepare(
 
 
 def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.Module, **ddp_options: Any) -> nn.Module:
-    """The engine's DDP around `module`, with the options and communication hook that Accelerate's own would have.
+    """The engine's wrapper around `module`, with the options and communication hook that Accelerate's DDP would have.
 
     Args:
         accelerator: of the processes, and of the options in its `kwargs_handlers`.
-        engine: with dense="fsdp2" the module itself is returned, cut.
+        engine: whose `data_parallel` wraps it.
         module: the engine's, as Accelerate has prepared it for calls.
         **ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
     """
@@ -102,7 +102,7 @@ def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.M
         defaults["device_ids"] = [accelerator.device.index]
     wrapped = engine.data_parallel(module, **{**defaults, **ddp_options})
     if handler is not None and engine.dense is None:
-        # Of dense gradients; those of experts go as `reduce_dtype` says.
+        # The hook is for dense gradients; those of experts travel in `reduce_dtype`.
         handler.register_comm_hook(wrapped)
     return wrapped
 
@@ -134,9 +134,9 @@ def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
     if parallelism_kind not in _KNOWN_TYPES or axes:
-        found = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
+        refused = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
         raise ValueError(
-            f"Accelerate is set up for {found}, which cannot be combined with spread experts. Configure plain data "
+            f"Accelerate is set up for {refused}, which cannot be combined with spread experts. Configure plain data "
             "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
         )
 
@@ -157,12 +157,12 @@ def _check_inputs(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             f"prepare takes the accelerator, the model, then the optimizer, got a {type(model).__name__} and a "
             f"{type(optimizer).__name__}. Data loaders and schedulers come after them."
         )
-    done = [
+    prepared = [
         type(thing).__name__
         for thing in (model, optimizer)
         if getattr(thing, "_is_accelerate_prepared", False) or isinstance(thing, nn.parallel.DistributedDataParallel)
     ]
-    if done or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
+    if prepared or model in accelerator._models or type(optimizer).__name__ == "AcceleratedOptimizer":
         raise ValueError(
             "this model or optimizer has been prepared already. Call swiftmoe_lightning.accelerate.prepare instead of "
             "accelerator.prepare, once, with the model and the optimizer as they were built."
@@ -176,8 +176,8 @@ def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
     Raises:
         ValueError: for an optimizer of other parameters, or one that has stepped.
     """
-    own = {id(parameter) for parameter in model.parameters()}
-    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    ids_of_model = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(p) not in ids_of_model for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ValueError(
             f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
@@ -229,15 +229,15 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 def _load_models(models: list[nn.Module], folder: Path) -> None:
     """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, and DTensors do
     not show any. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
-    found = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
-    if not found:
+    paths = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
+    if not paths:
         return
-    if len(found) < len(models):
+    if len(paths) < len(models):
         raise ValueError(
-            f"{folder} holds the weights of {len(found)} models ({', '.join(path.name for path in found)}), and "
+            f"{folder} holds the weights of {len(paths)} models ({', '.join(path.name for path in paths)}), and "
             f"{len(models)} were prepared. Let your hooks take the weights of all models at save_state, or of none."
         )
-    for model, path in zip(models, found, strict=True):
+    for model, path in zip(models, paths, strict=True):
         load_whole(model, path)
     models.clear()
 
@@ -266,13 +266,13 @@ def load_whole(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(path) if path.suffix == ".safetensors" else read_file(path)
-    found = model.load_state_dict(state, strict=False)
-    live = model.state_dict(keep_vars=True)
-    # Of tied weights a file holds one.
-    held = {id(live[name]) for name in state if name in live}
-    missing = [name for name in found.missing_keys if id(live[name]) not in held]
-    if missing or found.unexpected_keys:
+    incompatible = model.load_state_dict(state, strict=False)
+    parameters = model.state_dict(keep_vars=True)
+    # A file holds one of several names that share a weight.
+    loaded_ids = {id(parameters[name]) for name in state if name in parameters}
+    missing = [name for name in incompatible.missing_keys if id(parameters[name]) not in loaded_ids]
+    if missing or incompatible.unexpected_keys:
         raise ValueError(
-            f"{path} belongs to another model: it lacks {missing}, and holds {found.unexpected_keys} that this one "
-            "does not have. Build the model that was saved, or load another folder."
+            f"{path} belongs to another model: it lacks {missing}, and holds {incompatible.unexpected_keys} that this "
+            "one does not have. Build the model that was saved, or load another folder."
         )

@@ -123,8 +123,8 @@ def plan(  # noqa: PLR0913 - options
     from swiftmoe_lightning.analysis.report.plan_table import print_plan
 
     with _clear_errors("plan"):
-        found = read_trace(trace)
-        sizes = Sizes.of(found, ranks, slots, capacity_factor)
+        recorded = read_trace(trace)
+        sizes = Sizes.of(recorded, ranks, slots, capacity_factor)
         machine = Machine(
             num_ranks=sizes.num_ranks,
             slots_per_rank=sizes.slots_per_rank,
@@ -142,7 +142,7 @@ def plan(  # noqa: PLR0913 - options
             lag=lag,
             replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
         )
-        result = make_plan(found, machine, options, None if as_json else _say)
+        result = make_plan(recorded, machine, options, None if as_json else _say)
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2))
     else:
@@ -169,12 +169,12 @@ def report(  # noqa: PLR0913 - options
         # Before the replays, not after them.
         check_writable(out)
         recording = run_or_trace / "placements.npz"
-        found = read_trace(recording if recording.exists() else run_or_trace)
-        sizes = Sizes.of(found, ranks, slots, capacity_factor)
+        recorded = read_trace(recording if recording.exists() else run_or_trace)
+        sizes = Sizes.of(recorded, ranks, slots, capacity_factor)
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=_names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
-        write_page(out, plan_page(make_plan(found, machine, options, _say), title=run_or_trace.name))
-    # A name need not be Unicode.
+        write_page(out, plan_page(make_plan(recorded, machine, options, _say), title=run_or_trace.name))
+    # A file's name may hold bytes that are not Unicode.
     name = os.fsencode(out).decode(errors="replace")
     typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
@@ -186,7 +186,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what is installed here, on which devices it runs, and which path each operation takes, with the reason.
+    """Say what is installed here, on which devices it runs, and by which backend each operation runs, with the reason.
 
     With CHECKPOINT, say instead of each of its files whether it still holds what was written.
     """
@@ -196,11 +196,11 @@ def doctor(
         with _clear_errors("doctor"):
             is_good = print_checkpoint(checkpoint, as_json)
         raise typer.Exit(int(not is_good))
-    found = examine()
+    findings = examine()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(findings, indent=2))
     else:
-        print_findings(found)
+        print_findings(findings)
 
 
 def _names(policies: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What is installed here, on what it can run, and which path each operation takes; or if a checkpoint is whole."""
+"""What is installed here, on what it can run, and by which backend each operation runs; or if a checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftmoe_lightning.distributed.backends import available_backends
-from swiftmoe_lightning.engine.verifying import verify_checkpoint
+from swiftmoe_lightning.engine.checkpoint_verification import verify_checkpoint
 from swiftmoe_lightning.ops import backend
 
 _LIBRARIES: Final = ("swiftmoe-lightning", "torch", "triton", "lightning", "accelerate", "transformers")
@@ -29,38 +29,39 @@ _SHAPES: Final = {
 
 
 def examine() -> dict[str, Any]:
-    """What is installed, which devices there are, and which path each operation takes on them.
+    """What is installed, which devices there are, and by which backend each operation runs on them.
 
     Returns:
-        JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes. backends: names.
-        paths: one entry for each device, operation and dtype, with the path's name and the reason.
+        JSON-able. versions: name -> version, None if not installed. devices: with memory in bytes.
+        process_group_backends: names. operations: one entry for each device, operation and dtype, with the backend's
+        name and the reason.
     """
     devices = _devices()
     return {
         "versions": _versions(),
         "devices": devices,
-        "backends": available_backends(),
-        "paths": [entry for device in devices for entry in _paths(torch.device(device["device"]))],
+        "process_group_backends": available_backends(),
+        "operations": [entry for device in devices for entry in _operations(torch.device(device["device"]))],
     }
 
 
-def print_findings(found: dict[str, Any]) -> None:
+def print_findings(findings: dict[str, Any]) -> None:
     """What `examine` returned, as tables on standard output."""
     console = Console()
     versions = _table("library", "version")
-    for name, version in found["versions"].items():
+    for name, version in findings["versions"].items():
         versions.add_row(name, version or "not installed")
     console.print(versions)
     devices = _table("device", "name", "capability", "memory")
-    for device in found["devices"]:
+    for device in findings["devices"]:
         memory = device["memory"]
         size = "" if memory is None else f"{memory / 2**30:.1f} GiB"
         devices.add_row(device["device"], device["name"], device["capability"] or "", size)
     console.print(devices)
-    if len(found["devices"]) == 1:
+    if len(findings["devices"]) == 1:
         console.print("No GPU is seen by torch.\n")
-    console.print(f"Process-group backends: {', '.join(found['backends']) or 'none'}.\n")
-    console.print(_path_table(found["paths"]))
+    console.print(f"Process-group backends: {', '.join(findings['process_group_backends']) or 'none'}.\n")
+    console.print(_operation_table(findings["operations"]))
 
 
 def print_checkpoint(path: Path, as_json: bool) -> bool:
@@ -73,69 +74,69 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     Returns:
         Whether no file is bad.
     """
-    is_good, found = True, []
+    is_good, entries = True, []
     for finding in verify_checkpoint(path):
         is_good &= not finding.is_bad
-        # A name need not be Unicode.
+        # A file's name may hold bytes that are not Unicode.
         name = os.fsencode(finding.path).decode(errors="replace")
         if as_json:
-            found.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
+            entries.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
         else:
             size = "" if finding.size is None else f", {finding.size:,} bytes"
             print(f"{name}{size}: {finding.state}{f' ({finding.why})' if finding.why else ''}", flush=True)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(entries, indent=2))
     return is_good
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[library] = None
+            versions[library] = None
     built_for = {"CUDA of torch": torch.version.cuda, "ROCm of torch": torch.version.hip}
-    return found | {name: version for name, version in built_for.items() if version is not None}
+    return versions | {name: version for name, version in built_for.items() if version is not None}
 
 
 def _devices() -> list[dict[str, Any]]:
     """The CPU first, then every accelerator; a capability, such as "9.0", is an NVIDIA or AMD GPU's."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu, "capability": None, "memory": None}]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": cpu, "capability": None, "memory": None}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"{properties.major}.{properties.minor}"
             gpu = {"device": f"cuda:{index}", "name": properties.name, "capability": capability}
-            found.append(gpu | {"memory": properties.total_memory})
+            devices.append(gpu | {"memory": properties.total_memory})
     elif (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         for index in range(torch.accelerator.device_count()):
             other = {"device": f"{accelerator.type}:{index}", "name": accelerator.type}
-            found.append(other | {"capability": None, "memory": None})
-    return found
+            devices.append(other | {"capability": None, "memory": None})
+    return devices
 
 
-def _paths(device: torch.device) -> list[dict[str, str]]:
-    found = []
+def _operations(device: torch.device) -> list[dict[str, str]]:
+    entries = []
     for dtype in _DTYPES:
         chosen = {"sort, permute, combine, activate, route": backend.choose_backend(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
             chosen[name] = backend.choose_layer_backend(device, dtype, rows_per_slot, hidden_dim, top_k)
-        for operation, path in chosen.items():
+        for operation, choice in chosen.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
-            found.append(entry | {"path": path.name, "reason": path.reason})
-    return found
+            entries.append(entry | {"backend": choice.name, "reason": choice.reason})
+    return entries
 
 
-def _path_table(entries: list[dict[str, str]]) -> Table:
+def _operation_table(entries: list[dict[str, str]]) -> Table:
     """Dtypes that go one way for one reason share a row."""
     dtypes_of = defaultdict(list)
     for entry in entries:
-        dtypes_of[entry["device"], entry["operation"], entry["path"], entry["reason"]].append(entry["dtype"])
-    table = _table("device", "operation", "dtypes", "path", "why")
-    for (device, operation, path, reason), dtypes in dtypes_of.items():
-        table.add_row(device, operation, ", ".join(dtypes), path, reason)
+        dtypes_of[entry["device"], entry["operation"], entry["backend"], entry["reason"]].append(entry["dtype"])
+    table = _table("device", "operation", "dtypes", "backend", "why")
+    for (device, operation, name, reason), dtypes in dtypes_of.items():
+        table.add_row(device, operation, ", ".join(dtypes), name, reason)
     return table
 
 

@@ -39,18 +39,18 @@ def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     backend._backend_on.cache_clear()
 
 
-def test_json_says_everything() -> None:
+def test_json_has_versions_devices_and_operations() -> None:
     found = json.loads(run("--json"))
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"python", "triton", "lightning", "accelerate", "transformers", "swiftmoe-lightning"} < set(
         found["versions"]
     )
     assert found["devices"][0]["device"] == "cpu"
-    assert "gloo" in found["backends"]
-    on_cpu = [entry for entry in found["paths"] if entry["device"] == "cpu"]
+    assert "gloo" in found["process_group_backends"]
+    on_cpu = [entry for entry in found["operations"] if entry["device"] == "cpu"]
     assert len(on_cpu) == 3 * 4
     assert {entry["dtype"] for entry in on_cpu} == {"float32", "bfloat16", "float16", "float64"}
-    assert {entry["path"] for entry in on_cpu} == {"torch"}
+    assert {entry["backend"] for entry in on_cpu} == {"torch"}
     assert all("need an NVIDIA GPU" in entry["reason"] for entry in on_cpu)
 
 
@@ -73,16 +73,16 @@ def test_tables_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_two_gpus")
-def test_each_gpu_has_its_own_paths() -> None:
+def test_each_gpu_has_its_own_backends() -> None:
     pytest.importorskip("triton")
     found = json.loads(run("--json"))
     assert [device["name"] for device in found["devices"][1:]] == ["NVIDIA New", "NVIDIA Old"]
-    path_of = {(e["device"], e["operation"].split(" (")[0], e["dtype"]): e for e in found["paths"]}
-    assert path_of["cuda:0", "layer, fine experts", "bfloat16"]["path"] == "triton"
-    assert path_of["cuda:0", "layer, coarse experts", "bfloat16"]["path"] == "torch"
-    assert path_of["cuda:0", "layer, coarse experts", "float32"]["path"] == "triton"
-    assert path_of["cuda:0", "layer, fine experts", "float64"]["path"] == "torch"
-    old = path_of["cuda:1", "layer, fine experts", "bfloat16"]
+    operation_of = {(e["device"], e["operation"].split(" (")[0], e["dtype"]): e for e in found["operations"]}
+    assert operation_of["cuda:0", "layer, fine experts", "bfloat16"]["backend"] == "triton"
+    assert operation_of["cuda:0", "layer, coarse experts", "bfloat16"]["backend"] == "torch"
+    assert operation_of["cuda:0", "layer, coarse experts", "float32"]["backend"] == "triton"
+    assert operation_of["cuda:0", "layer, fine experts", "float64"]["backend"] == "torch"
+    old = operation_of["cuda:1", "layer, fine experts", "bfloat16"]
     assert old["reason"] == "NVIDIA Old has compute capability 7.0: the Triton kernels need 8.0 or more."
     table = run()
     assert "80.0 GiB" in table

@@ -1,4 +1,4 @@
-"""The structure of the package: imports go down only, each library has its home, and no file or function is long."""
+"""The package's structure: imports go down only, libraries have homes, files have tests, and no file is long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "swiftmoe_lightning"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "swiftmoe_lightning"
 KERNELS = PACKAGE / "ops" / "triton"
 TRAINER = PACKAGE / "huggingface" / "trainer.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -49,6 +50,77 @@ LATE = {
     "swiftmoe_lightning.huggingface.trainer": (TRAINER, {"transformers"}),
 }
 WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
+
+# Source file -> the test that covers it, for every file that `tests/` has no file of the same name for.
+TESTED_IN = {
+    "__main__.py": "demo/test_run.py",
+    "accelerate.py": "accelerate/test_prepare.py",
+    "demo/options.py": "demo/test_run.py",
+    "distributed/backends.py": "test_doctor.py",
+    "distributed/dtensor_handlers.py": "distributed/test_dtensor_extension.py",
+    "distributed/dtensor_random.py": "distributed/test_dtensor_extension.py",
+    "distributed/dtensor_refusals.py": "distributed/test_dtensor_extension.py",
+    "distributed/dtensor_scalars.py": "engine/test_gradients.py",
+    "distributed/dtensor_writes.py": "distributed/test_dtensor_extension.py",
+    "distributed/group.py": "engine/test_weight_traffic.py",
+    "distributed/private.py": "test_private_names.py",
+    "distributed/sharding.py": "engine/test_matches_dense_reference.py",
+    "distributed/store_barrier.py": "huggingface/test_save_pretrained.py",
+    "engine/checkpoint.py": "strategies/test_checkpoints.py",
+    "engine/checkpoint_files.py": "engine/test_damaged_checkpoints.py",
+    "engine/checkpoint_verification.py": "test_doctor_checkpoints.py",
+    "engine/data_parallel.py": "engine/test_failed_backward.py",
+    "engine/engine.py": "engine/test_engine_setup.py",
+    "engine/gradient_collector.py": "engine/test_random_training_loops.py",
+    "engine/gradient_placeholder.py": "strategies/test_discarded_gradients.py",
+    "engine/handshake.py": "engine/test_engine_setup.py",
+    "engine/layer_state.py": "engine/test_refused_arguments.py",
+    "engine/materialize.py": "engine/test_engine_setup.py",
+    "engine/parameter_swap.py": "strategies/test_fabric.py",
+    "engine/save_pretrained.py": "huggingface/test_save_pretrained.py",
+    "engine/sharded_layer.py": "engine/test_matches_dense_reference.py",
+    "engine/slots.py": "engine/test_weight_traffic.py",
+    "engine/stale_parameters.py": "engine/test_engine_setup.py",
+    "huggingface/layouts.py": "huggingface/test_convert.py",
+    "modules/context.py": "modules/test_single_device.py",
+    "modules/dispatch.py": "engine/test_matches_dense_reference.py",
+    "modules/experts.py": "modules/test_moe.py",
+    "modules/initialize.py": "engine/test_engine_setup.py",
+    "modules/load.py": "modules/test_single_device.py",
+    "modules/reader.py": "modules/test_moe.py",
+    "strategies/checkpoint_io.py": "strategies/test_checkpoint_files.py",
+    "strategies/join.py": "strategies/test_evaluation.py",
+    "strategies/lightning.py": "strategies/test_fit.py",
+    "strategies/private.py": "test_private_names.py",
+    "strategies/registration.py": "strategies/test_launch.py",
+    "strategies/shard_dense.py": "strategies/test_fully_sharded.py",
+    "strategies/signals.py": "strategies/test_sigterm_trainer.py",
+    "strategies/start_methods.py": "strategies/test_launch.py",
+    "analysis/baselines/revising.py": "analysis/baselines/test_baselines.py",
+    "analysis/baselines/tables.py": "analysis/baselines/test_baselines.py",
+    "analysis/candidates.py": "analysis/test_plan.py",
+    "analysis/report/page_data.py": "analysis/report/test_page.py",
+    "analysis/report/page_numbers.py": "analysis/report/test_page.py",
+    "analysis/report/page_text.py": "analysis/report/test_page.py",
+    "analysis/report/plan_table.py": "test_cli.py",
+    "analysis/sizes.py": "analysis/test_plan.py",
+    "analysis/write_trace.py": "analysis/test_read_trace.py",
+    "placement/load.py": "placement/test_placer.py",
+    "placement/routes.py": "placement/test_token_split.py",
+    "ops/common.py": "ops/test_operators.py",
+    "ops/triton/activation.py": "ops/test_activation.py",
+    "ops/triton/bias.py": "ops/test_bias.py",
+    "ops/triton/fused/hidden_gradient.py": "ops/test_fused.py",
+    "ops/triton/fused/product.py": "ops/test_fused.py",
+    "ops/triton/fused/score_gradient.py": "ops/test_fused.py",
+    "ops/triton/fused/tiles.py": "ops/test_fused.py",
+    "ops/triton/fused/up.py": "ops/test_fused.py",
+    "ops/triton/fused/weight_gradient.py": "ops/test_fused.py",
+    "ops/triton/launch.py": "ops/test_aot.py",
+    "ops/triton/permute.py": "ops/test_permute.py",
+    "ops/triton/route.py": "ops/test_route.py",
+    "ops/triton/sort.py": "ops/test_sort.py",
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -169,3 +241,10 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+def test_every_source_file_has_a_test_of_its_name_or_says_where_it_is_tested() -> None:
+    sources = [path.relative_to(PACKAGE) for path in FILES if path.name != "__init__.py"]
+    without = {str(source) for source in sources if not (TESTS / source.parent / f"test_{source.stem}.py").is_file()}
+    assert TESTED_IN.keys() == without, "add what is missing to TESTED_IN, and take out what has a test of its name"
+    assert not [test for test in TESTED_IN.values() if not (TESTS / test).is_file()]

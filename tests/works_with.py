@@ -33,7 +33,7 @@ ROWS: Final = (
         "Precision",
         "32-true, 64-true, bf16-mixed, bf16-true, 16-mixed",
         "sharded parameters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire",
-        ("strategies/test_precision_and_compile: 64_bit 16_bit 16_mixed keeps_parameters narrower skip_the_step",),
+        ("strategies/test_precision: 64_bit 16_bit 16_mixed keeps_parameters narrower skip_the_step",),
     ),
     Row(
         "Optimization",
@@ -52,7 +52,8 @@ ROWS: Final = (
         "`nn.init`, penalties on weights, hooks, averages and momentum teachers, `save_pretrained` on all ranks",
         "after a write by hand call `engine.mark_stale()`; a copy needs an engine of its own; LocalSGD is refused",
         (
-            "engine/test_stock_code: draw write penalty average_that_is_spread momentum copy_says step_each",
+            "distributed/test_dtensor_extension: draw write penalty average_that_is_spread momentum copy_says "
+            "step_each",
             "engine/test_gradients: hook",
             "huggingface/test_save_pretrained: all_ranks",
         ),
@@ -61,13 +62,13 @@ ROWS: Final = (
         "Signals",
         "SIGTERM, and SLURM's signal to requeue, stop all ranks after the same batch",
         "saving then is a few lines: [stopping and resuming](docs/stopping-and-resuming.md)",
-        ("strategies/test_stopping: sigterm slurm", "strategies/test_stopping_loops: save"),
+        ("strategies/test_sigterm_trainer: sigterm slurm", "strategies/test_sigterm_loops: save"),
     ),
     Row(
         "Evaluation",
         "validate, test, predict, also with uneven numbers of batches",
         "in training, ranks need equally many",
-        ("strategies/test_evaluate: without_a_fit different_numbers no_batch fewer_training",),
+        ("strategies/test_evaluation: without_a_fit different_numbers no_batch fewer_training",),
     ),
     Row(
         "Callbacks",
@@ -75,9 +76,9 @@ ROWS: Final = (
         "`BaseFinetuning.unfreeze_and_add_param_group` does not work on experts; `make_trainable` and "
         "`optimizer.add_param_group` do",
         (
-            "engine/test_steps: frozen thaw",
+            "engine/test_stepped_layers: frozen thaw",
             "strategies/test_fit: callbacks",
-            "strategies/test_evaluate: averaged stochastic early_stopping",
+            "strategies/test_evaluation: averaged stochastic early_stopping",
             "strategies/test_checkpoints: model_checkpoint averaged",
         ),
     ),
@@ -85,7 +86,7 @@ ROWS: Final = (
         "Memory",
         "activation checkpointing; experts on the meta device in `configure_model`",
         "no rank ever holds a whole expert tensor",
-        ("strategies/test_fit: modules", "engine/test_set_up: meta_experts"),
+        ("strategies/test_fit: modules", "engine/test_engine_setup: meta_experts"),
     ),
     Row(
         'Dense part sharded (`dense="fsdp2"`)',
@@ -103,19 +104,19 @@ ROWS: Final = (
         "Adapters (LoRA)",
         "on dense layers, over frozen experts",
         "on experts they are refused: merge or unload them",
-        ("engine/test_set_up: adapter", "huggingface/test_convert: adapters"),
+        ("engine/test_engine_setup: adapter", "huggingface/test_convert: adapters"),
     ),
     Row(
         "Quantized experts",
         "refused",
         "keep them in float32, bfloat16 or float16",
-        ("engine/test_set_up: quantized", "huggingface/test_convert: named"),
+        ("engine/test_engine_setup: quantized", "huggingface/test_convert: named"),
     ),
     Row(
         "Compilation",
         '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
         "a graph break at each MoE layer of ours, no recompilation from step to step",
-        ("strategies/test_precision_and_compile: compiled", "huggingface/test_experts: compile"),
+        ("strategies/test_compiled_module: compiled", "huggingface/test_experts: compile"),
     ),
     Row(
         "Checkpoints",
@@ -137,8 +138,8 @@ ROWS: Final = (
         "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
         (
             "accelerate/test_prepare: plain_accelerate four_ranks fp16 trackers folder",
-            "accelerate/test_misuse: misuse another_parallelism",
-            "accelerate/test_scripts: scripts_of_accelerate_pass",
+            "accelerate/test_prepare_misuse: misuse another_parallelism",
+            "accelerate/test_accelerate_scripts: scripts_of_accelerate_pass",
         ),
     ),
     Row(
@@ -155,8 +156,8 @@ ROWS: Final = (
         "the auxiliary loss is of each rank's own tokens, as under DDP",
         (
             "huggingface/test_convert: equal_the_original saves_loads",
-            "huggingface/test_training: ten_steps",
-            "huggingface/test_converted: ten_steps",
+            "huggingface/test_converted_under_engine: ten_steps",
+            "huggingface/test_converted_under_lightning: ten_steps",
         ),
     ),
     Row("Modules without experts", "train as under DDP, to the bit", "", ("strategies/test_fit: without_experts",)),

@@ -29,9 +29,9 @@ from benchmarks.common.provenance import birth_certificate, write_result
 from benchmarks.common.spread import paired_ratio, spread
 from benchmarks.common.turns import in_turns, seconds_of
 from swiftmoe_lightning import MoE
-from swiftmoe_lightning.engine import safe_reading
+from swiftmoe_lightning.engine import safe_reader
 from swiftmoe_lightning.engine.checkpoint import load_model, save_directory
-from swiftmoe_lightning.engine.files import check_file
+from swiftmoe_lightning.engine.checkpoint_files import check_file
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileIO
 
 _WARM_UP: Final = 2
@@ -62,7 +62,7 @@ def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
     ours, theirs, file, directory = WholeFileIO(), TorchCheckpointIO(), folder / "run.ckpt", folder / "directory.ckpt"
 
     def load_unchecked() -> None:
-        with mock.patch.object(safe_reading, "check_slice", return_value=True):
+        with mock.patch.object(safe_reader, "check_slice", return_value=True):
             load_model(directory, module)
 
     save_file = compare(

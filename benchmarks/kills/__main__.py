@@ -23,8 +23,8 @@ from typing import Any
 from benchmarks.common.command_line import command_line
 from benchmarks.common.provenance import birth_certificate, write_result
 from tests.helpers import run_ranks
-from tests.strategies.kills import WHERE, draw, num_lost_steps, run_and_kill, train
-from tests.strategies.stopping import losses
+from tests.strategies.killed_run import WHERE, draw, num_lost_steps, run_and_kill, train
+from tests.strategies.sigterm_runs import losses
 
 KINDS = {"file": False, "directory": True}
 KILLS_A_RUN = 5

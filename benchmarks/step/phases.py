@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.common.spread import spread
 from benchmarks.step.across_ranks import total
 from benchmarks.step.workload import TrainingLoop
-from swiftmoe_lightning.engine.collecting import GradientCollector
+from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 
 
 class Stopwatch:

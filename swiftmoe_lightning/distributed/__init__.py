@@ -1,8 +1,8 @@
 """torch.distributed in one place: the group of ranks, its exchanges, and row-sharded parameters."""
 
 from swiftmoe_lightning.distributed import private as private
+from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
-from swiftmoe_lightning.distributed.meeting import meet
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
@@ -15,21 +15,21 @@ from swiftmoe_lightning.distributed.sharding import (
     sharded_from_local,
     sharded_like,
 )
-from swiftmoe_lightning.distributed.stock_code import serve_stock_code
+from swiftmoe_lightning.distributed.store_barrier import store_barrier
 
 __all__ = [
     "ExpertGroup",
     "PendingExchange",
+    "extend_dtensors",
     "first_row",
     "full_tensor",
     "is_sharded",
     "local_part",
     "local_rows",
     "local_shard",
-    "meet",
-    "serve_stock_code",
     "shard_from_rank_zero",
     "shard_whole_values",
     "sharded_from_local",
     "sharded_like",
+    "store_barrier",
 ]

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import full_tensor, is_sharded
-from swiftmoe_lightning.engine.files import check_file, discard, partial_path, save_whole, sync_folder
-from swiftmoe_lightning.engine.safe_reading import SafePlanner, SafeReader
+from swiftmoe_lightning.engine.checkpoint_files import check_file, discard, partial_path, save_whole, sync_folder
+from swiftmoe_lightning.engine.safe_reader import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message
 
 META_FILE: Final = "meta.pt"
@@ -96,7 +96,7 @@ def save_directory(
         dcp.save(state, checkpoint_id=partial)
         _on_rank_zero(lambda: _finish(meta, whole, partial, previous))
     except (CheckpointException, OSError) as error:
-        # By one rank: the next save's may be there by the time another has come here.
+        # On rank 0 alone: when a slower rank gets here, the partial folder of the next save may be there already.
         _on_rank_zero(lambda: discard(partial))
         raise OSError(
             f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
@@ -126,18 +126,18 @@ def _finish(meta: dict[str, Any], whole: Path, partial: Path, previous: Path) ->
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
     """Run `action` on rank 0; what it raises, all ranks raise as an OSError. A collective."""
-    said: list[str | None] = [None]
+    messages: list[str | None] = [None]
     cause: Exception | None = None
     is_spread = dist.is_available() and dist.is_initialized()
     if not is_spread or dist.get_rank() == 0:
         try:
             action()
         except Exception as error:
-            cause, said = error, [f"rank 0: {type(error).__name__}: {error}"]
+            cause, messages = error, [f"rank 0: {type(error).__name__}: {error}"]
     if is_spread:
-        dist.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise OSError(said[0]) from cause
+        dist.broadcast_object_list(messages, src=0)
+    if messages[0] is not None:
+        raise OSError(messages[0]) from cause
 
 
 def _causes(error: BaseException) -> str:
@@ -154,8 +154,8 @@ def index_sum(path: str | os.PathLike[str]) -> str:
 
 def expected_index_sum(path: str | os.PathLike[str]) -> str | None:
     """What `index_sum` was when a directory was saved; None if it was not kept."""
-    found: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
-    return found
+    index_hash: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
+    return index_hash
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
@@ -239,7 +239,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    # Of a damaged pickle anything may come.
+    # A damaged pickle can raise any exception.
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(unreadable(path, f"{kind}{error}")) from error

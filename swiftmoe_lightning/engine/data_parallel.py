@@ -1,4 +1,4 @@
-"""DistributedDataParallel for the dense part of a module whose experts an engine looks after."""
+"""What `engine.data_parallel()` returns: the wrapper around a module whose experts an engine looks after."""
 
 from __future__ import annotations
 
@@ -64,6 +64,39 @@ class ExpertDataParallel(DistributedDataParallel):
     def no_sync(self) -> Iterator[None]:
         """Inside, backward neither averages dense gradients nor collects experts'."""
         with super().no_sync(), nullcontext() if self.engine is None else self.engine.no_sync():
+            yield
+
+
+class ShardedDataParallel(DistributedDataParallel):
+    """A module whose dense part is cut over the ranks already, in the wrapper that frameworks know.
+
+    Accelerate, transformers and Fabric know a wrapped module by the type DistributedDataParallel, take the user's own
+    from `module`, and accumulate in `no_sync()`. Nothing else of it is here: FSDP2, which the module carries in itself,
+    averages the dense gradients.
+
+    Args:
+        module: cut in place.
+        engine: of the module.
+    """
+
+    def __init__(self, module: nn.Module, engine: SwiftMoEEngine) -> None:
+        nn.Module.__init__(self)
+        self.module, self.engine = module, engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own."""
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward neither reduces dense gradients nor collects experts'."""
+        with self.engine.no_sync():
             yield
 
 

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
-from swiftmoe_lightning.distributed import ExpertGroup, serve_stock_code
+from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors
 from swiftmoe_lightning.engine.checkpoint import full_state
-from swiftmoe_lightning.engine.collecting import GradientCollector
-from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel
+from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
+from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
 from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states
-from swiftmoe_lightning.engine.placing import make_placer
-from swiftmoe_lightning.engine.pretrained import gather_to_save
+from swiftmoe_lightning.engine.placer_factory import make_placer
+from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.stale_parameters import refuse_foreign
-from swiftmoe_lightning.engine.steps import layers_stepped_by
+from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, Placer
 
@@ -41,7 +41,7 @@ class SwiftMoEEngine:
 
     Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
     through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
-    group, or on one rank, the module stays a plain MoE and the engine counts its loads.
+    group, or on one rank, the module stays a plain MoE: the engine counts loads and moves router biases.
 
     Args:
         module: its `Experts` layers are found by type.
@@ -99,7 +99,7 @@ class SwiftMoEEngine:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
             self.group = ExpertGroup(device_type, self._ranks_per_node)
-            serve_stock_code()
+            extend_dtensors()
             self._placer = make_placer(self.config, self.group)
         self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
         if self.group is not None and self.layers:
@@ -107,12 +107,13 @@ class SwiftMoEEngine:
             handshake = ForwardHandshake(self.group, [t.name for t in self._states], widest, self._device)
             for layer in self.layers:
                 layer.connect(handshake, self._collector)
-            gather_to_save(module)
+            gather_before_save_pretrained(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module, averaging dense gradients over ranks: in DDP, or itself, cut in place (dense="fsdp2").
+        """The module in a wrapper that averages dense gradients over ranks: DDP, or FSDP2, which cuts it in place.
 
-        Use it for forward and `no_sync()`; its `engine` is this one. On one rank, it is left alone.
+        Use the wrapper for forward and `no_sync()`: `module` is what it wraps, and `engine` this engine. On one rank
+        the module itself is returned.
 
         Args:
             module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
@@ -124,8 +125,7 @@ class SwiftMoEEngine:
         if self.config.dense == "ddp":
             return ExpertDataParallel(module, self, **ddp_options)
         self.shard_dense()
-        module.__dict__.update(engine=self, no_sync=self.no_sync)
-        return module
+        return ShardedDataParallel(module, self)
 
     def shard_dense(self) -> None:
         """With dense="fsdp2", cut the dense part over the ranks, in place; else nothing. Repeatable. A collective."""
@@ -204,7 +204,7 @@ class SwiftMoEEngine:
         return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
-        """Phase 4: begin to send updated rows to the experts' ranks; each layer's next forward waits for its own."""
+        """Phase 4: begin to send parameters' rows to the expert ranks; each layer's next forward waits for its own."""
         for t in states:
             if t.sharded is None:
                 continue
@@ -235,7 +235,7 @@ class SwiftMoEEngine:
     def join(self) -> None:
         """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
         if self.dense is not None:
-            # As the others did in their first forward.
+            # The other ranks gathered the dense weights in their first forward: a collective.
             self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import is_number
 from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, local_shard
+from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 from swiftmoe_lightning.engine.update import ShardedUpdate
-from swiftmoe_lightning.engine.waiting import has_gradient
 
 
 @torch.no_grad()
@@ -67,13 +67,13 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     """
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
-    wide = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
-    # As torch: Fabric's users write "inf".
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
+    # torch takes the order as a string, too: users of Fabric write "inf".
     norm_type = float(norm_type)
     norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
     if group is not None:
         norms = torch.cat([norms[:1], group.all_gather(norms[1:]).flatten()])
-    return torch.linalg.vector_norm(norms, norm_type).to(wide)
+    return torch.linalg.vector_norm(norms, norm_type).to(dtype)
 
 
 def _norm(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -102,8 +102,8 @@ def clip_grad_value(parameters: Iterable[nn.Parameter], clip_value: float) -> No
 
 
 def _check_limit(name: str, value: object) -> None:
-    """Raise ValueError for a limit that limits nothing, or turns gradients round; inf is none, and allowed."""
-    # A tensor may be on its way on a GPU: to look at it would wait for that.
+    """Raise ValueError for a limit that is no number, or below 0. A limit of inf is allowed, and clips nothing."""
+    # The value of a tensor is not read: that would wait for the GPU.
     if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):  # type: ignore[operator]
         raise ValueError(f"{name} must be a number of 0 or more, got {value!r}. Use 1.0, or leave gradients unclipped.")
 

@@ -135,8 +135,8 @@ class ForwardHandshake:
         """
         row = self._row_without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = num_batches
-        told: list[int] = self._gather(row).table[:, len(Header)].tolist()
-        return told
+        num_batches_W: list[int] = self._gather(row).table[:, len(Header)].tolist()
+        return num_batches_W
 
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
         row = torch.zeros(len(Header) + self._max_experts, dtype=torch.int64)

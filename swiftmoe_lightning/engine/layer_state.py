@@ -1,4 +1,4 @@
-"""What the engine knows of each MoE layer: what its experts got since the last step, and where they are.
+"""The engine's state of each MoE layer: the load since its last step, its placement, and what a checkpoint keeps of it.
 
 W ranks, E experts.
 """
@@ -49,8 +49,8 @@ class LayerState:
 
     def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
         """Spread the experts over the ranks (again). A collective."""
-        master_device = torch.device("cpu") if config.offload_optimizer else device
-        replaced = shard_parameters(self.experts, group, master_device)
+        shard_device = torch.device("cpu") if config.offload_optimizer else device
+        replaced = shard_parameters(self.experts, group, shard_device)
         self.stale_parameters.add(replaced.values())
         if self.sharded is None:
             first = placer.planned({self.name: self.experts.num_experts})[self.name]
@@ -127,12 +127,12 @@ class LayerState:
             placer.expect(self.name, state["popularity"].numpy())
         else:
             placer.load_state_dict(self.name, {k: v.numpy() for k, v in state["placer"].items()})
-        now, saved = self.sharded.placement, state["slot_to_expert"].numpy()
-        if state["world_size"] == now.world_size and saved.size == now.slot_to_expert_S.size:
-            placement = Placement(saved, now.num_experts, now.world_size)
+        current, saved = self.sharded.placement, state["slot_to_expert"].numpy()
+        if state["world_size"] == current.world_size and saved.size == current.slot_to_expert_S.size:
+            placement = Placement(saved, current.num_experts, current.world_size)
         else:
-            placement = placer.planned({self.name: now.num_experts})[self.name]
-        # Gradients that wait in the slots belong to the placement of now.
+            placement = placer.planned({self.name: current.num_experts})[self.name]
+        # Gradients that wait in the slots belong to the current placement.
         if not self.holds_gradients():
             self.sharded.slots.move_to(placement)
         self.sharded.stale = True

@@ -14,8 +14,8 @@ def materialize_dense(module: nn.Module, device: torch.device) -> None:
         TypeError: for a module that has meta tensors and no `reset_parameters`.
     """
     for name, child in module.named_modules():
-        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if not any(t.is_meta for t in own):
+        tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if not any(t.is_meta for t in tensors):
             continue
         reset = getattr(child, "reset_parameters", None)
         if reset is None:

@@ -22,14 +22,14 @@ from swiftmoe_lightning.distributed import (
     sharded_from_local,
     sharded_like,
 )
+from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
 from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeRows
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
-from swiftmoe_lightning.engine.waiting import StandIn, has_gradient
 from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
-    from swiftmoe_lightning.engine.collecting import GradientCollector
+    from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 
 
 class ShardedLayer(ExpertParallelContext):
@@ -53,7 +53,7 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
-        self._stand_ins: dict[str, StandIn] = {}
+        self._placeholders: dict[str, GradientPlaceholder] = {}
         self._rows: HandshakeRows | None = None
 
     def connect(self, handshake: ForwardHandshake, collector: GradientCollector) -> None:
@@ -140,10 +140,10 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
-        """Begin to send updated rows to the experts' ranks in `placement`. Frozen experts that stay are not sent."""
-        stay = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
-        # Who was frozen between backward and step still has a gradient, and was updated.
-        if stay and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
+        """Begin to send parameters' rows to the expert ranks of `placement`; frozen experts that stay are not sent."""
+        is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
+        # A parameter that was frozen between backward and step still has a gradient, and was updated.
+        if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
             return
         self.slots.start_distribution(placement)
         self.stale = False
@@ -165,18 +165,18 @@ class ShardedLayer(ExpertParallelContext):
         self.collector.on_backward(self)
 
     def announce_gradients(self) -> None:
-        """Put stand-ins in `.grad` of the sharded parameters before backward adds to the slots."""
+        """Put placeholders in `.grad` of the sharded parameters before backward adds to the slots."""
         self.drop_discarded()
         for name, sharded in self.experts.expert_parameters().items():
-            if sharded.requires_grad and name not in self._stand_ins:
-                self._stand_ins[name] = StandIn(sharded)
+            if sharded.requires_grad and name not in self._placeholders:
+                self._placeholders[name] = GradientPlaceholder(sharded)
 
     def drop_discarded(self) -> None:
         """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
         parameters = self.experts.expert_parameters()
-        for name, stand_in in list(self._stand_ins.items()):
-            if stand_in.was_discarded(parameters[name]):
-                self._stand_ins.pop(name).release()
+        for name, placeholder in list(self._placeholders.items()):
+            if placeholder.was_discarded(parameters[name]):
+                self._placeholders.pop(name).release()
                 self.slots.weights[name].grad = None
 
     def holds_gradients(self) -> bool:
@@ -194,12 +194,12 @@ class ShardedLayer(ExpertParallelContext):
         self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
 
     @torch.no_grad()
-    def add_to_master_gradients(self, collection: PendingCollection) -> None:
+    def add_to_sharded_gradients(self, collection: PendingCollection) -> None:
         """Wait for the collected rows and add them to `.grad` of the parameters, past the hooks of their owners."""
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
         for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
-            self._stand_ins.pop(name, None)
+            self._placeholders.pop(name, None)
             # Contiguous, too: fused kernels do not look at strides.
             accumulate_gradient(parameters[name], total.to(shards[name]))
 
@@ -211,10 +211,10 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
     for layer in sorted(layers, key=lambda layer: layer.index):
         following = layer.slots.start_collection()
         if under_way is not None:
-            under_way[0].add_to_master_gradients(under_way[1])
+            under_way[0].add_to_sharded_gradients(under_way[1])
         under_way = None if following is None else (layer, following)
     if under_way is not None:
-        under_way[0].add_to_master_gradients(under_way[1])
+        under_way[0].add_to_sharded_gradients(under_way[1])
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
@@ -261,8 +261,8 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
             sharded = sharded_from_local(local, parameter.shape, group)
         else:
             sharded = shard_from_rank_zero(parameter.to(device), group)
-        spread = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+        new_parameter = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            setattr(spread, kind, getattr(parameter, kind, None))
-        experts.register_parameter(name, spread)
+            setattr(new_parameter, kind, getattr(parameter, kind, None))
+        experts.register_parameter(name, new_parameter)
     return replaced

@@ -1,4 +1,4 @@
-"""Parameters that others have taken the place of, for as long as somebody still holds them."""
+"""Parameters that sharded ones have replaced, and that an optimizer may still hold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
     Raises:
         ValueError: when not one of its parameters is the module's.
     """
-    own = {id(p) for p in module.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(p) in own for p in held):
+    ids_of_module = {id(p) for p in module.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in ids_of_module for p in parameters):
         raise ValueError(
-            f"none of the optimizer's {len(held)} parameters belongs to the engine's {type(module).__name__}, whose "
-            "experts it would never update. Make it from module.parameters(), after the engine."
+            f"none of the optimizer's {len(parameters)} parameters belongs to the engine's {type(module).__name__}, "
+            "whose experts it would never update. Make it from module.parameters(), after the engine."
         )
 
 
 class StaleParameters:
-    """Knows parameters without keeping them alive."""
+    """Weak references to the parameters that were replaced."""
 
     def __init__(self) -> None:
         self._refs: list[weakref.ref[nn.Parameter]] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import is_sharded, local_part, local_shard, sharded_like
-from swiftmoe_lightning.engine.waiting import has_gradient
+from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 
 
 class ShardedUpdate:
@@ -57,7 +57,7 @@ class ShardedUpdate:
             if parameters:
                 check_elementwise(optimizer, param_group, parameters[0])
             for sharded in parameters:
-                # What some optimizers (Adagrad) allocate where they are made is as large as the sharded parameters.
+                # Adagrad and others allocate state in their constructor, of the shape of whole experts.
                 state = optimizer.state.get(sharded, {})
                 state.update({key: self._shard_value(sharded, key, v) for key, v in state.items()})
 
@@ -205,28 +205,28 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
 
 
 def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter, start: Tensor) -> Tensor:
-    """Two steps of a stand-in with the optimizer's class and settings on a copy of `start`, as if it were `sharded`."""
-    stand_in = object.__new__(type(optimizer))
-    stand_in.__dict__.update(optimizer.__dict__)
+    """A copy of `start` after two steps of an optimizer of this class and settings, to which it is as `sharded` is."""
+    trial = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)
     parameter = nn.Parameter(start.detach().clone())
     settings = {key: value for key, value in param_group.items() if key != "params"}
     if settings.get("lr") is not None:
-        # A warm-up may start at zero, where every optimizer looks elementwise.
+        # A warm-up may start at a rate of zero, at which no optimizer changes anything.
         settings["lr"] = 0.1
     # Some allocate their state where they are made, and look for it in their step: Adagrad of torch 2.11.
     shapes = (sharded.shape, local_shard(sharded).shape)
-    found = {
+    state_of_parameter = {
         key: torch.ones_like(parameter) if isinstance(value, Tensor) and value.shape in shapes else copy.deepcopy(value)
         for key, value in optimizer.state.get(sharded, {}).items()
     }
-    stand_in.__dict__.update(
+    trial.__dict__.update(
         param_groups=[{**settings, "params": [parameter]}],
-        state=defaultdict(dict, {parameter: found} if found else {}),
+        state=defaultdict(dict, {parameter: state_of_parameter} if state_of_parameter else {}),
         _optimizer_step_pre_hooks=OrderedDict(),
         _optimizer_step_post_hooks=OrderedDict(),
     )
     for power in (2, 3):
         parameter.grad = start**power + start.sign()
         # The class's step: a learning-rate scheduler wraps the instance's, bound to the real optimizer.
-        type(optimizer).step(stand_in)
+        type(optimizer).step(trial)
     return parameter.detach().to(torch.float64)

@@ -36,7 +36,7 @@ def convert(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert() takes a model, an nn.Module, got {model!r}. Load one first.")
-    taken: dict[int, Experts] = {}
+    converted: dict[int, Experts] = {}
     left: dict[str, tuple[nn.Module, str]] = {}
     num_ours = 0
     for name, parent, key in _candidates(model):
@@ -47,12 +47,12 @@ def convert(model: Model) -> Model:
             continue
         try:
             # A module may have several places.
-            taken[id(module)] = parent._modules[key] = taken.get(id(module)) or as_experts(module)
+            converted[id(module)] = parent._modules[key] = converted.get(id(module)) or as_experts(module)
         except ValueError as error:
             left[name] = (module, str(error))
-    if not taken and not num_ours:
-        found = f":\n{_describe(left)}" if left else ", and nothing in it looks like experts."
-        raise ValueError(f"convert() found no experts in {type(model).__name__} that it can take over{found}")
+    if not converted and not num_ours:
+        reasons = f":\n{_describe(left)}" if left else ", and nothing in it looks like experts."
+        raise ValueError(f"convert() found no experts in {type(model).__name__} that it can take over{reasons}")
     if left:
         warnings.warn(f"convert() left these experts as they are:\n{_describe(left)}", stacklevel=2)
     return model

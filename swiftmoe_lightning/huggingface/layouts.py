@@ -56,7 +56,7 @@ def as_experts(module: nn.Module) -> Experts:
         ValueError: with the reason when there is no such `Experts`.
     """
     parameters = _fused_parameters(module)
-    # Below what picks another implementation of the same sums (grouped_mm, kernels).
+    # The eager forward, below the decorator that picks another implementation of it (grouped_mm, kernels).
     forward = inspect.unwrap(type(module).forward)
     kind = Experts if _takes(forward, 3) else RepeatedExperts
     if not _takes(forward, 3) and not _takes(forward, 1):
@@ -90,9 +90,9 @@ def _fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             raise ValueError(f"{name} is a {type(p).__name__}: convert() before the tensors are sharded or quantized")
     tensors = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     up = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
-    more = sorted(tensors - {up, f"{up}_bias", "down_proj", "down_proj_bias"})
-    if more:
-        raise ValueError(f"it holds tensors besides those of the fused layout: {more}")
+    other_tensors = sorted(tensors - {up, f"{up}_bias", "down_proj", "down_proj_bias"})
+    if other_tensors:
+        raise ValueError(f"it holds tensors besides those of the fused layout: {other_tensors}")
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if "forward" in vars(module) or any(hooks):
         raise ValueError("its forward is replaced or has hooks (offloading, expert parallelism): convert() before that")
@@ -150,8 +150,8 @@ def _named(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
     z_RF = z_R.outer(torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)).flatten().roll(7).view(2, -1)
     with backend.force_backend("torch"):
         ours = {name: activate(z_RF, name) for name in ACTIVATIONS if gated == (name == "swiglu")}
-    theirs = function(z_RF)
-    return next((name for name, value in ours.items() if torch.equal(value, theirs)), None)
+    expected = function(z_RF)
+    return next((name for name, value in ours.items() if torch.equal(value, expected)), None)
 
 
 def _gate(act_fn: Callable[[Tensor], Tensor], z_R: Tensor) -> Tensor:
@@ -187,12 +187,12 @@ def _difference(module: nn.Module, forward: Callable[..., Tensor], experts: Expe
             chosen_ET = torch.zeros(_NUM_TOKENS, num_experts).scatter(1, ids_TK, 1.0).T
             inputs = [(chosen_ET.unsqueeze(-1) * x_TD).flatten(0, 1)]
         try:
-            expected, found = forward(_with_parameters(module, small), *inputs), ours(*inputs)
+            expected, computed = forward(_with_parameters(module, small), *inputs), ours(*inputs)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        if not isinstance(expected, Tensor) or expected.shape != found.shape:
-            return f"its outputs are {getattr(expected, 'shape', type(expected))}, not {list(found.shape)}"
-        relative = float((found - expected).abs().max() / expected.abs().max())
+        if not isinstance(expected, Tensor) or expected.shape != computed.shape:
+            return f"its outputs are {getattr(expected, 'shape', type(expected))}, not {list(computed.shape)}"
+        relative = float((computed - expected).abs().max() / expected.abs().max())
     return None if relative < 1e-3 else f"its outputs differ by {relative:.0%}"
 
 

@@ -22,8 +22,8 @@ from swiftmoe_lightning.accelerate import (
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
-from swiftmoe_lightning.engine.files import save_whole
-from swiftmoe_lightning.engine.rebinding import names_of, rebind
+from swiftmoe_lightning.engine.checkpoint_files import save_whole
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, swap_parameters
 from swiftmoe_lightning.huggingface.convert import convert
 from swiftmoe_lightning.private_names import check_names
 
@@ -81,6 +81,7 @@ class SwiftMoETrainer(Trainer):
             check_arguments(args)
         self.engine: SwiftMoEEngine | None = None
         self._swiftmoe_config = check_config(swiftmoe_config)
+        self._prepared_optimizer: Optimizer | None = None
         self._drops_state = False
         self._whole: dict[str, Any] | None = None
         super().__init__(model if model is None else convert(model), args, *rest, **options)
@@ -92,21 +93,22 @@ class SwiftMoETrainer(Trainer):
 
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        # Of whole parameters first: its groups are then the plain Trainer's, and checkpoints fit both.
+        # Made before the engine, from whole parameters: its groups are then those of the plain Trainer, and a
+        # checkpoint goes on under either.
         created: Optimizer = super().create_optimizer(model)
         # In a second `train()` it is wrapped already.
         optimizer: Optimizer = getattr(created, "optimizer", created)
         if self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
-            names = names_of(self.model)
+            names = parameter_names(self.model)
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
             self.engine.shard_dense()
             share_scaler(self.accelerator, self.engine)
             gather_state_dicts(self.accelerator)
-            rebind(optimizer, self.model, names)
-        if not getattr(optimizer, "_swiftmoe_prepared", False):
+            swap_parameters(optimizer, self.model, names)
+        if optimizer is not self._prepared_optimizer:
             self.engine.prepare_optimizer(optimizer)
-            optimizer._swiftmoe_prepared = True  # type: ignore[attr-defined]
+            self._prepared_optimizer = optimizer
             # After the engine's own hook, which makes DTensors of local state.
             optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=not self._drops_state))
         return created

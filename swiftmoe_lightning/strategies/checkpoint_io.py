@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
 from swiftmoe_lightning.engine.checkpoint import reading
-from swiftmoe_lightning.engine.files import check_file, save_whole
+from swiftmoe_lightning.engine.checkpoint_files import check_file, save_whole
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -50,7 +50,7 @@ class WholeFileIO(TorchCheckpointIO):
             return super().load_checkpoint(path, *args, **kwargs)
 
 
-class WritesWholeFiles:
+class WholeFileMixin:
     """A strategy of Lightning's whose default `checkpoint_io` is `WholeFileIO`, also inside one that only wraps."""
 
     _checkpoint_io: CheckpointIO | None
@@ -61,7 +61,7 @@ class WritesWholeFiles:
         if self._checkpoint_io is None:
             self._checkpoint_io = WholeFileIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # It keeps the one that it has.
+            # This setter fills a wrapper that has none, and leaves one that it has.
             self._checkpoint_io.checkpoint_io = WholeFileIO()
         return self._checkpoint_io
 

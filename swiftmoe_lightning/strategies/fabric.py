@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
@@ -19,16 +20,16 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine import checkpoint as checkpoints
-from swiftmoe_lightning.engine.rebinding import names_of, rebind, refuse_stepped
+from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_stepped, swap_parameters
 from swiftmoe_lightning.placement import PlacementPolicy
-from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
+from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
 
-# Beside what the user saves: where each model's experts were, by the model's own key.
+# The entry of a checkpoint that holds each model's placements, by the key under which the user saves the model.
 STATE_KEY: Final = "swiftmoe_engines"
 
 
-class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
+class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     The loop stays as it is under "ddp": `setup` (optimizers may be made before it), `setup_module` and
@@ -71,7 +72,7 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
         refuse_start_method(self._start_method)
         self._backward_sync_control = _SyncControl()
         self._engines: list[SwiftMoEEngine] = []
-        # Of every parameter that a model was set up with: an optimizer may still hold it.
+        # For each engine, the names of the parameters before it: an optimizer may still hold those.
         self._names: list[WeakIdKeyDictionary] = []
 
     @property
@@ -91,10 +92,10 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         engine = next((engine for engine in self._engines if engine.module is module), None)
         if engine is None:
-            self._names.append(names_of(module))
+            self._names.append(parameter_names(module))
             engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
             self._engines.append(engine)
-            self._adopt_scaler(engine)
+            self._share_scaler(engine)
         else:
             engine.attach(module)
         device_ids = self._determine_ddp_device_ids()
@@ -107,36 +108,37 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         refuse_stepped(optimizer, "Set it up first, then step, or load with fabric.load.")
         for engine, names in zip(self._engines, self._names, strict=True):
-            rebind(optimizer, engine.module, names)
-        held = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = {}
+            swap_parameters(optimizer, engine.module, names)
+        sharded_by_id = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
+        holds_experts: dict[SwiftMoEEngine, bool] = {}
         for engine in self._engines:
-            shared = [held.pop(id(p)) for p in engine.module.parameters() if id(p) in held]
-            if shared:
-                mine[engine] = any(shared)
-        if held:
+            own = [sharded_by_id.pop(id(p)) for p in engine.module.parameters() if id(p) in sharded_by_id]
+            if own:
+                holds_experts[engine] = any(own)
+        if sharded_by_id:
             raise ValueError(
-                f"{len(held)} parameters of the optimizer belong to no model that has been set up. "
+                f"{len(sharded_by_id)} parameters of the optimizer belong to no model that has been set up. "
                 "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before setup_optimizers(optimizer)."
             )
-        if sum(mine.values()) > 1:
+        if sum(holds_experts.values()) > 1:
             raise ValueError(
                 "the optimizer holds experts of several models. Make one optimizer for each of the models."
             )
-        for engine, has_masters in mine.items():
-            # Dense parameters of a second model are any optimizer's.
-            if has_masters or not any(mine.values()):
+        for engine, has_experts in holds_experts.items():
+            # An optimizer with experts may hold the dense parameters of a second model besides.
+            if has_experts or not any(holds_experts.values()):
                 engine.prepare_optimizer(optimizer)
         return optimizer
 
-    def _adopt_scaler(self, engine: SwiftMoEEngine) -> None:
-        """Let ranks skip a step together, though each sees the gradients of its own rows."""
+    def _share_scaler(self, engine: SwiftMoEEngine) -> None:
+        """Let ranks skip a step together, though each sees the gradients of its own rows. The user's plugin stays."""
         plugin = self.precision
         if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not engine.layers:
             return
         if isinstance(plugin.scaler, ShardedGradScaler):
             raise ValueError("at precision='16-mixed' one model with experts can be set up. Use 'bf16-mixed' for more.")
-        plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
+        self.precision = copy.copy(plugin)
+        self.precision.scaler = engine.scaler_like(plugin.scaler, plugin.device)
 
     def _engine_of(self, module: nn.Module) -> SwiftMoEEngine | None:
         inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -182,8 +184,8 @@ class SwiftMoEFabricStrategy(WritesWholeFiles, DDPStrategy):
         }
         if engines:
             checkpoint[STATE_KEY] = engines
-        whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-        checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, path, storage_options)
+        full_checkpoint = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+        checkpoints.save_file(self.checkpoint_io.save_checkpoint, full_checkpoint, path, storage_options)
 
     @override
     def load_checkpoint(

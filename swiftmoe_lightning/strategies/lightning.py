@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -23,8 +21,9 @@ from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine import ExpertDataParallel, SwiftMoEEngine, ignore_expert_parameters
 from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.placement import PlacementPolicy
-from swiftmoe_lightning.strategies.checkpoint_io import WritesWholeFiles
-from swiftmoe_lightning.strategies.joining import JoinRanks
+from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
+from swiftmoe_lightning.strategies.join import JoinCallback
+from swiftmoe_lightning.strategies.precision import shard_precision
 from swiftmoe_lightning.strategies.shard_dense import shard_dense
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
@@ -33,7 +32,7 @@ _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
 
 
-class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
+class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
@@ -102,7 +101,7 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         self._evaluating = None
-        JoinRanks.add_to(trainer)
+        JoinCallback.add_to(trainer)
         super().setup(trainer)
         if self.engine.layers:
             stop_together(trainer, self.engine)
@@ -142,20 +141,11 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
             self._engine = SwiftMoEEngine(
                 module, self.config, device=self.root_device, ranks_per_node=self.num_processes
             )
-            self._adopt_precision()
+            if self._engine.group is not None:
+                self.precision_plugin = shard_precision(self.precision_plugin, self._engine)
         else:
             self._engine.attach(module)
         ignore_expert_parameters(module)
-
-    def _adopt_precision(self) -> None:
-        """Let the precision plugin clip and scale gradients of which each rank holds a part."""
-        plugin, engine = self.precision_plugin, self.engine
-        if engine.group is None:
-            return
-        plugin.clip_grad_by_norm = functools.partial(_clip_by_norm, self)  # type: ignore[method-assign]
-        plugin.clip_grad_by_value = functools.partial(_clip_by_value, self)  # type: ignore[method-assign]
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            plugin.scaler = engine.scaler_like(plugin.scaler, plugin.device)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -210,9 +200,9 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         checkpoint = {**checkpoint, _STATE_KEY: self.engine.state_dict()}
         if not self._save_distributed_checkpoint:
-            # Here, after all hooks have put into it what they want (EMA adds a second model).
-            whole = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
-            checkpoints.save_file(self.checkpoint_io.save_checkpoint, whole, filepath, storage_options)
+            # Gathered here, after all hooks have added to the checkpoint (EMA adds a second model).
+            full_checkpoint = checkpoints.full_state(checkpoint, keep=self.is_global_zero)
+            checkpoints.save_file(self.checkpoint_io.save_checkpoint, full_checkpoint, filepath, storage_options)
             return
         if "current_model_state" in checkpoint:
             raise ValueError(
@@ -277,24 +267,9 @@ class SwiftMoEStrategy(WritesWholeFiles, DDPStrategy):
         if self._layer_sync and self.model is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
             self._layer_sync.revert(self._module)
         self.model = self._module
-        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
-        vars(self.precision_plugin).pop("clip_grad_by_value", None)
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
-
-
-def _clip_by_norm(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
-    plugin, engine = strategy.precision_plugin, strategy.engine
-    if not engine.layers and engine.dense is None:  # Nothing is cut: as under DDP, to the bit.
-        type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
-    else:
-        engine.clip_grad_norm_(clip_val, parameters=plugin.main_params(optimizer))
-
-
-def _clip_by_value(strategy: SwiftMoEStrategy, optimizer: Optimizer, clip_val: float) -> None:
-    parameters = strategy.precision_plugin.main_params(optimizer)
-    strategy.engine.clip_grad_value_(clip_val, parameters=parameters)

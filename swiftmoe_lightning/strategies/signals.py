@@ -20,7 +20,7 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     each rank; between the exchanges of expert layers those are collectives which the other ranks do not expect. Here
     the signal is only noted, and the engine's next exchange of counts tells all ranks.
     """
-    # What stopped an earlier run of this module does not stop this one.
+    # A stop that was asked for in an earlier run of this module does not stop this run.
     for layer in engine.layers:
         layer.handshake.wants_stop = layer.handshake.stops = False
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ class _StopTogether(Callback):
 
     def on_sigterm(self, trainer: Trainer, signum: int, _: FrameType | None) -> None:
         if trainer.strategy.launcher is not None:
-            # To the processes that rank 0 started.
+            # Rank 0 passes the signal on to the processes that it started.
             trainer.strategy.launcher.kill(signum)
         if not trainer.state.fn == "fit":
             raise SIGTERMException

@@ -46,7 +46,7 @@ def test_scores_see_the_order_of_earlier_bytes() -> None:
     assert (gpt(bytes_BT) - gpt(swapped_BT))[:, -1].abs().max() > 1e-4
 
 
-def test_turned_pairs_score_by_distance_alone() -> None:
+def test_rotary_scores_depend_on_distance_alone() -> None:
     torch.manual_seed(0)
     q_C, k_C = torch.randn(2, 8).unbind()
     q_TC, k_TC = rotate(q_C.expand(1, 1, 6, 8))[0, 0], rotate(k_C.expand(1, 1, 6, 8))[0, 0]
@@ -57,7 +57,7 @@ def test_turned_pairs_score_by_distance_alone() -> None:
     assert scores_TT[0].unique().numel() == 6
 
 
-def test_an_untrained_model_knows_nothing() -> None:
+def test_an_untrained_model_has_the_loss_of_uniform_guesses() -> None:
     torch.manual_seed(0)
     gpt = GPT(2, 32, hidden_dim=16, num_experts=4, top_k=2)
     loss = LanguageModel(gpt, lr=1e-3, num_steps=10).loss(text(13))

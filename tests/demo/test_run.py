@@ -34,7 +34,7 @@ def arguments(**options: Any) -> list[str]:
     ("command", "strategy"),
     [
         ([str(Path(sys.executable).with_name("swiftmoe"))], "swiftmoe"),
-        ([sys.executable, "-m", "swiftmoe_lightning.cli"], "static"),
+        ([sys.executable, "-m", "swiftmoe_lightning"], "static"),
     ],
 )
 def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(

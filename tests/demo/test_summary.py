@@ -8,7 +8,7 @@ from rich.console import Console
 from swiftmoe_lightning.demo.summary import summary_table
 
 
-def test_the_table_says_what_is_found_by_hand() -> None:
+def test_the_table_equals_a_count_by_hand() -> None:
     # 10 steps of one layer on two ranks: nine with 10 choices of which 2 are dropped, and a last, balanced one.
     recording = {
         "counts": np.full((10, 2, 1, 5), 1),

@@ -45,7 +45,7 @@ def emulate(
     pairs = list(zip(placement.pair_rank_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
     outputs, num_dropped = [], 0
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):
-        # Pairs of an expert in the order of their ranks; an expert's choices in the order of their tokens.
+        # Pairs of an expert in the order of their expert ranks; an expert's choices in the order of their tokens.
         room = {
             expert: [[plan.for_rank(rank).sent_P[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
             for expert in range(EXPERTS)

@@ -1,4 +1,4 @@
-"""A backward that raises, is caught, and is tried again: under DistributedDataParallel, and under hosts that do so."""
+"""A backward that raises, is caught, and is tried again: under DDP, and under frameworks that wrap the module anew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
-from tests.engine.test_loops import Explode
+from tests.engine.test_random_training_loops import Explode
 from tests.helpers import rank_errors, run_ranks
 
 

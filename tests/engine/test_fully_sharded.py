@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,26 @@ def test_on_one_process_the_module_stays_as_it_is() -> None:
     engine = sml.SwiftMoEEngine(module, CONFIG)
     assert engine.data_parallel() is module
     assert not any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def wrap_cut_module() -> None:
+    module = build(in_blocks=True)
+    before = vars(module).keys()
+    engine = sml.SwiftMoEEngine(module, CONFIG)
+    model = engine.data_parallel()
+    assert model.module is module
+    assert model.engine is engine
+    # What FSDP2 itself keeps there is not ours.
+    added = {key: value for key, value in vars(module).items() if key not in before}
+    assert not [
+        key for key, value in added.items() if "swiftmoe" in getattr(value, "__module__", type(value).__module__)
+    ]
+    with pytest.raises(AssertionError, match="FSDP does not support deepcopy"):
+        copy.deepcopy(model)
+
+
+def test_the_cut_module_is_wrapped_and_gets_no_attributes_of_ours() -> None:
+    run_ranks(wrap_cut_module, 2)
 
 
 def gathered_modules() -> list[str]:

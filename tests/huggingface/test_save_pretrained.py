@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.engine import pretrained
+from swiftmoe_lightning.engine import save_pretrained
 from tests import hf_models
 from tests.helpers import rank_errors, run_ranks
 from tests.huggingface.test_trainer import trainer as hf_trainer
@@ -58,7 +58,7 @@ def test_a_state_that_was_gathered_is_written_by_one_rank(tmp_path: Path) -> Non
 
 
 def save_on_one_rank_alone(folder: str) -> None:
-    pretrained._PATIENCE_S = 2  # type: ignore[misc]
+    save_pretrained._TIMEOUT_S = 2  # type: ignore[misc]
     model = sml.convert(hf_models.build("qwen3_moe"))
     sml.SwiftMoEEngine(model)
     if dist.get_rank() == 0:

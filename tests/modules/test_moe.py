@@ -108,7 +108,7 @@ def test_auxiliary_loss_sums_the_blocks_and_is_zero_without_any() -> None:
     assert float(sml.auxiliary_loss(model)) == 0
 
 
-def test_a_router_of_ones_own() -> None:
+def test_a_users_router_takes_the_place_of_ours() -> None:
     class First(nn.Module):
         """Every token to expert 3 alone."""
 

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.engine.files import partial_path
+from swiftmoe_lightning.engine.checkpoint_files import partial_path
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileIO
 from tests.engine import models
 from tests.helpers import rank_errors, run_ranks
@@ -154,7 +154,7 @@ def test_permissions_are_those_of_any_new_file(umask: int, tmp_path: Path) -> No
     assert stat.S_IMODE((tmp_path / "run.ckpt").stat().st_mode) == 0o666 & ~umask
 
 
-def test_addresses_are_understood(path: Path) -> None:
+def test_file_urls_and_remote_file_systems_are_taken(path: Path) -> None:
     WholeFileIO().save_checkpoint(NEW, f"file://{path}")
     assert WholeFileIO().load_checkpoint(f"file://{path}")["step"] == 2
     WholeFileIO().save_checkpoint(OLD, "memory://run/last.ckpt")
@@ -167,7 +167,7 @@ def test_addresses_are_understood(path: Path) -> None:
         WholeFileIO().save_checkpoint(OLD, path, storage_options={})
 
 
-def test_damage_is_named(path: Path) -> None:
+def test_a_damaged_record_is_named(path: Path) -> None:
     WholeFileIO().save_checkpoint(NEW, path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -143,6 +143,25 @@ def test_16_mixed_scales_clips_and_skips_like_plain_ddp() -> None:
         assert_alike(found, expected, tolerance=1e-3)
 
 
+def scale_with_a_users_plugin() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    before = dict(vars(plugin))
+    fabric = Fabric(accelerator="cpu", strategy="swiftmoe", devices=2, plugins=plugin)
+    fabric.launch()
+    model = models.build()
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(model(torch.randn(4, dense.DIM)).sum())
+    optimizer.step()
+    assert type(fabric.strategy.precision.scaler).__name__ == "ShardedGradScaler"  # type: ignore[attr-defined]
+    assert all(vars(plugin)[key] is value for key, value in before.items())
+    assert vars(plugin).keys() == before.keys()
+
+
+def test_a_users_plugin_is_never_written_to() -> None:
+    run_ranks(scale_with_a_users_plugin, 2, init=False)
+
+
 def name_is_known() -> str:
     fabric = Fabric(accelerator="cpu", strategy="swiftmoe", devices=2)
     fabric.launch()

@@ -137,7 +137,7 @@ class Late(Model):
     ],
     ids=str,
 )
-def test_modules(make: Any) -> None:
+def test_modules_train_as_on_one_process(make: Any) -> None:
     assert_same_fit(make)
 
 
@@ -152,11 +152,11 @@ def test_modules(make: Any) -> None:
     ],
     ids=str,
 )
-def test_trainer_options(options: dict[str, Any]) -> None:
+def test_trainer_options_do_as_on_one_process(options: dict[str, Any]) -> None:
     assert_same_fit(Model, **options)
 
 
-def test_three_ranks() -> None:
+def test_three_ranks_train_as_one_process() -> None:
     assert_same_fit(Model, world_size=3)
 
 
@@ -210,7 +210,7 @@ class Average(WeightAveraging):
 @pytest.mark.parametrize(
     ("make_model", "make_callback"), [(Model, Unfreeze), (TrainsWhatThaws, Thaw), (Model, Average)]
 )
-def test_callbacks_that_change_the_weights(make_model: Any, make_callback: Any) -> None:
+def test_callbacks_that_change_the_weights_do_as_on_one_process(make_model: Any, make_callback: Any) -> None:
     (expected,) = run_ranks(fit_with, 1, make_model, make_callback, 1, "auto", init=False)
     for state in run_ranks(fit_with, 2, make_model, make_callback, 2, "swiftmoe", init=False):
         assert_close(state, expected)

@@ -1,4 +1,4 @@
-"""dense="fsdp2" under every host: the same training and the same files as with whole dense parameters."""
+"""dense="fsdp2" under every framework: the same training and the same files as with whole dense parameters."""
 
 from __future__ import annotations
 

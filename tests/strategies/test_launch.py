@@ -148,7 +148,7 @@ def test_start_methods_that_cannot_bring_shards_back_are_refused(start_method: A
         sml.SwiftMoEStrategy(start_method=start_method)
 
 
-def test_the_other_package_gets_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_of_pytorch_lightning_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     other = pytest.importorskip("pytorch_lightning")
     registration.register()
     with pytest.raises(TypeError, match="Write `import lightning as L` and use L.Trainer and L.LightningModule"):

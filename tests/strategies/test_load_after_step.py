@@ -62,9 +62,9 @@ def under_fabric(folder: str) -> tuple[list[float], list[float]]:
     return first, loop(range(2, 5))
 
 
-@pytest.mark.parametrize("host", [under_accelerate, under_fabric])
-def test_a_load_goes_on_where_the_file_was_saved(host: Callable[[str], Any], tmp_path: Path) -> None:
-    for first, again in run_ranks(host, 2, str(tmp_path), init=False):
+@pytest.mark.parametrize("run", [under_accelerate, under_fabric])
+def test_a_load_goes_on_where_the_file_was_saved(run: Callable[[str], Any], tmp_path: Path) -> None:
+    for first, again in run_ranks(run, 2, str(tmp_path), init=False):
         assert again == pytest.approx(first, rel=1e-9)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kills import __main__ as command
-from tests.strategies.kills import Death
+from tests.strategies.killed_run import Death
 
 
 def test_kills_and_losses_are_summed_up(

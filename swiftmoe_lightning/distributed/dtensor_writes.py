@@ -1,0 +1,53 @@
+"""Writes to tensors cut over the ranks that torch does not count: through `.data`, to `.data`, and by `_foreach`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
+from swiftmoe_lightning.distributed.sharding import local_part, sharded_like
+
+
+def count_writes() -> None:
+    """Let every write to a DTensor show in its count of writes (`_version`), and none be lost.
+
+    torch's own: a write through `t.data` does not count, as with any tensor; `t.data = value` is lost, because what a
+    DTensor wraps stays; `torch._foreach_lerp_` and its kin do not count on DTensors, though they do on plain tensors.
+    """
+    DTensor.data = property(_read_data, _write_data)  # type: ignore[assignment]
+    names = [name for name in dir(torch.ops.aten) if name.startswith("_foreach_") and name.endswith("_")]
+    for packet in (getattr(torch.ops.aten, name) for name in names):
+        handle(_count, *(getattr(packet, overload) for overload in packet.overloads()))
+
+
+def _read_data(tensor: DTensor) -> Tensor:
+    # Shares the count, where torch's own `.data` has one of its own.
+    return tensor.detach()
+
+
+def _write_data(tensor: DTensor, value: Any) -> None:
+    if type(value) is Tensor and value.shape == tensor.shape and _is_cut_by_one(tensor):
+        value = sharded_like(local_part(value, tensor).to(tensor.device), tensor)
+    if not isinstance(value, DTensor):
+        raise TypeError(
+            f"`.data` of a tensor of shape {list(tensor.shape)} that is cut over the ranks was given a "
+            f"{type(value).__name__}{list(getattr(value, 'shape', []))}. Give it a tensor that is cut alike, or the "
+            "whole one."
+        )
+    Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+    tensor._local_tensor, tensor._spec = value._local_tensor, value._spec
+    torch.autograd.graph.increment_version(tensor)
+
+
+def _is_cut_by_one(tensor: DTensor) -> bool:
+    return len(tensor.placements) == 1 and isinstance(tensor.placements[0], Shard)
+
+
+def _count(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    written = by_default(operator, args, kwargs)
+    torch.autograd.graph.increment_version([t for t in args[0] if isinstance(t, DTensor)])
+    return written

@@ -1,0 +1,50 @@
+"""`save_pretrained` of models that hold spread experts, which its own code would write cut, or wait for ever in."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch import nn
+
+from swiftmoe_lightning.distributed import is_sharded, store_barrier
+from swiftmoe_lightning.engine.checkpoint import full_state
+
+_NAME: Final = "save_pretrained"
+# Short, so that who saves on one rank alone sees the error while still looking.
+_TIMEOUT_S: Final = 60
+
+
+def gather_before_save_pretrained(module: nn.Module) -> None:
+    """Let `save_pretrained` of the module, and of what is in it, gather experts first. For the rest of the process."""
+    for child in module.modules():
+        for kind in type(child).__mro__:
+            save = vars(kind).get(_NAME)
+            if save is not None and not hasattr(save, "_swiftmoe") and _takes_state(save):
+                setattr(kind, _NAME, _with_gathered_experts(save))
+
+
+def _takes_state(save: Any) -> bool:
+    return {"state_dict", "is_main_process"} <= inspect.signature(save).parameters.keys()
+
+
+def _with_gathered_experts(save: Any) -> Any:
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
+            store_barrier(_NAME, _TIMEOUT_S)
+            writes = dist.get_rank() == 0
+            bound.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)
+            bound.arguments["is_main_process"] &= writes
+            if not writes:
+                return None
+        return save(*bound.args, **bound.kwargs)
+
+    save_pretrained._swiftmoe = True  # type: ignore[attr-defined]
+    return save_pretrained
