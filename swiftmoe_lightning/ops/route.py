@@ -26,14 +26,12 @@ class Routed(NamedTuple):
         weights_TK: [T, K].
         expert_ids_TK: [T, K] int64.
         prob_sums_E: [E], sums over tokens of the scores as shares (for the auxiliary loss).
-        counts_E: [E] int64, assignments to each expert.
         square_sum: [], sum over tokens of the squared log-sum-exp of the logits (for the z-loss).
     """
 
     weights_TK: Tensor
     expert_ids_TK: Tensor
     prob_sums_E: Tensor
-    counts_E: Tensor
     square_sum: Tensor
 
 
@@ -61,11 +59,11 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
 
 def eager_route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose experts by logits: see `route`.
 
     Returns:
-        (weights [T, K], ids [T, K] int64, sums of probs [E], counts [E] int64, sum of squared log-sum-exps []).
+        (weights [T, K], ids [T, K] int64, sums of probs [E], sum of squared log-sum-exps []).
     """
     wide_TE = logits_TE.to(sum_dtype(logits_TE))
     scores_TE, probs_TE, _ = _scores(wide_TE, score)
@@ -74,9 +72,7 @@ def eager_route(
     weights_TK = scores_TE.gather(-1, ids_TK)
     if renormalize:
         weights_TK, _ = _shares(weights_TK)
-    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int64, device=logits_TE.device)
-    counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-    return weights_TK, ids_TK, probs_TE.sum(0), counts_E, wide_TE.logsumexp(-1).square().sum()
+    return weights_TK, ids_TK, probs_TE.sum(0), wide_TE.logsumexp(-1).square().sum()
 
 
 def eager_route_backward(
@@ -140,7 +136,7 @@ def _shares_backward(grad: Tensor, shares: Tensor, divisor: Tensor) -> Tensor:
 @torch.library.custom_op("swiftmoe::route", mutates_args=())
 def _route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(logits_TE):
         from swiftmoe_lightning.ops.triton import route as kernels
 
@@ -151,13 +147,12 @@ def _route(
 @_route.register_fake
 def _(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (num_tokens, num_experts), wide = logits_TE.shape, sum_dtype(logits_TE)
     return (
         logits_TE.new_empty(num_tokens, top_k, dtype=wide),
         logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64),
         logits_TE.new_empty(num_experts, dtype=wide),
-        logits_TE.new_empty(num_experts, dtype=torch.int64),
         logits_TE.new_empty((), dtype=wide),
     )
 
@@ -195,12 +190,12 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_TE, _, _, ctx.score, ctx.renormalize = inputs
-    _, ids_TK, _, _, _ = output
+    _, ids_TK, _, _ = output
     ctx.save_for_backward(logits_TE, ids_TK)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-    grad_weights_TK, _, grad_probs_E, _, grad_square = grads
+    grad_weights_TK, _, grad_probs_E, grad_square = grads
     logits_TE, ids_TK = ctx.saved_tensors
     inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK)
     return _route_backward(*inputs, ctx.score, ctx.renormalize), None, None, None, None

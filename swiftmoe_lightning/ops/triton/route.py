@@ -19,15 +19,14 @@ _TILE = 2048
 
 def route(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """([T, K], [T, K], [E], [E], []): `eager_route`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """([T, K], [T, K], [E], []): `eager_route`."""
     num_tokens, num_experts = logits_TE.shape
     device = logits_TE.device
     block_e, block_t, num_blocks = _blocks(num_tokens, num_experts)
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     probs_BE = torch.empty(num_blocks, num_experts, dtype=torch.float32, device=device)
-    counts_BE = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
     squares_B = torch.empty(num_blocks, dtype=torch.float32, device=device)
     if num_blocks:
         with device_of(logits_TE):
@@ -37,7 +36,6 @@ def route(
                 ids_TK,
                 weights_TK,
                 probs_BE,
-                counts_BE,
                 squares_B,
                 num_tokens,
                 E=num_experts,
@@ -49,7 +47,7 @@ def route(
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=8,
             )
-    return weights_TK, ids_TK, probs_BE.sum(0), counts_BE.sum(0), squares_B.sum()
+    return weights_TK, ids_TK, probs_BE.sum(0), squares_B.sum()
 
 
 def route_backward(
@@ -125,7 +123,6 @@ def route_kernel(
     p_ids,  # [T, K]
     p_weights,  # [T, K]
     p_probs,  # [B, E]
-    p_counts,  # [B, E]
     p_squares,  # [B]
     num_tokens,
     E: tl.constexpr,
@@ -157,7 +154,6 @@ def route_kernel(
     # [BLOCK_T, BLOCK_K]
     b_ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_weights = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-    b_chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for k in tl.static_range(K):
         # The first of equals. With nan scores any expert may come, but always one of E.
         b_best = tl.minimum(tl.argmax(b_biased, axis=1), E - 1)
@@ -165,14 +161,12 @@ def route_kernel(
         b_score = tl.sum(tl.where(is_best, b_scores, 0.0), axis=1)
         b_ids = tl.where(b_k[None, :] == k, b_best[:, None], b_ids)
         b_weights = tl.where(b_k[None, :] == k, b_score[:, None], b_weights)
-        b_chosen += is_best.to(tl.int32)
         b_biased = tl.where(is_best, -float("inf"), b_biased)
     if RENORMALIZE:
         b_weights, _ = _shares(b_weights)
     m_tk = (b_t[:, None] < num_tokens) & (b_k[None, :] < K)
     tl.store(p_ids + b_t[:, None] * K + b_k[None, :], b_ids, mask=m_tk)
     tl.store(p_weights + b_t[:, None] * K + b_k[None, :], b_weights, mask=m_tk)
-    tl.store(p_counts + block * E + b_e, tl.sum(tl.where(m, b_chosen, 0), axis=0), mask=b_e < E)
 
 
 @triton.jit
