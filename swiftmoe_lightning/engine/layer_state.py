@@ -124,7 +124,7 @@ class LayerState:
         if self.sharded is None or placer is None:
             return
         if state["placer"] is None:
-            placer.expect(self.name, state["popularity"].numpy())
+            placer.observe(self.name, state["popularity"].numpy())
         else:
             placer.load_state_dict(self.name, {k: v.numpy() for k, v in state["placer"].items()})
         current, saved = self.sharded.placement, state["slot_to_expert"].numpy()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import is_sharded, local_part, local_shard, sharded_like
+from swiftmoe_lightning.distributed import is_sharded, local_shard, shard_of, sharded_like
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 
 
@@ -157,7 +157,7 @@ class ShardedUpdate:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape == sharded.shape:
-            return local_part(value, sharded).clone()
+            return shard_of(value, sharded).clone()
         if value.shape != local_shard(sharded).shape:
             raise ValueError(
                 f"optimizer state {key!r} of {self._name_of(sharded)!r} has shape {list(value.shape)} in the "
