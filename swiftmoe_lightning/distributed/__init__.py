@@ -1,4 +1,4 @@
-"""torch.distributed in one place: the group of ranks, its exchanges, and row-sharded parameters."""
+"""Everything that calls torch.distributed: the group of ranks, its exchanges, and row-sharded parameters."""
 
 from swiftmoe_lightning.distributed import private as private
 from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
@@ -7,10 +7,10 @@ from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
     is_sharded,
-    local_part,
     local_rows,
     local_shard,
     shard_from_rank_zero,
+    shard_of,
     shard_whole_values,
     sharded_from_local,
     sharded_like,
@@ -24,10 +24,10 @@ __all__ = [
     "first_row",
     "full_tensor",
     "is_sharded",
-    "local_part",
     "local_rows",
     "local_shard",
     "shard_from_rank_zero",
+    "shard_of",
     "shard_whole_values",
     "sharded_from_local",
     "sharded_like",

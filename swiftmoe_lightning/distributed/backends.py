@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def available_backends() -> list[str]:
-    """The backends' names; none where torch is built without `torch.distributed`."""
+    """The names of the backends; none where torch is built without `torch.distributed`."""
     if not dist.is_available():
         return []
     checks = {

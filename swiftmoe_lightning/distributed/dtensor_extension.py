@@ -1,4 +1,4 @@
-"""Stock code that knows plain tensors alone, on sharded parameters."""
+"""Lets code that was written for plain tensors work on sharded parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from swiftmoe_lightning.distributed.dtensor_writes import count_writes
 
 @functools.cache
 def extend_dtensors() -> ExitStack:
-    """For the rest of the process, let sharded parameters stand where plain tensors do, with the same result.
+    """For the rest of the process, let sharded parameters be used as plain tensors are, with the same results.
 
-    In one list with plain tensors, which are equal on all ranks, so they count as replicated: averaged weights,
-    `torch.nn.utils.clip_grad_norm_`, norms to log. Numbers are of the whole tensor, draws are as on one process,
-    every write counts, and what would take a part for the whole is refused.
+    They may share a list with plain tensors, which count as replicated, since all ranks have equal ones: averaged
+    weights, `torch.nn.utils.clip_grad_norm_`, norms to log. Scalars are of the whole tensor, random values are those of
+    one process, every write counts, and what would treat this rank's shard as the whole tensor raises.
     """
     handle_scalars()
     handle_random()
@@ -27,5 +27,5 @@ def extend_dtensors() -> ExitStack:
     refuse_local_parts()
     stack = ExitStack()
     stack.enter_context(implicit_replication())
-    # Kept by the cache: to drop it would end the context.
+    # The cache keeps the stack alive, and with it the context.
     return stack

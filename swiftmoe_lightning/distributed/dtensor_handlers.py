@@ -1,4 +1,4 @@
-"""How DTensors treat single operators, for the rest of the process. Handlers run below autograd, on any DTensor."""
+"""Replaces what single operators do with DTensors, for the rest of the process. Handlers run below autograd."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Handler: TypeAlias = Callable[[torch._ops.OpOverload, tuple[Any, ...], dict[str,
 
 
 def handle(handler: Handler, *operators: torch._ops.OpOverload) -> None:
-    """Let `handler(operator, args, kwargs)` answer for these operators wherever an argument is a DTensor."""
+    """Run `handler(operator, args, kwargs)` in place of these operators wherever an argument is a DTensor."""
     for operator in operators:
         _handlers()[operator] = handler
 
 
 def by_default(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the operator would do with `args` and `kwargs` if it had no handler. For handlers."""
+    """Run the operator as if it had no handler. For use inside of handlers."""
     handler = _handlers().pop(operator, None)
     try:
         return operator(*args, **kwargs)

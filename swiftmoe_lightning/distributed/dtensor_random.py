@@ -1,4 +1,4 @@
-"""Random values for tensors cut over the ranks: `nn.init.normal_(p)`, `p.add_(torch.randn_like(p))`."""
+"""Random values for sharded parameters: `nn.init.normal_(p)`, `p.add_(torch.randn_like(p))`."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _LIKE = (_aten.rand_like.default, _aten.randn_like.default, _aten.randint_like.d
 
 
 def handle_random() -> None:
-    """Let a draw for a DTensor on the CPU be this rank's part of what one process would draw.
+    """Let random values of a DTensor on the CPU be this rank's shard of those that one process would draw.
 
-    There, torch lets each rank draw as many values as it holds: with one seed on all ranks they are the same on each,
-    and experts get the same rows W times. (On GPUs torch itself sees to it.) For a moment the whole tensor stands here.
+    On the CPU, torch draws each rank's shard by itself: with one seed on all ranks, every rank gets the same values,
+    and experts the same rows W times. (On GPUs torch avoids this.) Meanwhile every rank allocates the whole tensor.
     """
     handle(_draw, *_FILL, *_LIKE, _aten.bernoulli.default)
 
 
 def _draw(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    like, *settings = args
-    if like.device.type != "cpu":
+    tensor, *settings = args
+    if tensor.device.type != "cpu":
         return by_default(operator, args, kwargs)
-    # What a bernoulli draws depends on its values.
-    whole: Tensor = like.full_tensor() if operator is _aten.bernoulli.default else _empty(like)
+    # The values of bernoulli's input are its probabilities.
+    full: Tensor = tensor.full_tensor() if operator is _aten.bernoulli.default else _empty_full(tensor)
     drawn = distribute_tensor(
-        operator(whole, *settings, **kwargs), like.device_mesh, like.placements, src_data_rank=None
+        operator(full, *settings, **kwargs), tensor.device_mesh, tensor.placements, src_data_rank=None
     )
-    return like.copy_(drawn) if operator in _FILL else drawn
+    return tensor.copy_(drawn) if operator in _FILL else drawn
 
 
-def _empty(like: DTensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def _empty_full(tensor: DTensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""What would be done to this rank's part of a tensor as if it were the whole: files and collectives."""
+"""Refuses pickles of, and collectives on, DTensors, which would treat this rank's shard as the whole tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COLLECTIVES = (
 
 
 def refuse_local_parts() -> None:
-    """Let pickles (`torch.save`) of sharded parameters, and collectives on any DTensor, say what to do instead."""
+    """Let pickles (`torch.save`) of sharded parameters, and collectives on any DTensor, raise."""
     DTensor.__reduce_ex__ = _reduce  # type: ignore[assignment]
     handle(_collective, *(getattr(torch.ops.c10d, name).default for name in _COLLECTIVES))
 

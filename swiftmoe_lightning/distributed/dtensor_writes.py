@@ -1,4 +1,4 @@
-"""Writes to tensors cut over the ranks that torch does not count: through `.data`, to `.data`, and by `_foreach`."""
+"""Counts writes to DTensors that torch does not count: through `.data`, to `.data`, and by `_foreach` operators."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
-from swiftmoe_lightning.distributed.sharding import local_part, sharded_like
+from swiftmoe_lightning.distributed.sharding import shard_of, sharded_like
 
 
 def count_writes() -> None:
-    """Let every write to a DTensor show in its count of writes (`_version`), and none be lost.
+    """Let every write to a DTensor take effect, and show in its count of writes (`_version`).
 
-    torch's own: a write through `t.data` does not count, as with any tensor; `t.data = value` is lost, because what a
-    DTensor wraps stays; `torch._foreach_lerp_` and its kin do not count on DTensors, though they do on plain tensors.
+    In torch itself, a write through `p.data` does not count, on any tensor; `p.data = value` leaves a DTensor's local
+    tensor as it is; and `torch._foreach_lerp_` and its like count on plain tensors, but not on DTensors.
     """
     DTensor.data = property(_read_data, _write_data)  # type: ignore[assignment]
     names = [name for name in dir(torch.ops.aten) if name.startswith("_foreach_") and name.endswith("_")]
@@ -25,13 +25,13 @@ def count_writes() -> None:
 
 
 def _read_data(tensor: DTensor) -> Tensor:
-    # Shares the count, where torch's own `.data` has one of its own.
+    # `detach()` shares the count of writes; torch's own `.data` has a separate one.
     return tensor.detach()
 
 
 def _write_data(tensor: DTensor, value: Any) -> None:
-    if type(value) is Tensor and value.shape == tensor.shape and _is_cut_by_one(tensor):
-        value = sharded_like(local_part(value, tensor).to(tensor.device), tensor)
+    if type(value) is Tensor and value.shape == tensor.shape and _is_cut_along_one_axis(tensor):
+        value = sharded_like(shard_of(value, tensor).to(tensor.device), tensor)
     if not isinstance(value, DTensor):
         raise TypeError(
             f"`.data` of a tensor of shape {list(tensor.shape)} that is cut over the ranks was given a "
@@ -43,11 +43,11 @@ def _write_data(tensor: DTensor, value: Any) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
-def _is_cut_by_one(tensor: DTensor) -> bool:
+def _is_cut_along_one_axis(tensor: DTensor) -> bool:
     return len(tensor.placements) == 1 and isinstance(tensor.placements[0], Shard)
 
 
 def _count(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     written = by_default(operator, args, kwargs)
-    torch.autograd.graph.increment_version([t for t in args[0] if isinstance(t, DTensor)])
+    torch.autograd.graph.increment_version([tensor for tensor in args[0] if isinstance(tensor, DTensor)])
     return written

@@ -25,9 +25,9 @@ class ExpertGroup:
     """All ranks of the default process group, as one mesh axis named "expert".
 
     Args:
-        device_type: of the mesh, and so of the parameters that are cut over it.
-        ranks_per_node: neighbouring ranks that share a node; None asks torchrun's LOCAL_WORLD_SIZE, else takes one
-            node.
+        device_type: of the mesh, and of the parameters that are cut over it.
+        ranks_per_node: neighbouring ranks that share a node; None takes torchrun's LOCAL_WORLD_SIZE, or one
+            node without it.
 
     Raises:
         RuntimeError: when no process group is initialized.
@@ -43,7 +43,7 @@ class ExpertGroup:
         self.world_size: int = self.mesh.size()
         launched = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.ranks_per_node = launched if ranks_per_node is None else ranks_per_node
-        _leave_cleanly()
+        _clean_up_at_exit()
 
     def all_gather(self, row: Tensor) -> Tensor:
         """Gather every rank's `row`.
@@ -67,15 +67,15 @@ class ExpertGroup:
 
     def broadcast_int(self, value: int, device: torch.device) -> int:
         """Rank 0's whole number `value`, on every rank. It travels from `device` to `device`."""
-        box = torch.tensor(value, device=device)
-        dist.broadcast(box, group=self.process_group, group_src=0)
-        return int(box.item())
+        broadcast_value = torch.tensor(value, device=device)
+        dist.broadcast(broadcast_value, group=self.process_group, group_src=0)
+        return int(broadcast_value.item())
 
     def start_weight_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
-        """`start_all_to_all` in a line of its own.
+        """`start_all_to_all` in a second process group.
 
-        Counts and tokens do not queue behind weights, and a rank that exchanges weights alone is heard of in the next
-        count.
+        So counts and tokens do not queue behind weights; and where some ranks exchange weights and others do not, the
+        next gather of counts still runs, and its check reports them.
 
         Args:
             send: [R, ...]; nothing may touch it before `wait()`.
@@ -85,7 +85,7 @@ class ExpertGroup:
         return self._start(send, send_splits, receive_splits, self._weights_group)
 
     def start_all_to_all(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
-        """Begin to send the i-th split of `send` (along dim 0) to rank i.
+        """Begin an all-to-all, in which the i-th split of `send` (along dim 0) goes to rank i.
 
         Args:
             send: [R, ...]; nothing may touch it before `wait()`.
@@ -104,7 +104,7 @@ class ExpertGroup:
         return PendingExchange(work, send, received, num_sent * row_bytes)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Rows to their ranks; differentiable. Forward: all-to-all. Backward: the gradient, all-to-all, back.
+        """Send rows to their ranks by all-to-all. Backward sends their gradients back.
 
         Args:
             rows_RD: [R, D], in the order of the ranks they go to.
@@ -112,7 +112,7 @@ class ExpertGroup:
             receive_splits: for each rank, how many come from there.
 
         Returns:
-            [rows that came, D], in the order of the ranks they come from.
+            [rows received, D], in the order of the ranks they come from.
         """
         return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits)
 
@@ -121,7 +121,7 @@ class PendingExchange:
     """An all-to-all under way.
 
     Attributes:
-        bytes_sent: what leaves this rank.
+        bytes_sent: to other ranks.
     """
 
     def __init__(self, work: Any, send: Tensor, received: Tensor, bytes_sent: int) -> None:
@@ -129,13 +129,13 @@ class PendingExchange:
         self.bytes_sent = bytes_sent
 
     def wait(self) -> Tensor:
-        """What came, ready for use on the current stream."""
+        """The received tensor, ready for use on the current stream."""
         self._work.wait()
         return self._received
 
 
 class _ExchangeRows(torch.autograd.Function):
-    """Forward: all-to-all of rows. Backward: all-to-all of their gradients with the splits turned round."""
+    """Forward: all-to-all of rows. Backward: all-to-all of their gradients with send and receive splits swapped."""
 
     @staticmethod
     def forward(
@@ -148,15 +148,15 @@ class _ExchangeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         send_splits, receive_splits = ctx.splits
-        back = ctx.group.start_all_to_all(grad.contiguous(), receive_splits, send_splits).wait()
-        return back, None, None, None
+        grad_rows = ctx.group.start_all_to_all(grad.contiguous(), receive_splits, send_splits).wait()
+        return grad_rows, None, None, None
 
 
 _second_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 def _second_group_of(group: dist.ProcessGroup, device_type: str) -> dist.ProcessGroup:
-    """Another group of the same ranks, one for all engines. A collective where it is new."""
+    """A second group of the same ranks, which all engines share. A collective at the first call."""
     if group not in _second_groups:
         options = getattr(group._get_backend(torch.device(device_type)), "options", None)
         timeout = getattr(options, "_timeout", None)
@@ -165,10 +165,11 @@ def _second_group_of(group: dist.ProcessGroup, device_type: str) -> dist.Process
 
 
 @functools.cache
-def _leave_cleanly() -> None:
-    """At exit, free what still holds the process group.
+def _clean_up_at_exit() -> None:
+    """At exit, destroy the process group and free meshes.
 
-    With gloo, a mesh left to the interpreter's shutdown makes a worker thread abort the process (pytorch#190489).
+    With gloo, a mesh that is freed as late as the interpreter's shutdown makes a worker thread abort the process
+    (pytorch#190489).
     """
 
     def close() -> None:

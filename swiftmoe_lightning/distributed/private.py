@@ -1,4 +1,4 @@
-"""What of torch is not public and is needed here and in the engine."""
+"""The private names of torch that this package uses here, in `modules` and in `engine`; checked at import."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from swiftmoe_lightning.private_names import check_names
 check_names(
     "torch",
     {
-        # The number of the backward that runs; what is called at its end.
+        # The number of the running backward; callbacks at its end.
         torch._C: ["_current_graph_task_id"],
         torch.autograd.Variable: ["_execution_engine"],
-        # DTensors' own treatment of operators, and what they wrap.
+        # DTensor's handlers of operators; its local tensor and layout.
         DTensor: ["_op_dispatcher", "_local_tensor", "_spec"],
         DTensor._op_dispatcher: ["_custom_op_handlers"],
-        # Where ranks meet outside of collectives.
+        # The launcher's key-value store; the options of a group.
         dist.distributed_c10d: ["_get_default_store"],
         dist.ProcessGroup: ["_get_backend"],
-        # Which parameters DDP leaves alone; FSDP2's state of one.
+        # Parameters that DDP ignores; FSDP2's state of a module.
         DistributedDataParallel: ["_set_params_and_buffers_to_ignore_for_model"],
         fully_shard: ["state"],
     },

@@ -1,6 +1,6 @@
 """Sharded parameters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
 
-FSDP2's parameters, which are cut along their first dimension, are handled alike.
+The functions also take FSDP2's parameters, which are cut along their first dim, unless they say rows.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
 
 
 def sharded_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
-    """This rank's rows (`local`) as a piece of the sharded parameter of global `shape`. No communication."""
+    """The sharded parameter of global `shape` of which `local` is this rank's shard. No communication."""
     return _from_local(local, shape, group.mesh, [Shard(1)])
 
 
-def sharded_like(local: Tensor, like: Tensor) -> DTensor:
-    """This rank's part of a tensor that has the shape of the DTensor `like` and is cut as it is. No communication."""
-    assert isinstance(like, DTensor)
-    return _from_local(local, like.shape, like.device_mesh, like.placements)
+def sharded_like(local: Tensor, sharded: Tensor) -> DTensor:
+    """A DTensor of the shape and cut of `sharded`, of which `local` is this rank's shard. No communication."""
+    assert isinstance(sharded, DTensor)
+    return _from_local(local, sharded.shape, sharded.device_mesh, sharded.placements)
 
 
-def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of `whole` that would live here if it were cut as the DTensor `like`, sharing its storage."""
-    assert isinstance(like, DTensor)
-    (placement,) = like.placements
+def shard_of(full: Tensor, sharded: Tensor) -> Tensor:
+    """This rank's shard of `full` if it were cut as the DTensor `sharded` is; shares its storage."""
+    assert isinstance(sharded, DTensor)
+    (placement,) = sharded.placements
     assert isinstance(placement, Shard)
-    rank = like.device_mesh.get_local_rank()
-    first, last = shard_rows(whole.shape[placement.dim], like.device_mesh.size())[rank]
-    return whole.narrow(placement.dim, first, last - first)
+    rank = sharded.device_mesh.get_local_rank()
+    first, last = shard_rows(full.shape[placement.dim], sharded.device_mesh.size())[rank]
+    return full.narrow(placement.dim, first, last - first)
 
 
 def shard_whole_values(parameters: Mapping[str, Tensor], state: dict[str, Any], prefix: str) -> None:
-    """Let `load_state_dict` take whole tensors for DTensors: in `state`, each becomes this rank's part of it.
+    """Prepare `state` for `load_state_dict`: whole tensors of sharded parameters become DTensors of them.
 
     No communication.
 
     Args:
-        parameters: by their name behind `prefix`; plain ones and other shapes are left alone.
+        parameters: by name. Values of plain ones, or of another shape, stay as they are.
         state: changed in place.
-        prefix: of the module that holds the parameters, in `state`.
+        prefix: of the parameters' names in `state`.
     """
     for name, parameter in parameters.items():
         value = state.get(prefix + name)
         if not isinstance(value, Tensor) or is_sharded(value) or value.shape != parameter.shape:
             continue
         if is_sharded(parameter):
-            state[prefix + name] = sharded_like(local_part(value, parameter).to(parameter.device), parameter)
+            state[prefix + name] = sharded_like(shard_of(value, parameter).to(parameter.device), parameter)
 
 
 def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -72,27 +72,27 @@ def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
 
 
 def first_row(value: Tensor) -> int:
-    """The row that a sharded parameter's part here begins with; 0 of any other tensor."""
+    """The first row of this rank's shard of a sharded parameter; 0 for any other tensor."""
     if not isinstance(value, DTensor):
         return 0
     return shard_rows(value.shape[1], value.device_mesh.size())[value.device_mesh.get_local_rank()][0]
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """The part of a DTensor that lives here, sharing its storage; any other tensor as it is."""
+    """This rank's shard of a DTensor, which shares its storage; any other tensor as it is."""
     if not isinstance(value, DTensor):
         return value
-    # Not `detach()`, which takes DTensor's slow way round.
+    # Not `value.detach()`, which goes through DTensor's slow dispatch.
     with torch.no_grad():
         return value.to_local()
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A DTensor's whole value on every rank (a collective); any other tensor as it is."""
+    """A DTensor gathered whole on every rank (a collective); any other tensor as it is."""
     if not isinstance(value, DTensor):
         return value
-    whole: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
-    return whole
+    full: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
+    return full
 
 
 def is_sharded(value: object) -> bool:

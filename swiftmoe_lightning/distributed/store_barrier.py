@@ -1,4 +1,4 @@
-"""Collectives that a user starts by hand, which one rank alone could start by mistake."""
+"""A barrier before collectives that users call by hand, and could call on one rank only by mistake."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _WARN_AFTER_S: Final = 20
 
 
 def store_barrier(call: str, timeout_s: float) -> None:
-    """Wait until every rank is here, in the launcher's store instead of a collective.
+    """Wait until every rank has called this, through the launcher's store instead of a collective.
 
     Args:
-        call: what waits, for messages.
-        timeout_s: seconds until it is an error.
+        call: the name of the call that waits, for messages.
+        timeout_s: seconds to wait.
 
     Raises:
-        RuntimeError: when they are over, naming the ranks that are missing; the log says so after 20 s.
+        RuntimeError: after `timeout_s`, naming the missing ranks. After 20 s a warning names them.
     """
     if dist.get_world_size() == 1:
         return

@@ -1,4 +1,4 @@
-"""One training step over sharded parameters and slots, and what frameworks need around it."""
+"""One training step over sharded parameters and slots; clipping, loss scaling and checkpoints for frameworks."""
 
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ignore_expert_parameters
 from swiftmoe_lightning.engine.engine import SwiftMoEEngine

@@ -1,4 +1,4 @@
-"""Checkpoints know experts, never slots: whole tensors for a plain file, DTensors for a directory (DCP)."""
+"""Writes and reads checkpoints, which hold experts and not slots: plain files, or directories of shards (DCP)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from swiftmoe_lightning.engine.safe_reader import SafePlanner, SafeReader
 from swiftmoe_lightning.modules import shape_message
 
 META_FILE: Final = "meta.pt"
-# In META_FILE, which is written last and carries checksums itself: that of DCP's index, which carries none.
+# The key, in META_FILE, of the SHA-256 of DCP's index, which carries no checksum itself.
 _INDEX_SUM: Final = "swiftmoe_metadata_sha256"
 _TO_WRITE: Final = "Make room, choose another folder, or leave out what cannot be pickled."
 
@@ -39,26 +39,26 @@ def full_state(value: Any, keep: bool) -> Any:
 
     Args:
         value: tensors in dicts, lists and tuples.
-        keep: False drops what was gathered, one by one (it becomes None), so that only the rank that writes
-            holds it all.
+        keep: False replaces each gathered tensor by None, so that only the rank that writes has all of them in
+            memory.
     """
     if isinstance(value, dict):
         return type(value)((k, full_state(v, keep)) for k, v in value.items())
     if type(value) in (list, tuple):
         return type(value)(full_state(v, keep) for v in value)
     if isinstance(value, Tensor) and is_sharded(value):
-        whole = full_tensor(value)
-        return whole.cpu() if keep else None
+        full = full_tensor(value)
+        return full.cpu() if keep else None
     return value
 
 
 def is_checkpoint_directory(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory of `save_directory`, or was to become one."""
+    """Whether `path` is a directory, finished or not, as `save_directory` writes."""
     return Path(path).is_dir()
 
 
 def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.PathLike[str], *rest: Any) -> None:
-    """`write(state, path, *rest)`, of a plain file, on rank 0. A collective.
+    """Write a plain file on rank 0, by `write(state, path, *rest)`. A collective.
 
     Raises:
         OSError: when it cannot be written, on all ranks.
@@ -72,31 +72,32 @@ def save_file(write: Callable[..., None], state: dict[str, Any], path: str | os.
 def save_directory(
     path: str | os.PathLike[str], module: nn.Module, optimizers: list[Optimizer], meta: dict[str, Any]
 ) -> None:
-    """Write a DCP directory, each rank its own shards, and `meta` beside it. A collective.
+    """Write a DCP directory, each rank its own shards, with `meta` in it. A collective.
 
-    It is written beside `path` and takes its place when it is whole: whenever the run is killed, one of them is. The
-    one that was there stands as "<name>-previous" meanwhile, where `ckpt_path="last"` finds it, too.
+    A new directory is written beside `path`, and renamed to `path` once it is complete. An older one at `path` is first
+    renamed to "<name>-previous", which `ckpt_path="last"` finds, too, and then removed. So whenever the run is killed,
+    there is a complete one.
 
     Args:
         path: of the directory.
-        module: stands under "model", where Lightning's `consolidate_checkpoint` looks for it.
-        optimizers: the i-th stands under "optimizer_i", by parameter name.
+        module: saved under "model", where Lightning's `consolidate_checkpoint` looks for it.
+        optimizers: the i-th is saved under "optimizer_i", by parameter name.
         meta: plain types and tensors.
 
     Raises:
-        OSError: when it cannot be written, on all ranks; what was there is still there.
+        OSError: when it cannot be written, on all ranks; an older directory at `path` is kept.
     """
-    whole = Path(path)
-    partial, previous = partial_path(whole), whole.with_name(f"{whole.stem}-previous{whole.suffix}")
+    target = Path(path)
+    partial, previous = partial_path(target), target.with_name(f"{target.stem}-previous{target.suffix}")
     try:
-        _on_rank_zero(lambda: _make_room(whole, partial, previous))
+        _on_rank_zero(lambda: _prepare(target, partial, previous))
         state: dict[str, Any] = {"model": get_model_state_dict(module)}
         for i, optimizer in enumerate(optimizers):
             state[f"optimizer_{i}"] = get_optimizer_state_dict(module, optimizer)
         dcp.save(state, checkpoint_id=partial)
-        _on_rank_zero(lambda: _finish(meta, whole, partial, previous))
+        _on_rank_zero(lambda: _finish(meta, target, partial, previous))
     except (CheckpointException, OSError) as error:
-        # On rank 0 alone: when a slower rank gets here, the partial folder of the next save may be there already.
+        # On rank 0 only: when a slower rank comes to this line, the next save may have made its partial folder already.
         _on_rank_zero(lambda: discard(partial))
         raise OSError(
             f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
@@ -104,44 +105,44 @@ def save_directory(
         ) from error
 
 
-def _make_room(whole: Path, partial: Path, previous: Path) -> None:
+def _prepare(target: Path, partial: Path, previous: Path) -> None:
     discard(partial)
-    if previous.exists() and not whole.exists():
-        # Killed between the two renames of `_finish`.
-        os.rename(previous, whole)
+    if previous.exists() and not target.exists():
+        # An earlier run was killed between the two renames of `_finish`.
+        os.rename(previous, target)
     partial.mkdir(parents=True)
 
 
-def _finish(meta: dict[str, Any], whole: Path, partial: Path, previous: Path) -> None:
+def _finish(meta: dict[str, Any], target: Path, partial: Path, previous: Path) -> None:
     save_whole({**meta, _INDEX_SUM: index_sum(partial)}, partial / META_FILE)
     discard(previous)
-    if whole.is_dir() and not whole.is_symlink():
-        os.rename(whole, previous)
+    if target.is_dir() and not target.is_symlink():
+        os.rename(target, previous)
     else:
-        whole.unlink(missing_ok=True)
-    os.rename(partial, whole)
-    sync_folder(whole.parent)
+        target.unlink(missing_ok=True)
+    os.rename(partial, target)
+    sync_folder(target.parent)
     discard(previous)
 
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; what it raises, all ranks raise as an OSError. A collective."""
+    """Run `action` on rank 0. If it raises, all ranks raise an OSError. A collective."""
     messages: list[str | None] = [None]
     cause: Exception | None = None
-    is_spread = dist.is_available() and dist.is_initialized()
-    if not is_spread or dist.get_rank() == 0:
+    is_distributed = dist.is_available() and dist.is_initialized()
+    if not is_distributed or dist.get_rank() == 0:
         try:
             action()
         except Exception as error:
             cause, messages = error, [f"rank 0: {type(error).__name__}: {error}"]
-    if is_spread:
+    if is_distributed:
         dist.broadcast_object_list(messages, src=0)
     if messages[0] is not None:
         raise OSError(messages[0]) from cause
 
 
 def _causes(error: BaseException) -> str:
-    """What DCP was told by the ranks that failed; any other error's own words."""
+    """The errors of the ranks that failed in DCP; the message of any other error."""
     failures = getattr(error, "failures", None) or {}
     return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failures.items()) or str(error)
 
@@ -153,13 +154,13 @@ def index_sum(path: str | os.PathLike[str]) -> str:
 
 
 def expected_index_sum(path: str | os.PathLike[str]) -> str | None:
-    """What `index_sum` was when a directory was saved; None if it was not kept."""
+    """The SHA-256 of the index when the directory was saved; None if it was not recorded."""
     index_hash: str | None = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True).get(_INDEX_SUM)
     return index_hash
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote (plain types and tensors), on the CPU.
+    """Load what `torch.save` wrote (plain types and tensors), on the CPU.
 
     Raises:
         ValueError: for a file that cannot be read or is damaged, naming the record.
@@ -170,10 +171,10 @@ def read_file(path: str | os.PathLike[str]) -> Any:
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `meta` of a directory.
+    """Read the `meta` of a directory.
 
     Raises:
-        ValueError: for one that was never finished, and when it or DCP's index is damaged.
+        ValueError: when the directory is unfinished, or its `meta` or DCP's index is damaged.
     """
     file = Path(path) / META_FILE
     with reading(path):
@@ -184,7 +185,7 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         check_file(file)
         meta: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        # Directories of the first versions have none.
+        # Directories of early versions have no checksum.
         if meta.pop(_INDEX_SUM, None) not in (None, index_sum(path)):
             raise ValueError(f".metadata is damaged: its SHA-256 is not the one in {META_FILE}")
     return meta
@@ -232,7 +233,7 @@ def _read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the checkpoint, and say what to do, in whatever is raised inside.
+    """Turn what is raised inside into a ValueError that names the checkpoint and says what to do.
 
     Raises:
         ValueError: in place of any other exception.
@@ -246,7 +247,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def unreadable(path: str | os.PathLike[str], reason: str) -> str:
-    """What to say of a checkpoint that cannot be read, and of the `reason`."""
+    """The error message for a checkpoint that cannot be read for this `reason`."""
     return (
         f"cannot read the checkpoint {str(path)!r} ({reason}). It may be missing, cut off or corrupt, or hold objects "
         "that need Trainer.fit(..., weights_only=False): check the path, or use an older one."

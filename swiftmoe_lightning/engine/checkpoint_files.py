@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that hold the bytes which were written."""
+"""Writes files so that they are complete or absent, and checks that they hold what was written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _CHUNK: Final = 1 << 20
 
 
 def partial_path(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its place.
+    """The path at which the checkpoint `path` is written before it is renamed to `path`.
 
-    Lightning takes names that end in ".ckpt", and on SLURM those that hold "ckpt_", for checkpoints: not this one.
+    Lightning takes any name that ends in ".ckpt", and on SLURM any with "ckpt_" in it, for a checkpoint: this one has
+    neither.
     """
     return path.with_name(f"{path.name.replace('ckpt_', 'ckpt-')}.partial")
 
@@ -34,7 +35,7 @@ def discard(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in `folder` to disk, where the system can (Windows and some network file systems cannot)."""
+    """Flush the names in `folder` to disk, where the system can (Windows and some network file systems cannot)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -44,9 +45,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_whole(value: Any, path: Path) -> None:
-    """`torch.save`, whose file takes its place when it is whole and on disk: a kill leaves the former one.
+    """`torch.save` to a partial file, which is renamed to `path` once it is complete and on disk.
 
-    Whatever fails, nothing of it is left; what pickling raises comes through.
+    So a kill leaves an older file as it was. No partial file is left after an error; errors of pickling are passed on.
 
     Raises:
         OSError: when it cannot be written.
@@ -62,7 +63,7 @@ def save_whole(value: Any, path: Path) -> None:
         os.replace(partial, path)
     except BaseException as error:
         discard(partial)
-        # On a full disk torch's writer complains of its position.
+        # On a full disk torch's writer raises a RuntimeError about its position, in place of the OSError.
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -70,14 +71,14 @@ def save_whole(value: Any, path: Path) -> None:
 
 
 def check_records(stream: BinaryIO, name: str) -> bool:
-    """Compare all that `torch.save` wrote with the CRC32s that it wrote along, which torch's own reader does not.
+    """Compare the records of a file of `torch.save` with their CRC32s, which torch's own reader does not check.
 
     Args:
         stream: of the whole file, at any position.
         name: what to call the file in errors.
 
     Returns:
-        Whether there were any: torch's legacy format has none, nor has what is saved after
+        Whether there were any CRC32s. torch's legacy format has none, nor do files have any that are saved after
         `torch.serialization.set_crc32_options(False)`.
 
     Raises:
@@ -91,7 +92,7 @@ def check_records(stream: BinaryIO, name: str) -> bool:
         with zipfile.ZipFile(stream) as archive:
             for record in archive.infolist():
                 part = f"record {record.filename!r}"
-                # The CRC of a record that was saved without one is 0.
+                # A record that was saved without a CRC has 0 there.
                 if record.CRC or not record.file_size:
                     has_sums |= bool(record.CRC)
                     with archive.open(record) as content:

@@ -1,4 +1,4 @@
-"""What `swiftmoe doctor CHECKPOINT` looks at: every file of a checkpoint, against the checksums that it carries."""
+"""Checks every file of a checkpoint against the checksums that it carries, for `swiftmoe doctor CHECKPOINT`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from swiftmoe_lightning.engine.checkpoint_files import ZIP_START, check_file
 from swiftmoe_lightning.engine.safe_reader import SafeReader, check_slice
 
 _INDEX: Final = ".metadata"
-# What Lightning, Accelerate and transformers give `torch.save`, which begins its files in one of two ways.
+# Suffixes that Lightning, Accelerate and transformers use with `torch.save`, and the two starts of such files.
 _TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
 _TORCH_STARTS: Final = (ZIP_START, b"\x80\x02\x8a\x0a")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one file.
+    """The result of checking one file.
 
     Attributes:
         path: of the file, or of the folder where there is none.
-        size: in bytes, None where there is nothing.
+        size: in bytes; None if it is no file.
         state: "ok", "not verified", "damaged", "unfinished", "missing" or "unreadable".
-        why: empty for "ok".
+        why: the reason; empty for "ok".
     """
 
     path: Path
@@ -36,18 +36,18 @@ class Finding:
 
     @property
     def is_bad(self) -> bool:
-        """Whether something is wrong with it, more than that it carries no checksums."""
+        """Whether something is wrong with it. Files without checksums are not bad."""
         return self.state not in ("ok", "not verified")
 
 
 def verify_checkpoint(path: Path) -> Iterator[Finding]:
-    """Read whole files, and compare them with the checksums that they carry.
+    """Read every file, and compare it with the checksums that it carries.
 
     Args:
-        path: of a plain file, a directory of ours, or a folder with any of them.
+        path: of a plain file, a directory of `save_directory`, or a folder with any of them.
 
     Yields:
-        One finding a file.
+        One finding for each file.
     """
     if path.is_dir():
         empty = True
@@ -80,7 +80,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
 
 
 def _directory(folder: Path, entries: dict[str, Path]) -> Iterator[Finding]:
-    """A directory of `save_directory`; what has been looked at leaves `entries`."""
+    """Check a directory of `save_directory`. Removes the files that it checks from `entries`."""
     meta, index = entries.pop(META_FILE, None), entries.pop(_INDEX, None)
     why = "it is written last: the run was stopped while it saved, or another program saved this"
     finding = Finding(folder / META_FILE, None, "unfinished", why) if meta is None else _file(meta)
@@ -99,7 +99,7 @@ def _directory(folder: Path, entries: dict[str, Path]) -> Iterator[Finding]:
 
 
 def _index(path: Path, has_sum: bool) -> tuple[Finding, dict[Any, Any]]:
-    """DCP's index, and what it says of each tensor or value; nothing if it is bad."""
+    """Check DCP's index. Returns also where it says each tensor or value lies; nothing if it is bad."""
     try:
         expected = expected_index_sum(path.parent) if has_sum else None
         if expected not in (None, index_sum(path.parent)):

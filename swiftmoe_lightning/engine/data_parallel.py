@@ -1,4 +1,4 @@
-"""What `engine.data_parallel()` returns: the wrapper around a module whose experts an engine looks after."""
+"""The wrappers that `engine.data_parallel()` returns: by DDP, and for a dense part that FSDP2 has cut."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from swiftmoe_lightning.distributed import is_sharded
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.engine import SwiftMoEEngine
 
-# How torch's message begins.
-_UNFINISHED: Final = "Expected to have finished reduction"
+# The beginning of torch's message about parameters that backward did not reach.
+_UNFINISHED_REDUCTION: Final = "Expected to have finished reduction"
 
 
 class ExpertDataParallel(DistributedDataParallel):
@@ -23,7 +23,7 @@ class ExpertDataParallel(DistributedDataParallel):
 
     Args:
         module: the dense part is averaged over the ranks.
-        engine: of the module's experts; None in a copy.
+        engine: of the module's experts.
         **ddp_options: anything `DistributedDataParallel` takes.
     """
 
@@ -33,7 +33,7 @@ class ExpertDataParallel(DistributedDataParallel):
         self.engine: SwiftMoEEngine | None = engine
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (AveragedModel's) has no engine until it is given one of its own.
+        # A copy (AveragedModel) has no engine until it is given a new one.
         return {**super().__getstate__(), "engine": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class ExpertDataParallel(DistributedDataParallel):
         try:
             return super().forward(*args, **kwargs)
         except RuntimeError as error:
-            if _UNFINISHED not in str(error):
+            if _UNFINISHED_REDUCTION not in str(error):
                 raise
             raise RuntimeError(
                 "the backward before this forward did not reach every dense parameter. If an exception ended it, "
@@ -62,21 +62,21 @@ class ExpertDataParallel(DistributedDataParallel):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward neither averages dense gradients nor collects experts'."""
+        """Inside, backward neither averages dense gradients nor collects those of experts."""
         with super().no_sync(), nullcontext() if self.engine is None else self.engine.no_sync():
             yield
 
 
 class ShardedDataParallel(DistributedDataParallel):
-    """A module whose dense part is cut over the ranks already, in the wrapper that frameworks know.
+    """A module whose dense part FSDP2 has cut over the ranks, in a wrapper that frameworks recognise.
 
-    Accelerate, transformers and Fabric know a wrapped module by the type DistributedDataParallel, take the user's own
-    from `module`, and accumulate in `no_sync()`. Nothing else of it is here: FSDP2, which the module carries in itself,
-    averages the dense gradients.
+    Accelerate, transformers and Fabric recognise a wrapped module by the type DistributedDataParallel, take the user's
+    module from `module`, and accumulate in `no_sync()`. DDP itself is not used: FSDP2's hooks on the module average the
+    dense gradients.
 
     Args:
-        module: cut in place.
-        engine: of the module.
+        module: its dense part is cut already.
+        engine: of the module's experts.
     """
 
     def __init__(self, module: nn.Module, engine: SwiftMoEEngine) -> None:
@@ -90,20 +90,21 @@ class ShardedDataParallel(DistributedDataParallel):
         nn.Module.__setstate__(self, state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own."""
+        """The module's forward."""
         return self.module(*args, **kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward neither reduces dense gradients nor collects experts'."""
+        """Inside, backward neither reduces dense gradients nor collects those of experts."""
         with self.engine.no_sync():
             yield
 
 
 def ignore_expert_parameters(module: nn.Module) -> None:
-    """Tell DDP, and Lightning's own broadcast, to leave experts alone, and the router biases.
+    """Let DDP, and Lightning's own broadcast, ignore experts and router biases.
 
-    Ranks compute those alike, and a broadcast in every forward would ask for as many evaluation batches on each rank.
+    All ranks compute equal router biases. A broadcast of them in every forward would need equally many evaluation
+    batches on all ranks.
     """
     names = [name for name, p in module.named_parameters() if is_sharded(p)]
     names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]

@@ -1,4 +1,4 @@
-"""The training step of every MoE layer in a module. W ranks, L layers, E experts."""
+"""`SwiftMoEEngine`: the training step of every MoE layer in a module."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class SwiftMoEEngine:
     distribute   updated rows -> the experts' ranks in the next placements                       (all-to-all 2)
 
     Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
-    through `data_parallel()`; make optimizers after it, and pass them through `prepare_optimizer`. Without a process
+    through `data_parallel()`; then make optimizers, and pass them through `prepare_optimizer`. Without a process
     group, or on one rank, the module stays a plain MoE: the engine counts loads and moves router biases.
 
     Args:
-        module: its `Experts` layers are found by type.
+        module: all its `Experts` layers take part.
         config: None takes the defaults.
-        device: where the slots live; None takes the module's own, or the CPU for a module on meta.
-        ranks_per_node: for the "local_first" token split; None asks the launcher.
+        device: of the slots; None takes the module's, or the CPU for a module on meta.
+        ranks_per_node: for the "local_first" token split; None takes the launcher's.
 
     Raises:
-        ValueError: when the slots cannot hold the experts, or for a config or ranks_per_node that is none.
+        ValueError: when the slots cannot hold the experts, or for a config or ranks_per_node that is not valid.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class SwiftMoEEngine:
     @property
     def layers(self) -> list[ShardedLayer]:
         """The layers that are spread over ranks; none on a single rank."""
-        return [t.sharded for t in self._states if t.sharded is not None]
+        return [state.sharded for state in self._states if state.sharded is not None]
 
     @property
     def placements(self) -> dict[str, Placement]:
         """Each MoE layer's current placement, by the name of its `Experts` module."""
-        return {t.name: t.experts.context.placement for t in self._states}
+        return {state.name: state.experts.context.placement for state in self._states}
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes this rank has sent since the start, in "collect" and "distribute"; what it keeps does not count."""
+        """Bytes that this rank has sent to other ranks since the start, in "collect" and in "distribute"."""
         slots = [layer.slots for layer in self.layers]
         return {
             "collect": sum(s.collection_bytes for s in slots),
@@ -94,7 +94,7 @@ class SwiftMoEEngine:
         }
 
     def attach(self, module: nn.Module) -> None:
-        """Spread the module's MoE layers that are not yet. Repeatable after adding, moving or casting. A collective."""
+        """Spread the module's new MoE layers. Call it again after adding, moving or casting layers. A collective."""
         self.module = module
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
             device_type = "cpu" if self.config.offload_optimizer else self._device.type
@@ -103,20 +103,20 @@ class SwiftMoEEngine:
             self._placer = make_placer(self.config, self.group)
         self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
         if self.group is not None and self.layers:
-            widest = max(layer.experts.num_experts for layer in self.layers)
-            handshake = ForwardHandshake(self.group, [t.name for t in self._states], widest, self._device)
+            max_experts = max(layer.experts.num_experts for layer in self.layers)
+            handshake = ForwardHandshake(self.group, [state.name for state in self._states], max_experts, self._device)
             for layer in self.layers:
                 layer.connect(handshake, self._collector)
             gather_before_save_pretrained(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
-        """The module in a wrapper that averages dense gradients over ranks: DDP, or FSDP2, which cuts it in place.
+        """Wrap the module to average dense gradients over ranks: in DDP, or by FSDP2, which cuts it in place.
 
-        Use the wrapper for forward and `no_sync()`: `module` is what it wraps, and `engine` this engine. On one rank
-        the module itself is returned.
+        Use the wrapper for forward and `no_sync()`: its `module` is the wrapped module, its `engine` this engine. On
+        one rank the module itself is returned.
 
         Args:
-            module: what to wrap instead, if the module stands in a wrapper of its own (torch.compile's).
+            module: to wrap instead of the engine's, if that is inside another wrapper (torch.compile's).
             **ddp_options: anything `DistributedDataParallel` takes.
         """
         module = self.module if module is None else module
@@ -128,7 +128,7 @@ class SwiftMoEEngine:
         return ShardedDataParallel(module, self)
 
     def shard_dense(self) -> None:
-        """With dense="fsdp2", cut the dense part over the ranks, in place; else nothing. Repeatable. A collective."""
+        """With dense="fsdp2", cut the dense part over the ranks, in place, at the first call. A collective."""
         if self.config.dense == "fsdp2" and self.group is not None and self.dense is None:
             wire_dtype = getattr(torch, self.config.reduce_dtype)
             self.dense = FullyShardedDense(self.module, self.group, wire_dtype, self._agree_on_dense)
@@ -138,11 +138,11 @@ class SwiftMoEEngine:
             self.layers[0].handshake.call_dense(trains)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Let `optimizer` update sharded parameters at full speed, and every `step()` place and distribute. Returns it.
+        """Let `optimizer` update local shards, and let its `step()` run "place" and "distribute". Returns it.
 
         Raises:
-            ValueError: when it holds parameters from before the engine or before `data_parallel()` cut them, none of
-                the module's, or its update is not elementwise.
+            ValueError: when it has parameters from before the engine or before `data_parallel()` cut them, or none of
+                the module's, or when its update is not elementwise.
         """
         self._refuse_replaced(optimizer)
         if self._states:
@@ -160,7 +160,7 @@ class SwiftMoEEngine:
         self.after_update(layers_stepped_by(optimizer, others, self._states))
 
     def _refuse_replaced(self, optimizer: Optimizer) -> None:
-        stale = [t.name for t in self._states if t.stale_parameters.held_by(optimizer)]
+        stale = [state.name for state in self._states if state.stale_parameters.held_by(optimizer)]
         if stale:
             raise ValueError(
                 f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
@@ -184,45 +184,46 @@ class SwiftMoEEngine:
             yield
 
     def collect(self) -> None:
-        """Phase 1: gradients in slots -> `.grad`, averaged over ranks. A collective. The end of backward calls it."""
+        """Phase 1: gradients in slots -> `.grad`, averaged over ranks. Called at the end of backward. A collective."""
         self._collector.collect()
 
     def after_update(self, states: list[LayerState] | None = None) -> None:
-        """Phases 3 and 4, after an update of these layers (all, if None). A collective. `optimizer.step()` calls it."""
+        """Phases 3 and 4, after an update of these layers (None: of all). `optimizer.step()` calls it. A collective."""
         states = self._states if states is None else states
-        next_placements = self.place([t for t in states if not t.holds_gradients()])
+        next_placements = self.place([state for state in states if not state.holds_gradients()])
         self.distribute(states, next_placements)
 
     def place(self, states: list[LayerState]) -> dict[int, Placement]:
         """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
-        closed = [t for t in states if t.close_step()]
+        trained = [state for state in states if state.end_step()]
         if self._placer is None:
             return {}
         interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
-        due = {t.name: t for t in closed if t.num_steps % interval == 0}
-        placements = self._placer.next_placements({name: t.load_since_placed() for name, t in due.items()})
+        due = {state.name: state for state in trained if state.num_steps % interval == 0}
+        loads = {name: state.read_load_since_placed() for name, state in due.items()}
+        placements = self._placer.next_placements(loads)
         return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
-        """Phase 4: begin to send parameters' rows to the expert ranks; each layer's next forward waits for its own."""
-        for t in states:
-            if t.sharded is None:
+        """Phase 4: begin to send parameters' rows to the experts' ranks; a layer's next forward waits for them."""
+        for state in states:
+            if state.sharded is None:
                 continue
-            if t.holds_gradients():
-                # Gradients that wait in the slots belong to this placement.
-                t.sharded.stale = True
+            if state.holds_gradients():
+                # Gradients that wait in the slots belong to the current placement.
+                state.sharded.stale = True
             else:
-                t.sharded.distribute(placements.get(t.index, t.sharded.placement))
+                state.sharded.distribute(placements.get(state.index, state.sharded.placement))
 
     def mark_stale(self) -> None:
-        """After writes behind the engine's back (EMA, by hand): next forwards fetch slots again. Call on all ranks."""
+        """After a write to parameters (EMA, by hand): let next forwards fill the slots again. Call on all ranks."""
         for layer in self.layers:
             layer.stale = True
         if self.dense is not None:
-            self.dense.gather(False)
+            self.dense.reshard()
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop, from any of them and at any time (a signal handler will do)."""
+        """Ask all ranks to stop. Call it on any rank, at any time, also in a signal handler."""
         self._wants_stop = True
         for layer in self.layers:
             layer.handshake.wants_stop = True
@@ -233,39 +234,38 @@ class SwiftMoEEngine:
         return any(layer.handshake.stops for layer in self.layers) if self.layers else self._wants_stop
 
     def join(self) -> None:
-        """End of an evaluation loop: serve the other ranks' forwards until all have no more batches. A collective."""
+        """At the end of an evaluation loop: take part in other ranks' forwards until all are done. A collective."""
         if self.dense is not None:
             # The other ranks gathered the dense weights in their first forward: a collective.
             self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return
         handshake = self.layers[0].handshake
-        while len((rows := handshake.done()).active):
-            self.layers[rows.layer].serve(rows)
+        while len((table := handshake.done()).active_rows):
+            self.layers[table.layer].serve(table)
 
     def grad_norm(self, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
-        """[] the norm over dense and expert gradients together, equal on all ranks; of all parameters, or of some. A
-        collective. What is not finite anywhere shows on every rank."""
-        return grad_norm(self._clipped(parameters), self.group, norm_type)
+        """The norm, [], over dense and expert gradients, of `parameters` or all; equal on all ranks. A collective."""
+        return grad_norm(self._or_all(parameters), self.group, norm_type)
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None
     ) -> Tensor:
-        """Clip by the norm over dense and expert gradients together (see `clip_grad_norm`). A collective."""
-        return clip_grad_norm(self._clipped(parameters), max_norm, self.group, norm_type)
+        """Clip by the norm over dense and expert gradients (see `clip_grad_norm`). A collective."""
+        return clip_grad_norm(self._or_all(parameters), max_norm, self.group, norm_type)
 
     def clip_grad_value_(self, clip_value: float, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Clamp all gradients' elements to +-clip_value."""
-        clip_grad_value(self._clipped(parameters), clip_value)
+        clip_grad_value(self._or_all(parameters), clip_value)
 
     def grad_scaler(self, device: str = "cuda", **options: Any) -> torch.amp.GradScaler:
-        """A `torch.amp.GradScaler` with these options, whose ranks skip a step together."""
+        """A `torch.amp.GradScaler` with these options, which skips a step on all ranks or on none."""
         if self.group is None:
             return torch.amp.GradScaler(device, **options)
         return ShardedGradScaler(self.group, self._updates, device, **options)
 
     def scaler_like(self, scaler: torch.amp.GradScaler, device: str) -> torch.amp.GradScaler:
-        """The same for the settings of a stock scaler that has not scaled yet."""
+        """`grad_scaler` with the settings of a stock scaler that has not scaled yet."""
         return self.grad_scaler(
             device,
             init_scale=scaler.get_scale(),
@@ -281,15 +281,15 @@ class SwiftMoEEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside model and optimizer: layers' popularity and placements. Loads with weights_only=True."""
-        return {t.name: t.state_dict(self._placer) for t in self._states}
+        return {state.name: state.state_dict(self._placer) for state in self._states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was saved; at another world size placements are made anew from its popularity."""
-        for t in self._states:
-            if t.name in state:
-                t.load_state_dict(state[t.name], self._placer)
+        """Go on from a saved `state`. At another world size, placements are computed from its popularity."""
+        for layer_state in self._states:
+            if layer_state.name in state:
+                layer_state.load_state_dict(state[layer_state.name], self._placer)
 
-    def _clipped(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
+    def _or_all(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
         return self.module.parameters() if parameters is None else parameters
 
     def _name_of(self, parameter: nn.Parameter) -> str:

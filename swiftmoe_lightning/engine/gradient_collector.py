@@ -1,4 +1,4 @@
-"""Phase 1 of a step: when the gradients that backward leaves in the slots are collected."""
+"""Phase 1 of a step: decides when the gradients that backward leaves in the slots are collected."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, collect_gradie
 
 
 class GradientCollector:
-    """Collects at the end of every backward that is synchronised, whatever became of those before it.
+    """Collects gradients at the end of every backward outside of `no_sync()`, also after backwards that failed.
 
-    A backward is known by autograd's number for it, so none that failed can be mistaken for one that still runs:
-    autograd drops the callbacks of a backward that raises. Reentrant activation checkpointing runs backwards inside a
-    backward; each of them ends by itself.
+    Autograd drops the callbacks of a backward that raises. So backwards are told apart by autograd's number: one that
+    failed is never taken for one that is still running. Reentrant activation checkpointing runs backwards inside a
+    backward; each of them has its own number and its own end.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class GradientCollector:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward leaves gradients in the slots."""
-        before, self._syncs = self._syncs, False
+        previous, self._syncs = self._syncs, False
         try:
             yield
         finally:
-            self._syncs = before
+            self._syncs = previous
 
     def refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Refuse a step inside `no_sync()` of an optimizer whose experts wait for their gradients.
+        """Refuse a step inside `no_sync()` of an optimizer of experts while gradients wait in the slots.
 
         Raises:
             RuntimeError: for such a step.
@@ -52,19 +52,19 @@ class GradientCollector:
             )
 
     def on_forward(self) -> None:
-        """A forward outside of backward (a recomputation is inside): nothing that began to run back still runs."""
+        """A forward outside of backward: backwards that are still listed as running have failed."""
         if torch._C._current_graph_task_id() == -1:
             for layers in self._running.values():
                 self._waiting |= layers
             self._running.clear()
 
     def on_backward(self, layer: ShardedLayer) -> None:
-        """Backward has reached `layer`; the gradients of its slots follow."""
-        layer.announce_gradients()
+        """Backward has reached `layer`, and will add gradients to its slots."""
+        layer.place_placeholders()
         backward = torch._C._current_graph_task_id()
         if backward not in self._running:
             self._running[backward] = {}
-            # As DDP and FSDP2 do: later hooks, clipping and scalers all see the collected gradients.
+            # At the end of backward, as in DDP and FSDP2: later hooks, clipping and scalers see collected gradients.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, backward))
         self._running[backward][layer] = None
 

@@ -1,8 +1,9 @@
-"""Gradients that wait in the slots, as the user's API sees them: through `.grad` of the sharded parameters.
+"""Placeholders in `.grad` of sharded parameters while their gradients wait in the slots.
 
-Between a backward without synchronisation (accumulation), or one that an exception ended, and the collection, a
-layer's gradients are in its slots, which nobody outside sees. `zero_grad()` and `p.grad = None` must discard them all
-the same. So a placeholder stands in `.grad` of each sharded parameter, and what became of it says what to do.
+After a backward inside `no_sync()` (accumulation), or one that an exception ended, a layer's gradients are in its slots
+until the next collection. User code does not see them there, yet `zero_grad()` and `p.grad = None` must discard them.
+So each sharded parameter has a placeholder in `.grad`; if it was zeroed or removed, the gradients in the slots are
+discarded.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _MARK: Final = "_swiftmoe_placeholder"
 
 
 class GradientPlaceholder:
-    """What stands in `.grad` of `sharded` while its gradient waits in the slots.
+    """The value of `.grad` of `sharded` while its gradient waits in the slots.
 
-    The gradient that was there before, or zeros with one tiny number among them: scaling keeps it, zeroing does not.
+    It is the gradient from before or, without one, zeros and one tiny number, which scaling keeps and zeroing does not.
     """
 
     def __init__(self, sharded: nn.Parameter) -> None:
@@ -33,28 +34,28 @@ class GradientPlaceholder:
         self._versions = _versions(self._gradient)
 
     def was_discarded(self, sharded: nn.Parameter) -> bool:
-        """Whether the user has zeroed it or taken it away."""
+        """Whether the user has zeroed or removed it."""
         return sharded.grad is None or self.was_zeroed(sharded.grad)
 
     def release(self) -> None:
-        """Let the placeholder be a gradient like any other from now on, with what its owner has written into it."""
+        """Turn the placeholder into an ordinary gradient, with whatever values the user has written into it."""
         vars(self._gradient).pop(_MARK, None)
 
     def was_zeroed(self, gradient: Tensor) -> bool:
-        """Whether `gradient` is the placeholder with zeros written into it, or other zeros in its place."""
+        """Whether `gradient` was zeroed: the placeholder itself, or a tensor that replaced it."""
         if gradient is self._gradient and _versions(gradient) == self._versions:
             return False
         return not local_shard(gradient).any()
 
 
 def is_placeholder(gradient: Tensor) -> bool:
-    """Whether it is a placeholder: the gradient itself waits in the slots."""
+    """Whether `gradient` is a placeholder, so that the gradient itself waits in the slots."""
     placeholder = getattr(gradient, _MARK, None)
     return placeholder is not None and not placeholder.was_zeroed(gradient)
 
 
 def has_gradient(parameter: Tensor) -> bool:
-    """Whether an update, a norm or a scaler would find a gradient."""
+    """Whether `.grad` is a gradient, and not None or a placeholder."""
     return parameter.grad is not None and not is_placeholder(parameter.grad)
 
 

@@ -1,4 +1,4 @@
-"""Clipping and loss scaling over parameters of which some are cut over the ranks."""
+"""Gradient clipping and loss scaling where some parameters are sharded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scale all gradients so that their total norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
-    Dense gradients are equal on all ranks and count once; of a sharded gradient each rank counts its rows. A
-    collective when there are sharded parameters.
+    Dense gradients are equal on all ranks and count once; of a sharded parameter's gradient each rank counts its rows.
+    A collective when there is a group.
 
     Args:
         parameters: those without a gradient do not count.
@@ -43,10 +43,10 @@ def clip_grad_norm(
         ValueError: for a max_norm below 0, or that is no number.
     """
     _check_limit("max_norm", max_norm)
-    gradients = list(parameters)
-    total = grad_norm(gradients, group, norm_type)
+    parameters = list(parameters)
+    total = grad_norm(parameters, group, norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in itertools.chain(*_split_gradients(gradients)):
+    for gradient in itertools.chain(*_split_gradients(parameters)):
         gradient.mul_(factor.to(gradient.device))
     return total
 
@@ -68,7 +68,7 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
-    # torch takes the order as a string, too: users of Fabric write "inf".
+    # torch also takes strings: users of Fabric write "inf".
     norm_type = float(norm_type)
     norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
     if group is not None:
@@ -77,12 +77,14 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
 
 
 def _norm(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[] float64: the total norm. Taken wide, for squares of float16 overflow in float16; a rank without rows may have
-    nothing, which changes no norm."""
+    """[] float64: the total norm; of no tensors, as on a rank without rows, the value that changes no other norm.
+
+    Each is computed in float32 or wider, since squares of float16 numbers overflow in float16.
+    """
     norms = [
-        torch.linalg.vector_norm(t, norm_type, dtype=torch.promote_types(t.dtype, torch.float32)).to(device)
-        for t in tensors
-        if t.numel()
+        torch.linalg.vector_norm(tensor, norm_type, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(device)
+        for tensor in tensors
+        if tensor.numel()
     ]
     nothing = torch.tensor(0.0 if norm_type >= 0 else float("inf"), dtype=torch.float64, device=device)
     return torch.linalg.vector_norm(torch.stack([nothing, *(n.double() for n in norms)]), norm_type)
@@ -119,12 +121,12 @@ def _split_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], 
 
 
 class ShardedGradScaler(torch.amp.GradScaler):
-    """A GradScaler that looks at local shards, and whose ranks agree: an inf on one rank skips the step on all.
+    """A GradScaler that checks local shards, and that skips a step on all ranks if one of them has an inf.
 
     Make it with `engine.grad_scaler(...)`.
 
     Args:
-        group: the ranks that agree.
+        group: the ranks that skip together.
         updates: of the optimizers that the engine prepared, by their id.
         device: type of the device, as `torch.amp.GradScaler` takes it.
         **options: anything else that it takes.

@@ -1,7 +1,7 @@
-"""Every layer's forward begins with one all-gather: counts, and a header that keeps ranks from mixing different calls.
+"""The all-gather at the start of every layer's forward: counts, and a header by which ranks check their calls.
 
 W ranks, E experts. A rank sends one row of whole numbers: a `Header`, and then [E] counts, padded to the widest layer,
-so that a rank which has left its evaluation loop can answer without knowing which layer others are in.
+so that a rank that has left its evaluation loop can take part without knowing which layer the others run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from swiftmoe_lightning.distributed import ExpertGroup
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
-_SAME_STEPS: Final = (
+_EQUAL_CALLS: Final = (
     "every rank must run the same MoE layers in the same order, as many times, in evaluation and in hooks, too (no "
     "forward under `if rank == 0:`): give all ranks equally many training batches (drop_last=True, or "
     "limit_train_batches)."
@@ -26,16 +26,16 @@ DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Header(IntEnum):
-    """What stands where in front of a row's counts.
+    """The columns in front of a row's counts.
 
     Attributes:
         CALL: the index of the layer that is about to run, or a `Call`.
-        TRAINS: whether gradients are wanted.
-        DTYPE: of the rows to come, as an index of `DTYPES`.
+        TRAINS: whether the forward needs gradients.
+        DTYPE: of the rows that will be exchanged, as an index of `DTYPES`.
         STALE: whether this rank's slots must be filled again.
         FINITE: whether the router's scores are.
         STOP: whether this rank wants to stop.
-        UPDATES: optimizer steps made.
+        UPDATES: how many optimizer steps this rank has made.
     """
 
     CALL = 0
@@ -48,7 +48,7 @@ class Header(IntEnum):
 
 
 class Call(IntEnum):
-    """What a rank does instead of running a layer.
+    """Values of `Header.CALL` for a rank that does not run a layer.
 
     Attributes:
         DONE: it has no more batches to evaluate.
@@ -62,16 +62,16 @@ class Call(IntEnum):
 
 
 class ForwardHandshake:
-    """What the ranks tell each other at the start of a layer's forward.
+    """Exchanges what each rank is about to do, and raises on all ranks if that differs.
 
     Args:
-        group: the ranks that call.
+        group: the ranks.
         layer_names: of all MoE layers, in the same order on every rank.
         max_experts: the widest layer's E.
         device: on which rows are gathered.
 
     Attributes:
-        num_updates: optimizer steps that this rank has made; ranks that differ would train different models.
+        num_updates: optimizer steps that this rank has made; ranks with different numbers train different models.
         wants_stop: set it on any rank, at any time.
         stops: True on all ranks after the same training forward, once one of them wants to stop.
     """
@@ -83,21 +83,21 @@ class ForwardHandshake:
 
     def call(
         self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
-    ) -> HandshakeRows:
-        """Say what this rank is about to do. Whatever is raised is raised on all ranks.
+    ) -> HandshakeTable:
+        """Announce the forward of a layer. Errors are raised on all ranks.
 
         Args:
             layer: its index.
-            counts_E: [E] int64, this rank's choices for each expert.
+            counts_E: [E] int64, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
-            dtype: of the rows to come.
+            dtype: of the rows that will be exchanged.
             stale: whether this rank's slots must be filled again.
 
         Returns:
-            What all do, checked.
+            The rows of all ranks, checked.
 
         Raises:
-            RuntimeError: when ranks are in different calls or have made different numbers of optimizer steps.
+            RuntimeError: when ranks make different calls or have made different numbers of optimizer steps.
             FloatingPointError: for non-finite scores.
         """
         # In the order of `Header`, with as few copies to a GPU as there can be.
@@ -107,8 +107,8 @@ class ForwardHandshake:
         padding = counts_E.new_zeros(self._max_experts - len(counts_E))
         return self._gather(torch.cat([call, finite, progress, counts_E, padding]))
 
-    def done(self) -> HandshakeRows:
-        """Say that this rank has no more batches, and hear what the others are about to do.
+    def done(self) -> HandshakeTable:
+        """Announce that this rank has no more batches. Returns what the others are about to do.
 
         Raises:
             RuntimeError: as `call` does.
@@ -117,7 +117,7 @@ class ForwardHandshake:
         return self._gather(self._row_without_counts(Call.DONE, trains=False))
 
     def call_dense(self, trains: bool) -> None:
-        """Say that this rank is about to gather the weights of the dense part.
+        """Announce that this rank is about to gather the weights of the dense part.
 
         Raises:
             RuntimeError: as `call` does.
@@ -125,17 +125,17 @@ class ForwardHandshake:
         self._gather(self._row_without_counts(Call.DENSE, trains))
 
     def begin_epoch(self, num_batches: int) -> list[int]:
-        """Say that this rank begins to train that many batches.
+        """Announce a training epoch of `num_batches`.
 
         Returns:
-            What all say, by rank.
+            The number of every rank, in rank order.
 
         Raises:
             RuntimeError: as `call` does.
         """
         row = self._row_without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = num_batches
-        num_batches_W: list[int] = self._gather(row).table[:, len(Header)].tolist()
+        num_batches_W: list[int] = self._gather(row).rows[:, len(Header)].tolist()
         return num_batches_W
 
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
@@ -144,37 +144,37 @@ class ForwardHandshake:
         row[Header.UPDATES] = self.num_updates
         return row.to(self._device)
 
-    def _gather(self, row: Tensor) -> HandshakeRows:
+    def _gather(self, row: Tensor) -> HandshakeTable:
         try:
-            rows = HandshakeRows(self._group.all_gather(row).cpu().numpy())
+            table = HandshakeTable(self._group.all_gather(row).cpu().numpy())
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self._group.rank} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
-                f"{error}. If another rank raised an error of its own, that one comes first. Else: {_SAME_STEPS}"
+                f"{error}. If another rank raised an error of its own, that one comes first. Else: {_EQUAL_CALLS}"
             ) from error
-        self._check(rows)
-        self.stops |= rows.any_stop
-        return rows
+        self._check(table)
+        self.stops |= table.any_stop
+        return table
 
-    def _check(self, rows: HandshakeRows) -> None:
-        calls = {tuple(head) for head in rows.active[:, : Header.DTYPE + 1].tolist()}
-        has_left = len(rows.active) < len(rows.table)
+    def _check(self, table: HandshakeTable) -> None:
+        calls = {tuple(head) for head in table.active_rows[:, : Header.DTYPE + 1].tolist()}
+        has_left = len(table.active_rows) < len(table.rows)
         if len(calls) > 1 or (has_left and any(training or call == Call.DENSE for call, training, _ in calls)):
             raise RuntimeError(
                 "ranks are in different forward passes: "
-                + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(rows.table))
-                + f"; {_SAME_STEPS}"
+                + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(table.rows))
+                + f"; {_EQUAL_CALLS}"
             )
-        updates_W = rows.table[:, Header.UPDATES].tolist()
+        updates_W = table.rows[:, Header.UPDATES].tolist()
         if len(set(updates_W)) > 1:
             raise RuntimeError(
                 f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), "
                 "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
                 "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
             )
-        bad_ranks = np.flatnonzero(rows.table[:, Header.FINITE] == 0).tolist()
+        bad_ranks = np.flatnonzero(table.rows[:, Header.FINITE] == 0).tolist()
         if bad_ranks:
-            where = f"layer {self._names[rows.layer]!r} on rank{'s' * (len(bad_ranks) > 1)} {bad_ranks}"
+            where = f"layer {self._names[table.layer]!r} on rank{'s' * (len(bad_ranks) > 1)} {bad_ranks}"
             raise FloatingPointError(NON_FINITE_SCORES.format(where=where))
 
     def _describe(self, row: np.ndarray) -> str:
@@ -190,38 +190,38 @@ class ForwardHandshake:
                 return f"{verb} layer {self._names[layer]!r} in {DTYPES[row[Header.DTYPE]]}"
 
 
-class HandshakeRows:
-    """What every rank said.
+class HandshakeTable:
+    """The rows of all ranks in one handshake.
 
     Attributes:
-        table: [W, header + E] int64.
-        active: the rows of those that are not done.
+        rows: [W, header + E] int64.
+        active_rows: the rows of ranks that are not done.
     """
 
-    def __init__(self, table: np.ndarray) -> None:
-        self.table = table
-        self.active = table[table[:, Header.CALL] != Call.DONE]
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.active_rows = rows[rows[:, Header.CALL] != Call.DONE]
 
     @property
     def layer(self) -> int:
         """The index of the layer that the active ranks are about to run."""
-        return int(self.active[0, Header.CALL])
+        return int(self.active_rows[0, Header.CALL])
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the rows to come."""
-        return DTYPES[int(self.active[0, Header.DTYPE])]
+        """The dtype of the rows that will be exchanged."""
+        return DTYPES[int(self.active_rows[0, Header.DTYPE])]
 
     @property
     def any_stale(self) -> bool:
-        """Whether a rank's slots must be filled again."""
-        return bool(self.table[:, Header.STALE].any())
+        """Whether the slots of some rank must be filled again."""
+        return bool(self.rows[:, Header.STALE].any())
 
     @property
     def any_stop(self) -> bool:
-        """Whether a rank wants to stop, and all are in training."""
-        return bool(self.table[:, Header.TRAINS].all() and self.table[:, Header.STOP].any())
+        """Whether some rank wants to stop while all train."""
+        return bool(self.rows[:, Header.TRAINS].all() and self.rows[:, Header.STOP].any())
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
-        """[W, E] int64, E = `num_experts`: each rank's choices for each expert."""
-        return self.table[:, len(Header) : len(Header) + num_experts]
+        """[W, E] int64, E = `num_experts`: each rank's assignments to each expert."""
+        return self.rows[:, len(Header) : len(Header) + num_experts]

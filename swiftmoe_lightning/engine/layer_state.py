@@ -20,7 +20,7 @@ from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
 
-# What `LayerState.state_dict` holds.
+# Keys of `LayerState.state_dict`.
 _SAVED: Final = ("popularity", "slot_to_expert", "world_size", "num_steps", "placer")
 
 
@@ -28,15 +28,15 @@ class LayerState:
     """An `Experts` module with its counters, and its `ShardedLayer` when it is spread over ranks.
 
     Args:
-        index: its place among the module's layers.
+        index: of the layer among the module's layers.
         name: of the `Experts` module.
         experts: the module itself.
-        router: of the block that it is in, if any.
+        router: of the MoE block around it, if any.
 
     Attributes:
         sharded: None on one rank.
         num_steps: training steps that have trained it.
-        stale_parameters: those that sharded ones have taken the place of.
+        stale_parameters: the parameters that sharded ones have replaced.
     """
 
     def __init__(self, index: int, name: str, experts: Experts, router: nn.Module | None) -> None:
@@ -72,8 +72,8 @@ class LayerState:
         """Whether gradients wait in the slots (accumulation)."""
         return self.sharded is not None and self.sharded.holds_gradients()
 
-    def close_step(self) -> bool:
-        """Take what was trained since the last close, and move the router's bias by it. False if nothing was."""
+    def end_step(self) -> bool:
+        """End a training step: read its load, and move the router's bias. False if nothing was trained."""
         load = self._since_step.read()
         if load.num_assignments == 0:
             return False
@@ -83,12 +83,12 @@ class LayerState:
             self.router.update_bias(load.popularity_E)
         return True
 
-    def load_since_placed(self) -> ExpertLoad:
-        """What was trained since the last placement. Asked for once."""
+    def read_load_since_placed(self) -> ExpertLoad:
+        """The load since the last call, that is, since the last placement."""
         return self._since_placed.read()
 
     def state_dict(self, placer: Placer | None) -> dict[str, Any]:
-        """Plain tensors and numbers: knows experts, and slots only as a hint for the same world size.
+        """Plain tensors and numbers. Slots in it are used only at the same world size.
 
         Args:
             placer: None on one rank.
@@ -104,14 +104,14 @@ class LayerState:
         }
 
     def load_state_dict(self, state: dict[str, Any], placer: Placer | None) -> None:
-        """Take up the saved placement if it fits these ranks and slots, else one from what was known of its loads.
+        """Take the saved placement if it fits these ranks and slots, else compute one from the saved loads.
 
         Args:
-            state: of `state_dict`, at any world size.
+            state: from `state_dict`, at any world size.
             placer: None on one rank.
 
         Raises:
-            ValueError: when something is missing in `state`.
+            ValueError: when `state` lacks a key.
         """
         missing = [key for key in _SAVED if key not in state]
         if missing:
@@ -124,7 +124,7 @@ class LayerState:
         if self.sharded is None or placer is None:
             return
         if state["placer"] is None:
-            placer.expect(self.name, state["popularity"].numpy())
+            placer.observe(self.name, state["popularity"].numpy())
         else:
             placer.load_state_dict(self.name, {k: v.numpy() for k, v in state["placer"].items()})
         current, saved = self.sharded.placement, state["slot_to_expert"].numpy()
@@ -138,17 +138,17 @@ class LayerState:
         self.sharded.stale = True
 
 
-def _refuse_changed(name: str, experts: Experts) -> None:
-    """Raise ValueError for experts whose weights are not used, or cannot be cut and updated, as they are."""
+def _refuse_wrapped_or_quantized(name: str, experts: Experts) -> None:
+    """Raise ValueError for experts inside an adapter or parametrization, or quantized ones."""
     if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
         raise ValueError(
             f"the experts {name!r} are wrapped (an adapter, LoRA), and forward would not see what is spread over the "
             "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router)."
         )
-    for key, p in experts.expert_parameters().items():
-        is_plain = nn.Parameter in type(p).__mro__ or is_sharded(p)
-        if not is_plain or not p.is_floating_point() or p.element_size() == 1:
-            kind = p.dtype if is_plain else type(p).__name__
+    for key, parameter in experts.expert_parameters().items():
+        is_plain = nn.Parameter in type(parameter).__mro__ or is_sharded(parameter)
+        if not is_plain or not parameter.is_floating_point() or parameter.element_size() == 1:
+            kind = parameter.dtype if is_plain else type(parameter).__name__
             raise ValueError(
                 f"{key} of the experts {name!r} is quantized ({kind}), which can be neither cut over the ranks nor "
                 "updated. Build or load the experts in float32, bfloat16 or float16, and leave them out of "
@@ -157,7 +157,7 @@ def _refuse_changed(name: str, experts: Experts) -> None:
 
 
 def _routers(module: nn.Module) -> dict[int, nn.Module]:
-    """id of `Experts` -> the router of the block that they are in."""
+    """id of an `Experts` module -> the router of the MoE block around it."""
     routers: dict[int, nn.Module] = {}
     for name, block in module.named_modules():
         if not isinstance(block, MoE):
@@ -175,36 +175,36 @@ def update_layer_states(
     group: ExpertGroup | None,
     config: SwiftMoEConfig,
     device: torch.device,
-    known: list[LayerState],
+    previous: list[LayerState],
     placer: Placer | None,
 ) -> list[LayerState]:
-    """One `LayerState` for every `Experts` module, in the module's order; those in `known` go on. A collective.
+    """One `LayerState` for every `Experts` module, in the module's order; those of `previous` are kept. A collective.
 
     Args:
-        module: whose layers they are.
+        module: with the layers.
         group: None on one rank.
         config: the engine's.
-        device: where the slots live.
-        known: the states so far.
+        device: of the slots.
+        previous: the states so far.
         placer: None on one rank.
 
     Raises:
         ValueError: for experts inside an adapter, quantized, or under two routers.
     """
     router_of = _routers(module)
-    known_by_id = {id(t.experts): t for t in known}
+    previous_by_id = {id(state.experts): state for state in previous}
     states: list[LayerState] = []
     for name, experts in module.named_modules():
         if isinstance(experts, Experts):
             if group is not None:
-                _refuse_changed(name, experts)
-            t = known_by_id.get(id(experts)) or LayerState(len(states), name, experts, router_of.get(id(experts)))
-            states.append(t)
-    for index, t in enumerate(states):
-        t.index = index
+                _refuse_wrapped_or_quantized(name, experts)
+            state = previous_by_id.get(id(experts))
+            states.append(state or LayerState(len(states), name, experts, router_of.get(id(experts))))
+    for index, state in enumerate(states):
+        state.index = index
         if group is not None and placer is not None:
-            t.shard(group, config, device, placer)
-            assert t.sharded is not None
-            t.sharded.index = index
+            state.shard(group, config, device, placer)
+            assert state.sharded is not None
+            state.sharded.index = index
     materialize_dense(module, device)
     return states

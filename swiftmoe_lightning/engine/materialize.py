@@ -1,4 +1,4 @@
-"""Give real storage to what is left on the meta device once sharded parameters are made."""
+"""Allocates and initializes the tensors that are still on the meta device once experts are sharded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import nn
 
 @torch.no_grad()
 def materialize_dense(module: nn.Module, device: torch.device) -> None:
-    """Allocate and initialize all meta parameters and buffers, each by its own module's `reset_parameters`.
+    """Allocate all meta parameters and buffers, and initialize them by their modules' `reset_parameters`.
 
     Raises:
         TypeError: for a module that has meta tensors and no `reset_parameters`.
     """
     for name, child in module.named_modules():
         tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if not any(t.is_meta for t in tensors):
+        if not any(tensor.is_meta for tensor in tensors):
             continue
         reset = getattr(child, "reset_parameters", None)
         if reset is None:

@@ -1,4 +1,4 @@
-"""Optimizers that were made before the engine: their groups go on with the sharded parameters."""
+"""Puts sharded parameters into optimizers that were made before the engine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def parameter_names(module: nn.Module) -> WeakIdKeyDictionary:
-    """The name of every parameter that the module has now, for as long as an optimizer keeps it alive."""
+    """Parameter -> its name in the module, in a weak dict: an entry goes when its parameter is freed."""
     return WeakIdKeyDictionary({parameter: name for name, parameter in module.named_parameters()})
 
 
 def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
-    """Refuse an optimizer whose state is of whole experts already.
+    """Refuse an optimizer that has stepped, and so has state of whole experts.
 
     Args:
         optimizer: made before the engine.
-        fix: ends the message.
+        fix: the last sentence of the message.
 
     Raises:
         ValueError: when it has stepped.
@@ -29,26 +29,28 @@ def refuse_stepped(optimizer: Optimizer, fix: str) -> None:
 
 
 def _is_of_a_step(state: dict[str, Any]) -> bool:
-    """By its counter; without one (SGD's momentum) by values, as some optimizers allocate state where they are made."""
+    """Whether a step wrote this state: by its counter or, without one (SGD's momentum), by values other than zero.
+
+    Some optimizers allocate state in their constructor."""
     if "step" in state:
         return int(state["step"]) > 0
     return any(isinstance(value, Tensor) and bool(value.count_nonzero()) for value in state.values())
 
 
 def swap_parameters(optimizer: Optimizer, module: nn.Module, names: WeakIdKeyDictionary) -> None:
-    """Let the optimizer's groups hold what the engine put in place of their parameters.
+    """Replace, in the optimizer's groups and state, parameters by those that the engine made of them.
 
     Args:
         optimizer: changed in place, with its state.
-        module: as the engine has left it.
-        names: `parameter_names` the module before the engine; other parameters are left alone.
+        module: after the engine was made.
+        names: `parameter_names` of the module before that. Other parameters stay as they are.
     """
-    now = dict(module.named_parameters())
+    current = dict(module.named_parameters())
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group["params"]):
             if parameter not in names:
                 continue
-            sharded = now[names[parameter]]
+            sharded = current[names[parameter]]
             group["params"][i] = sharded
             if sharded is not parameter and parameter in optimizer.state:
                 optimizer.state[sharded] = optimizer.state.pop(parameter)

@@ -1,4 +1,4 @@
-"""Phase 3 of a step: who decides where every layer's experts go next. E experts."""
+"""Makes the engine's `Placer`, which phase 3 of a step asks for placements, and its log messages. E experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
-    """The placer of an engine's layers on these ranks. On rank 0 it logs where uniform replicas replace a plan."""
+    """The placer of an engine's layers on these ranks. On rank 0 it logs when uniform replicas replace a policy's."""
 
     def policy_of(num_experts: int) -> PlacementPolicy:
         slots_per_rank = config.resolve_slots_per_rank(num_experts, group.world_size)
@@ -23,22 +23,22 @@ def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
     logs = group.rank == 0
     placer = Placer(policy_of, skip_when_balanced=config.replace_every == "auto", report=_log.info if logs else None)
     if logs:
-        # When the engine is dropped, or else at exit: no framework has an end of a run that every script reaches.
+        # When the placer is freed, or else at exit: no hook of the frameworks runs at the end of every script.
         weakref.finalize(placer, _log_uniform_fallbacks, placer.layers)
     return placer
 
 
 def _log_uniform_fallbacks(layers: Mapping[str, LayerMemory]) -> None:
-    """One line for the whole run, if uniform replicas ever stood in for a policy's plan."""
+    """Log one line for the whole run, if uniform replicas ever replaced a policy's."""
     with_fallbacks = {name: memory for name, memory in layers.items() if memory.num_fallbacks}
     if not with_fallbacks:
         return
-    most = max(with_fallbacks, key=lambda name: with_fallbacks[name].num_fallbacks)
+    name_of_most = max(with_fallbacks, key=lambda name: with_fallbacks[name].num_fallbacks)
     _log.warning(
         "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
         "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well.",
         len(with_fallbacks),
-        most,
-        with_fallbacks[most].num_fallbacks,
-        with_fallbacks[most].num_placements,
+        name_of_most,
+        with_fallbacks[name_of_most].num_fallbacks,
+        with_fallbacks[name_of_most].num_placements,
     )

@@ -1,4 +1,4 @@
-"""Reading of DCP directories that executes nothing: torch itself unpickles whatever their files ask for."""
+"""Reads DCP directories without running code from them. torch's own reader unpickles without restriction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.futures import Future
 
 from swiftmoe_lightning.engine.checkpoint_files import ZIP_START, FileSlice, check_records
 
-# Module -> names that DCP's own `.metadata` holds.
+# Module -> names that DCP's `.metadata` may refer to.
 _ALLOWED: Final = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -45,16 +45,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of a directory that runs nothing and checks what it reads.
+    """DCP's reader of a directory, which runs no code from it and verifies checksums.
 
-    Its `.metadata` may hold DCP's own classes alone, and its shards must be what was written.
+    `.metadata` may hold DCP's own classes only, and shards must match the checksums that `torch.save` wrote.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's index.
+        """Read DCP's index.
 
         Raises:
-            UnpicklingError: when it holds anything else, naming that.
+            UnpicklingError: when it refers to any other class, which the message names.
         """
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
@@ -65,13 +65,13 @@ class SafeReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what `plan` asks of this rank.
+        """Read the items of `plan`.
 
         Raises:
             ValueError: when any of it is damaged, naming file and record.
         """
         for item in plan.items:
-            # Each item is read right after its check, while the file's pages are still in memory.
+            # Each item is read right after its check, while its pages are in the page cache.
             check_slice(self.path, item.storage_index.fqn, self.storage_data[item.storage_index])
             super().read_data(replace(plan, items=[item]), planner).wait()
         done: Future[None] = Future()
@@ -85,27 +85,27 @@ def check_slice(folder: str | os.PathLike[str], name: str, place: Any) -> bool:
     Args:
         folder: the directory.
         name: of the tensor or value, for errors.
-        place: where it lies, as DCP's index says.
+        place: its file, offset and length, from DCP's index.
 
     Raises:
-        ValueError: as `check_records` does, and when no file of `torch.save` begins there.
+        ValueError: as `check_records` does, and when it does not begin as `torch.save` writes.
     """
     where = f"{name!r} in {place.relative_path}"
     with Path(folder, place.relative_path).open("rb") as file:
-        whole = io.BufferedReader(FileSlice(file, place.offset, place.length))
-        if whole.read(len(ZIP_START)) != ZIP_START:
+        stream = io.BufferedReader(FileSlice(file, place.offset, place.length))
+        if stream.read(len(ZIP_START)) != ZIP_START:
             raise ValueError(f"{where} is damaged: it does not begin as what torch.save writes")
-        return check_records(whole, where)
+        return check_records(stream, where)
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """DCP's planner, whose values that are not tensors are plain ones."""
+    """DCP's planner, which loads values that are not tensors with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take in one value.
+        """Load one value.
 
         Raises:
-            UnpicklingError: for anything that is not plain.
+            UnpicklingError: for a value that is not of plain types.
         """
         torch.load(value, weights_only=True)
         value.seek(0)

@@ -1,4 +1,4 @@
-"""`save_pretrained` of models that hold spread experts, which its own code would write cut, or wait for ever in."""
+"""Makes `save_pretrained` gather sharded experts, of which it would write this rank's rows, or wait for ever."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from swiftmoe_lightning.distributed import is_sharded, store_barrier
 from swiftmoe_lightning.engine.checkpoint import full_state
 
 _NAME: Final = "save_pretrained"
-# Short, so that who saves on one rank alone sees the error while still looking.
+# Short, so that a user who saves on one rank only soon sees the error.
 _TIMEOUT_S: Final = 60
 
 
 def gather_before_save_pretrained(module: nn.Module) -> None:
-    """Let `save_pretrained` of the module, and of what is in it, gather experts first. For the rest of the process."""
+    """Let `save_pretrained` of the classes in `module` gather experts first, for the rest of the process."""
     for child in module.modules():
         for kind in type(child).__mro__:
             save = vars(kind).get(_NAME)

@@ -1,4 +1,4 @@
-"""One MoE layer whose experts are spread over the ranks: its sharded parameters, its slots, and its side of a forward.
+"""One MoE layer whose experts are spread over the ranks: its sharded parameters, its slots, its part of a forward.
 
 W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 """
@@ -23,7 +23,7 @@ from swiftmoe_lightning.distributed import (
     sharded_like,
 )
 from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
-from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeRows
+from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeTable
 from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
 from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 
 class ShardedLayer(ExpertParallelContext):
-    """An `Experts` module under an engine: registered parameters become sharded parameters, forward uses slots.
+    """The context of an `Experts` module under an engine: its parameters are sharded, and forward uses slots.
 
     Args:
-        index: its place among the module's layers.
-        experts: whose parameters have been sharded.
-        slots: its working weights on this rank.
+        index: of the layer among the module's layers.
+        experts: the module, with sharded parameters.
+        slots: its weights on this rank.
         group: the ranks over which it is spread.
         split: the token split, as in `SwiftMoEConfig`.
 
     Attributes:
-        stale: True while the slots may differ from the parameters (at first, after a load, after a write behind our
-            back); the next forward then fetches them, on all ranks if on any.
+        stale: whether the slots may differ from the parameters (at first, after a load, after a write by the user). If
+            it is True on any rank, the next forward fills the slots on all ranks.
     """
 
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
@@ -54,10 +54,10 @@ class ShardedLayer(ExpertParallelContext):
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
         self._placeholders: dict[str, GradientPlaceholder] = {}
-        self._rows: HandshakeRows | None = None
+        self._announced: HandshakeTable | None = None
 
     def connect(self, handshake: ForwardHandshake, collector: GradientCollector) -> None:
-        """Join the engine's forward protocol."""
+        """Connect the layer with the engine's handshake and gradient collector."""
         self._handshake, self._collector = handshake, collector
 
     @property
@@ -73,7 +73,7 @@ class ShardedLayer(ExpertParallelContext):
         return self._handshake
 
     def accept_full_state_dicts(self) -> None:
-        """Let `load_state_dict` take whole experts, on the spread module, without communication."""
+        """Let the module's `load_state_dict` take whole experts, without communication."""
         self.experts.register_load_state_dict_pre_hook(self._shard_loaded)
 
     def _shard_loaded(self, experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -81,12 +81,12 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
 
     def __deepcopy__(self, _: Any) -> ShardedLayer:
-        # Copies of a module (EMA's) carry the load hook, and load like the original.
+        # The load hook refers to this layer, and is copied with the module (EMA): a copy loads as the original does.
         return self
 
     @property
     def placement(self) -> Placement:  # type: ignore[override]
-        """That which the slots follow, or will once the weights under way are there."""
+        """The placement of the slots, or of the weights that are being sent to them."""
         return self.slots.placement
 
     def _refuse_outdated(self) -> None:
@@ -99,12 +99,12 @@ class ShardedLayer(ExpertParallelContext):
             )
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """Tell the ranks each other's counts, and fill the slots where they are stale. A collective.
+        """Gather all ranks' counts, and fill the slots if they are stale. A collective.
 
         Args:
-            counts_E: [E] int64, this rank's choices for each expert.
+            counts_E: [E] int64, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
-            dtype: of the rows to come.
+            dtype: of the rows that this forward will exchange.
 
         Returns:
             [W, E] int64, the counts of all ranks.
@@ -115,32 +115,32 @@ class ShardedLayer(ExpertParallelContext):
         """
         self._refuse_outdated()
         self.collector.on_forward()
-        rows, self._rows = self._rows, None
-        if rows is None:
-            rows = self.handshake.call(self.index, counts_E, scores_finite, dtype, self.stale)
-        if rows.any_stale:
+        table, self._announced = self._announced, None
+        if table is None:
+            table = self.handshake.call(self.index, counts_E, scores_finite, dtype, self.stale)
+        if table.any_stale:
             self.slots.start_distribution(self.placement)
             self.stale = False
         self.slots.finish_distribution()
-        return rows.counts_WE(len(counts_E))
+        return table.counts_WE(len(counts_E))
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The slots by name, each [s, ...]; they want gradients where the sharded parameters do."""
+        """The slots by name, each [s, ...], which require gradients where the sharded parameters do."""
         # Freezing, toggling and fine-tuning schedules flip requires_grad on the sharded parameters alone.
         for name, sharded in self.experts.expert_parameters().items():
             self.slots.weights[name].requires_grad_(sharded.requires_grad)
         return self.slots.weights
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Rows to their ranks, differentiable: see `ExpertGroup.exchange_rows`."""
+        """Send rows to their ranks; differentiable. See `ExpertGroup.exchange_rows`."""
         return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
 
     def on_rewrite(self) -> None:
-        """The module has written its parameters anew: the slots are stale."""
+        """The module has overwritten its parameters: the slots are stale."""
         self.stale = True
 
     def distribute(self, placement: Placement) -> None:
-        """Begin to send parameters' rows to the expert ranks of `placement`; frozen experts that stay are not sent."""
+        """Begin to send parameters' rows to the ranks of `placement`. Frozen experts that do not move are not sent."""
         is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # A parameter that was frozen between backward and step still has a gradient, and was updated.
         if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
@@ -149,10 +149,10 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = False
 
     def on_backward(self, placement: Placement) -> None:
-        """Backward has reached the layer: its gradients are collected at the end.
+        """Backward has reached the layer: its gradients will be collected at the end.
 
         Args:
-            placement: that of its forward.
+            placement: of its forward.
 
         Raises:
             RuntimeError: when the slots' weights have been replaced since that forward.
@@ -164,15 +164,15 @@ class ShardedLayer(ExpertParallelContext):
             )
         self.collector.on_backward(self)
 
-    def announce_gradients(self) -> None:
+    def place_placeholders(self) -> None:
         """Put placeholders in `.grad` of the sharded parameters before backward adds to the slots."""
-        self.drop_discarded()
+        self.discard_gradients()
         for name, sharded in self.experts.expert_parameters().items():
             if sharded.requires_grad and name not in self._placeholders:
                 self._placeholders[name] = GradientPlaceholder(sharded)
 
-    def drop_discarded(self) -> None:
-        """Take out of the slots the gradients that the user has discarded (`zero_grad`, `p.grad = None`)."""
+    def discard_gradients(self) -> None:
+        """Remove the gradients from the slots that the user has discarded (`zero_grad`, `p.grad = None`)."""
         parameters = self.experts.expert_parameters()
         for name, placeholder in list(self._placeholders.items()):
             if placeholder.was_discarded(parameters[name]):
@@ -180,34 +180,34 @@ class ShardedLayer(ExpertParallelContext):
                 self.slots.weights[name].grad = None
 
     def holds_gradients(self) -> bool:
-        """Whether a backward has left gradients in the slots that no collection has taken, nor the user discarded."""
-        self.drop_discarded()
+        """Whether gradients wait in the slots, which were neither collected nor discarded by the user."""
+        self.discard_gradients()
         return self.slots.has_gradients
 
     @torch.no_grad()
-    def serve(self, rows: HandshakeRows) -> None:
-        """Take part in the other ranks' evaluation forward, which `rows` announce, without tokens of our own."""
-        self._rows = rows
+    def serve(self, table: HandshakeTable) -> None:
+        """Take part in the evaluation forward that other ranks have announced in `table`, without tokens."""
+        self._announced = table
         device = next(iter(self.experts.parameters())).device
-        x_TD = torch.empty(0, self.experts.dim, dtype=rows.dtype, device=device)
-        no_choice = torch.empty(0, 1, device=device)
-        self.experts.run(x_TD, no_choice.long(), no_choice, torch.ones((), dtype=torch.bool, device=device))
+        x_TD = torch.empty(0, self.experts.dim, dtype=table.dtype, device=device)
+        no_assignments = torch.empty(0, 1, device=device)
+        self.experts.run(x_TD, no_assignments.long(), no_assignments, torch.ones((), dtype=torch.bool, device=device))
 
     @torch.no_grad()
     def add_to_sharded_gradients(self, collection: PendingCollection) -> None:
-        """Wait for the collected rows and add them to `.grad` of the parameters, past the hooks of their owners."""
+        """Wait for the collected rows, and add them to `.grad` of the parameters; the user's hooks on them run."""
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
         for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
             self._placeholders.pop(name, None)
-            # Contiguous, too: fused kernels do not look at strides.
+            # Contiguous: fused optimizer kernels ignore strides.
             accumulate_gradient(parameters[name], total.to(shards[name]))
 
 
 def collect_gradients(layers: list[ShardedLayer]) -> None:
     """The gradients in these layers' slots -> `.grad` of their sharded parameters. A collective."""
     under_way = None
-    # One layer ahead: the next exchange is on the wire while this one's rows are summed.
+    # One layer ahead: the next layer's exchange runs while this layer's rows are summed.
     for layer in sorted(layers, key=lambda layer: layer.index):
         following = layer.slots.start_collection()
         if under_way is not None:
@@ -218,9 +218,9 @@ def collect_gradients(layers: list[ShardedLayer]) -> None:
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
-    """Add this rank's rows of a gradient to `.grad`, as autograd does to a leaf.
+    """Add this rank's rows of a gradient to `.grad`, as autograd does for a leaf.
 
-    Tensor hooks first, which may replace the gradient, then the sum, then hooks that want the sum.
+    First tensor hooks, which may replace the gradient, then the addition, then post-accumulate hooks.
     """
     gradient: Tensor = sharded_like(shard, sharded)
     for hook in (sharded._backward_hooks or {}).values():
@@ -239,13 +239,13 @@ def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
 def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
     """Shard the module's parameters, in place; those that are sharded stay as they are. A collective.
 
-    Rank 0's values win, as in DDP. Meta parameters are never made whole: each rank draws its own rows, with the
-    values that `reset_parameters` would have given them.
+    Rank 0's values are used, as in DDP. Meta parameters are never allocated whole: each rank draws its own rows, with
+    the values that `reset_parameters` would have given them.
 
     Args:
-        experts: whose parameters are replaced.
+        experts: its parameters are replaced.
         group: the ranks that get the rows.
-        device: where this rank's rows live.
+        device: of this rank's rows.
 
     Returns:
         Name -> the parameter that was replaced.

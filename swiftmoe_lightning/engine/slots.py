@@ -1,7 +1,7 @@
-"""One layer's working weights on this rank, and the two exchanges that tie them to the sharded parameters.
+"""One layer's weights on this rank, in slots, and the two exchanges between them and the sharded parameters.
 
-Each exchange has two ends. At one, a rank has whole experts in its slots, and `plan_buffer` says how their rows lie in
-its buffer. At the other, it owns some rows of every expert, and its buffer is [P, c]: these rows, for each pair.
+In each exchange a rank has two buffers. One is of the whole experts in its slots, whose rows lie as `plan_buffer` says.
+The other is of the rows that it owns of every expert: [P, c], for each pair these rows of the pair's expert.
 
 W ranks, E experts, s slots of this rank, d different experts on it, P (rank, expert) pairs, c elements that this rank
 owns of one expert, over all its tensors.
@@ -20,17 +20,18 @@ from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection
 
 
 class ExpertSlots:
-    """Leaf tensors [s, rows, ...], one for each tensor of an expert; row i is the i-th expert on this rank.
+    """Leaf tensors [s, rows, ...], one for each tensor of an expert; index i is the i-th expert on this rank.
 
-    Their shape never changes: slots of one rank that hold the same expert share its row, and the rest is unused.
+    Their shape does not depend on the placement: slots of a rank with equal experts share one index, and the last
+    indices are then unused.
 
     Args:
-        parameters: gives name -> sharded [E, rows, ...] as they are now (dtype and device of a module may change).
+        parameters: returns name -> sharded [E, rows, ...], current ones, since dtype and device of a module may change.
         group: the ranks that exchange with this one.
         placement: the first.
-        device: where the slots live.
+        device: of the slots.
         param_dtype: dtype of the slots; None means the sharded parameters'.
-        wire_dtype: dtype of gradients under way, float64 ones excepted.
+        wire_dtype: dtype in which gradients are sent, except float64 ones.
 
     Attributes:
         weights: name -> slots.
@@ -63,7 +64,7 @@ class ExpertSlots:
         self._sent_versions = _versions(parameters)
         self._match_slots(parameters)
         dtype = next(iter(self.weights.values())).dtype
-        # Every expert's rows once to the device and dtype they travel in; then once for each of its ranks.
+        # First one copy of every expert's rows, on the device and in the dtype to send; then one for each pair.
         rows_Ec = torch.cat([local_shard(p).flatten(1) for p in parameters.values()], dim=1).to(self._device, dtype)
         expert_P = torch.from_numpy(placement.pair_expert_P).to(self._device)
         send = rows_Ec.index_select(0, expert_P).flatten()
@@ -75,14 +76,14 @@ class ExpertSlots:
     def move_to(self, placement: Placement) -> None:
         """Let the next distribution fill the slots by `placement`.
 
-        Weights under way arrive first: they are cut as the placement says that they were sent by.
+        It first waits for weights that were sent by the old placement, which says how their buffer is laid out.
         """
         self.finish_distribution()
         self.placement = placement
 
     @torch.no_grad()
     def finish_distribution(self) -> None:
-        """Wait for the weights under way, if any, and put them in their slots."""
+        """Wait for weights that are being sent, if any, and copy them to the slots."""
         if self._distribution is None:
             return
         received, self._distribution = self._distribution.wait(), None
@@ -90,21 +91,21 @@ class ExpertSlots:
             rows.copy_(part)
 
     def holds(self, placement: Placement) -> bool:
-        """Whether the slots still are what a forward under `placement` computed with."""
+        """Whether the slots still have the weights of the last forward under `placement`."""
         return self._distribution is None and placement is self.placement
 
     @property
     def is_outdated(self) -> bool:
-        """Whether parameters were written in place since they were last sent. However they were written."""
+        """Whether parameters were written in place since they were last sent, by an optimizer or otherwise."""
         return self._sent_versions != _versions(self._parameters())
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a backward has left gradients in the slots that no collection has taken."""
+        """Whether backward has left gradients in the slots that have not been collected."""
         return any(w.grad is not None for w in self.weights.values())
 
     def start_collection(self) -> PendingCollection | None:
-        """Begin to send row shard j of every gradient of this rank to rank j; takes the gradients out of the slots.
+        """Begin to send each gradient's rows to the ranks that own them, and remove the gradients from the slots.
 
         Returns:
             None when there are none.
@@ -128,7 +129,7 @@ class ExpertSlots:
         return PendingCollection(pending, self.placement, names)
 
     def _rows_in(self, buffer: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pieces of a buffer, and the rows of `tensors` that they are: pairs of [peers, d, rows, ...] views."""
+        """(piece of the buffer, rows of a tensor that lie there), both as [peers, d, rows, ...] views."""
         num_experts = int(self.placement.num_pairs_W[self._group.rank])
         for block in plan_buffer(_row_elements(tensors), self._group.world_size, num_experts):
             shape = (len(block.peers), num_experts, sum(block.widths))
@@ -141,13 +142,13 @@ class ExpertSlots:
                     yield piece.unflatten(2, by_peer.shape[2:]), by_peer
 
     def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
-        """Make the slots anew when the sharded parameters' dtype or sizes no longer fit them."""
+        """Allocate the slots, again if the sharded parameters' dtype or sizes have changed."""
         for name, sharded in parameters.items():
             dtype = self._param_dtype or sharded.dtype
             shape = (self.placement.slots_per_rank, *sharded.shape[1:])
             slot = self.weights.get(name)
             if slot is None or slot.dtype != dtype or slot.shape != shape:
-                # Never an inference tensor, even when the first forward is a validation's.
+                # Not an inference tensor, which could not be trained, even if the first forward is in inference mode.
                 with torch.inference_mode(False):
                     self.weights[name] = torch.zeros(shape, dtype=dtype, device=self._device)
             self.weights[name].requires_grad_(sharded.requires_grad)
@@ -157,19 +158,19 @@ class PendingCollection:
     """A layer's gradients on their way to the owners of their rows.
 
     Attributes:
-        names: of the tensors that have gradients.
+        names: the tensors that have gradients.
     """
 
     def __init__(self, exchange: PendingExchange, placement: Placement, names: list[str]) -> None:
         self._exchange, self._placement, self.names = exchange, placement, names
 
     def wait(self, shard_shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Wait for each expert's gradient, the mean over ranks as in DDP.
+        """Wait for each expert's gradient: the mean over ranks, as in DDP.
 
-        Contributions are added in rank order, in float32 or wider, so the sum does not depend on who came first.
+        Contributions are added in rank order, in float32 or wider, so the sum does not depend on their arrival.
 
         Args:
-            shard_shapes: what a rank owns of each of `names`.
+            shard_shapes: for each of `names`, the shape of this rank's shard.
 
         Returns:
             Name -> [E, this rank's rows, ...].
@@ -185,7 +186,7 @@ class PendingCollection:
         totals = {}
         for name, part_Pc in zip(self.names, received.view(len(expert_P), -1).split(widths, dim=1), strict=True):
             shape = shard_shapes[name]
-            # Every expert has a first pair, in the order of the experts.
+            # The first array has one pair of every expert, in the order of the experts.
             total_Ec = part_Pc.index_select(0, replicas[0][0]).to(wide)
             for pairs, experts in replicas[1:]:
                 total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
@@ -194,9 +195,9 @@ class PendingCollection:
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Counts of writes: an operation on a DTensor counts on it alone, one on its shard on the shard."""
+    """Counts of writes to each DTensor and to its shard: a write to one does not count on the other."""
     return [(p._version, local_shard(p)._version) for p in parameters.values()]
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((t.shape[1], t.shape[2:].numel()) for t in tensors.values())
+    return tuple((tensor.shape[1], tensor.shape[2:].numel()) for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""Parameters that sharded ones have replaced, and that an optimizer may still hold."""
+"""Detects optimizers whose parameters are not, or no longer, the module's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
-    """Refuse an optimizer that holds nothing of the module's; it may hold others besides.
+    """Refuse an optimizer that has no parameter of the module; it may have others besides.
 
     Raises:
         ValueError: when not one of its parameters is the module's.
@@ -25,16 +25,16 @@ def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
 
 
 class StaleParameters:
-    """Weak references to the parameters that were replaced."""
+    """Weak references to the parameters that sharded ones have replaced."""
 
     def __init__(self) -> None:
         self._refs: list[weakref.ref[nn.Parameter]] = []
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take in parameters that have been replaced."""
+        """Add parameters that have been replaced."""
         self._refs += [weakref.ref(p) for p in parameters]
 
     def held_by(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer would update one of them, which nobody uses any more."""
+        """Whether the optimizer has one of them, which the module no longer uses."""
         ids = {id(p) for ref in self._refs if (p := ref()) is not None}
         return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])

@@ -1,4 +1,4 @@
-"""Whose `optimizer.step()` ends a layer's training step."""
+"""With several optimizers: which layers' training steps end with a step of which optimizer."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ def layers_stepped_by(
 ) -> list[LayerState]:
     """The layers whose training step ends with a step of `optimizer`.
 
-    Layers whose experts it holds; of those whose experts nobody holds, the ones whose router it holds; and those of
-    which nobody holds anything (all is frozen). Looked up at every step: schedules that unfreeze add parameter groups
-    during training.
+    Those whose experts are in this optimizer. If a layer's experts are in no optimizer, its router decides; if that is
+    in none either (all is frozen), every optimizer's step ends the layer's step. Looked up at every step: schedules
+    that unfreeze add parameter groups during training.
 
     Args:
-        optimizer: that steps.
-        others: the optimizers beside it.
-        states: the layers to choose from.
+        optimizer: the one that steps.
+        others: the other optimizers.
+        states: the layers.
     """
     stepped_ids, other_ids = _ids_in([optimizer]), _ids_in(others)
 
-    def is_stepped(t: LayerState) -> bool:
-        for part in (t.experts, t.router):
-            ids = _ids(part.parameters()) if part is not None else set()
+    def is_stepped(state: LayerState) -> bool:
+        for module in (state.experts, state.router):
+            ids = _ids(module.parameters()) if module is not None else set()
             if not ids.isdisjoint(stepped_ids | other_ids):
                 return not ids.isdisjoint(stepped_ids)
         return True
 
-    return [t for t in states if is_stepped(t)]
+    return [state for state in states if is_stepped(state)]
 
 
 def _ids_in(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -1,7 +1,7 @@
-"""The update runs on plain local shards, at the speed of plain tensors, and is saved as whole experts.
+"""Lets an optimizer update plain local shards, and save and load its state as whole experts.
 
 Stock optimizers are slow or fail on lists that mix Tensor and DTensor (foreach, fused, the for-loop fallback). So
-while `optimizer.step()` updates, its groups hold this rank's shards; before and after they hold the sharded parameters.
+while `optimizer.step()` updates, its groups have this rank's shards; before and after, the sharded parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import is_sharded, local_part, local_shard, sharded_like
+from swiftmoe_lightning.distributed import is_sharded, local_shard, shard_of, sharded_like
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 
 
@@ -24,8 +24,8 @@ class ShardedUpdate:
     """Hooks on one optimizer that swap sharded parameters for shards around the update and at its checkpoints.
 
     Args:
-        optimizer: gets the hooks.
-        name_of: the parameter's name, for messages.
+        optimizer: to hook.
+        name_of: parameter -> its name, for messages.
         after_step: called after every real or skipped `optimizer.step()`.
 
     Raises:
@@ -41,15 +41,15 @@ class ShardedUpdate:
         self.optimizer, self._name_of, self._after_step = optimizer, name_of, after_step
         self._swapped: list[tuple[dict[str, Any], int, nn.Parameter]] = []
         self._num_groups = 0
-        self._take_in_groups()
+        self._prepare_new_groups()
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
-        optimizer.register_state_dict_pre_hook(lambda _: self._take_out_shards())
+        optimizer.register_state_dict_pre_hook(lambda _: self._swap_out_shards())
         optimizer.register_state_dict_post_hook(self._wrap_state)
         optimizer.register_load_state_dict_pre_hook(self._shard_state)
 
-    def _take_in_groups(self) -> None:
-        """Look at the groups that were added since the last time (schedules that unfreeze add some)."""
+    def _prepare_new_groups(self) -> None:
+        """Check the groups that were added since the last call, and shard their state. (Unfreezing adds groups.)"""
         optimizer = self.optimizer
         added, self._num_groups = optimizer.param_groups[self._num_groups :], len(optimizer.param_groups)
         for param_group in added:
@@ -63,36 +63,36 @@ class ShardedUpdate:
 
     @contextmanager
     def on_shards(self) -> Iterator[None]:
-        """The optimizer's groups hold shards, with gradients and state, inside; sharded parameters outside."""
-        self._put_in_shards()
+        """Inside, the optimizer's groups have shards, with gradients and state; outside, sharded parameters."""
+        self._swap_in_shards()
         try:
             yield
         finally:
-            self._take_out_shards()
+            self._swap_out_shards()
 
     def _before_update(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Swap after the closure, not before: forward, backward and clipping inside it need the sharded parameters."""
-        self._take_in_groups()
-        self._take_out_shards()
+        self._prepare_new_groups()
+        self._swap_out_shards()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._put_in_shards()
+            self._swap_in_shards()
             return None
 
         def closure_then_swap() -> Any:
-            self._take_out_shards()
+            self._swap_out_shards()
             loss = closure()
-            self._put_in_shards()
+            self._swap_in_shards()
             return loss
 
         return args[:1], {**kwargs, "closure": closure_then_swap}
 
     def _after_update(self, *_: Any) -> None:
-        self._take_out_shards()
+        self._swap_out_shards()
         self._after_step()
 
     @torch.no_grad()
-    def _put_in_shards(self) -> None:
+    def _swap_in_shards(self) -> None:
         state = self.optimizer.state
         for param_group in self.optimizer.param_groups:
             for i, sharded in enumerate(param_group["params"]):
@@ -107,7 +107,7 @@ class ShardedUpdate:
                 if sharded in state:
                     state[shard] = state.pop(sharded)
 
-    def _take_out_shards(self) -> None:
+    def _swap_out_shards(self) -> None:
         state = self.optimizer.state
         for param_group, i, sharded in self._swapped:
             shard = param_group["params"][i]
@@ -121,7 +121,7 @@ class ShardedUpdate:
         return [p for param_group in self.optimizer.param_groups for p in param_group["params"]]
 
     def _wrap_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Local state -> DTensors beside the sharded parameters, so that savers see whole experts."""
+        """Local state -> DTensors, cut as the sharded parameters, so that savers see whole experts."""
         parameters = self._parameters()
         state = {}
         for index, values in state_dict["state"].items():
@@ -140,7 +140,7 @@ class ShardedUpdate:
     def _shard_state(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """State of whole experts, or DTensors, or local shards -> local shards.
 
-        As torch does, it goes by position in the groups: keys may be numbers or names.
+        Matched by position in the groups, as in torch: keys may be numbers or names.
         """
         saved_keys = [key for param_group in state_dict["param_groups"] for key in param_group["params"]]
         parameters = {key: p for key, p in zip(saved_keys, self._parameters(), strict=False) if is_sharded(p)}
@@ -157,7 +157,7 @@ class ShardedUpdate:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape == sharded.shape:
-            return local_part(value, sharded).clone()
+            return shard_of(value, sharded).clone()
         if value.shape != local_shard(sharded).shape:
             raise ValueError(
                 f"optimizer state {key!r} of {self._name_of(sharded)!r} has shape {list(value.shape)} in the "
@@ -168,14 +168,14 @@ class ShardedUpdate:
 
 
 def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter) -> None:
-    """Refuse an optimizer unless updating a tensor in two pieces gives what updating it whole does.
+    """Refuse an optimizer unless updating a tensor in two pieces gives the same result as updating it whole.
 
-    The optimizer's own class and settings run two steps on a small tensor and on its pieces, on the device and in
-    the dtype of `sharded`'s shard: this judges optimizers that we have never heard of, too.
+    An optimizer of this class and settings runs two steps on a small tensor and on its pieces, on the device and in the
+    dtype of `sharded`'s shard. So unknown optimizers are checked, too.
 
     Args:
-        optimizer: stays as it is.
-        param_group: whose settings are tried.
+        optimizer: not changed.
+        param_group: the group with the settings.
         sharded: a parameter of the group.
 
     Raises:
@@ -186,18 +186,18 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
         "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks; "
         "others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
     )
-    like = local_shard(sharded)
-    whole = torch.linspace(-1, 1, 24, dtype=like.dtype, device=like.device).view(2, 3, 4)
+    shard = local_shard(sharded)
+    start = torch.linspace(-1, 1, 24, dtype=shard.dtype, device=shard.device).view(2, 3, 4)
     try:
-        together, *apart = (
-            _try_steps(optimizer, param_group, sharded, start) for start in (whole, whole[:, :1], whole[:, 1:])
+        updated, *updated_pieces = (
+            _try_steps(optimizer, param_group, sharded, tensor) for tensor in (start, start[:, :1], start[:, 1:])
         )
     except Exception as error:
         raise ValueError(
             f"{name} cannot update shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
             "the fused or foreach flag that fails on this device or dtype, leave it unset."
         ) from error
-    if not torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-5):
+    if not torch.allclose(updated, torch.cat(updated_pieces, dim=1), rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"{name} looks at whole tensors (norms, factors or orthogonalisation), and each rank holds only a shard "
             f"of each: its update would be wrong. {fix}"
@@ -205,15 +205,15 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
 
 
 def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter, start: Tensor) -> Tensor:
-    """A copy of `start` after two steps of an optimizer of this class and settings, to which it is as `sharded` is."""
+    """A copy of `start` after two steps of an optimizer like this one, with state as `sharded` has."""
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     parameter = nn.Parameter(start.detach().clone())
     settings = {key: value for key, value in param_group.items() if key != "params"}
     if settings.get("lr") is not None:
-        # A warm-up may start at a rate of zero, at which no optimizer changes anything.
+        # A warm-up may start at a learning rate of zero, at which nothing would change.
         settings["lr"] = 0.1
-    # Some allocate their state where they are made, and look for it in their step: Adagrad of torch 2.11.
+    # Some allocate state in their constructor, which does not run here, and need it in step(): Adagrad of torch 2.11.
     shapes = (sharded.shape, local_shard(sharded).shape)
     state_of_parameter = {
         key: torch.ones_like(parameter) if isinstance(value, Tensor) and value.shape in shapes else copy.deepcopy(value)
@@ -227,6 +227,6 @@ def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Pa
     )
     for power in (2, 3):
         parameter.grad = start**power + start.sign()
-        # The class's step: a learning-rate scheduler wraps the instance's, bound to the real optimizer.
+        # The class's step, since a learning-rate scheduler wraps the instance's, which is bound to the real optimizer.
         type(optimizer).step(trial)
     return parameter.detach().to(torch.float64)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.modules.experts import as_computed, compute_dtype
+from swiftmoe_lightning.modules.experts import compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import Activation, SortedAssignments, combine, expert_layer, expert_rows, sort_assignments
 
 NAME: Final = "swiftmoe"
@@ -60,7 +60,7 @@ def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     names = ["gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"]
     if module.has_bias:
         names += [f"{name}_bias" for name in names]
-    return as_computed({name: getattr(module, name) for name in names}, dtype, module.is_transposed)
+    return prepare_weights({name: getattr(module, name) for name in names}, dtype, module.is_transposed)
 
 
 def _activation_of(module: Any) -> Activation:

@@ -1,4 +1,4 @@
-"""nn.Modules: router, experts, MoE block. They run on one device as they are, and over ranks under an engine."""
+"""nn.Modules: router, experts, MoE block. Without an engine they run on one device, under one over all ranks."""
 
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message

@@ -1,4 +1,4 @@
-"""Where a layer's experts live, as the layer sees it: everything here (one device), or over the ranks (engine).
+"""The interface through which a layer reaches its experts' weights and the other ranks, and its one-device version.
 
 W ranks, E experts, s slots of this rank, R rows, D model dim.
 """
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 
 class ExpertParallelContext(ABC):
-    """What `Experts.forward` asks of its surroundings."""
+    """What `Experts.forward` needs to know and do that depends on where the experts live.
+
+    `SingleDeviceContext` has all of them on one device; the engine's `ShardedLayer` spreads them over the ranks.
+
+    Attributes:
+        rank: this rank.
+        split: the token split.
+        ranks_per_node: neighbouring ranks on a node.
+        placement: which ranks have which expert.
+    """
 
     rank: int
     split: str
@@ -31,12 +40,12 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """[E] int64 of this rank -> [W, E] int64 of all. Afterwards `weights` and `placement` are up to date.
+        """Gather all ranks' counts: [E] int64 -> [W, E] int64. Afterwards `weights` and `placement` are up to date.
 
         Args:
             counts_E: assignments of this rank's tokens to each expert.
             scores_finite: [] bool, whether the router's scores are.
-            dtype: of the rows to come.
+            dtype: of the rows that this forward will exchange.
 
         Raises:
             FloatingPointError: on every rank, if any rank's scores are not finite.
@@ -48,12 +57,12 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Rows to their ranks, differentiable.
+        """Send rows to their ranks; differentiable.
 
         Args:
             rows_RD: [R, D] or [R], ordered by the rank they go to.
             send_splits: [W] how many of them go to each rank.
-            receive_splits: [W] how many rows each rank sends here.
+            receive_splits: [W] how many rows each rank sends to this one.
 
         Returns:
             As many rows as `receive_splits` sum up to, ordered by the rank they come from.
@@ -61,14 +70,14 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def on_rewrite(self) -> None:
-        """Called when the module has written its parameters anew."""
+        """Called when the module has overwritten its parameters."""
 
     @abstractmethod
     def on_backward(self, placement: Placement) -> None:
         """Called whenever backward reaches the layer.
 
         Args:
-            placement: that of its forward.
+            placement: of its forward.
         """
 
 
@@ -76,7 +85,7 @@ class SingleDeviceContext(ExpertParallelContext):
     """One device holds every expert: a plain MoE.
 
     Args:
-        experts: the layer that this is the context of.
+        experts: the layer.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -85,7 +94,7 @@ class SingleDeviceContext(ExpertParallelContext):
         self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """[E] int64 -> [1, E] int64. Waits for the device.
+        """[E] int64 -> [1, E] int64, on the CPU, which waits for the device.
 
         Args:
             counts_E: assignments to each expert.
@@ -104,10 +113,10 @@ class SingleDeviceContext(ExpertParallelContext):
         """The layer's own parameters.
 
         Raises:
-            RuntimeError: when they are sharded: the layer is a copy of one that is spread over ranks.
+            RuntimeError: when they are sharded, as in a copy of a layer that is spread over ranks.
         """
         parameters = self._experts.expert_parameters()
-        if any(is_sharded(p) for p in parameters.values()):
+        if any(is_sharded(parameter) for parameter in parameters.values()):
             raise RuntimeError(
                 "these experts are a copy (deepcopy, AveragedModel) of ones that are spread over the ranks, and hold "
                 "this rank's rows alone. Spread the copy, too, on all ranks: SwiftMoEEngine(copy), whose mark_stale() "
@@ -120,9 +129,9 @@ class SingleDeviceContext(ExpertParallelContext):
         return rows_RD
 
     def on_rewrite(self) -> None:
-        """Nothing to do: the parameters are what forward computes with."""
+        """Nothing to do: forward computes with the parameters themselves."""
         pass
 
     def on_backward(self, placement: Placement) -> None:
-        """Nothing to do: gradients are where they belong."""
+        """Nothing to do: gradients are in `.grad` of the parameters."""
         pass

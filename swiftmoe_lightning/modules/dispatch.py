@@ -1,7 +1,7 @@
-"""This rank's part of a `DispatchPlan`: which assignment travels in which row, and the way there and back.
+"""Carries out this rank's part of a `DispatchPlan`: sends tokens to their experts' ranks, and the results back.
 
 W ranks, B budgets, P (rank, expert) pairs, d experts of this rank, T tokens, D model dim, K top-k, N = T * K
-assignments, R rows sent, M rows received.
+assignments, R rows received. M: rows sent, this rank's assignments that survive.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from swiftmoe_lightning.placement import DispatchPlan, RankPlan
 def sort_by_pair(
     by_expert: SortedAssignments, weights_TK: Tensor, plan: DispatchPlan, rank_plan: RankPlan
 ) -> SortedAssignments:
-    """This rank's assignments by pair, without those that are dropped: in each budget the lowest scores.
+    """Sort this rank's assignments by pair, and drop those over budget: in each budget the ones of lowest score.
 
     Args:
-        by_expert: this rank's assignments, sorted by expert. Those of expert ids outside 0..E-1 get no row (Hugging
-            Face marks foreign experts so).
+        by_expert: this rank's assignments, sorted by expert. Those of expert ids outside 0..E-1 have no row (Hugging
+            Face marks experts of other ranks so).
         weights_TK: [T, K] floating, the router's scores of the assignments.
         plan: what all ranks send and drop.
         rank_plan: this rank's part of it.
 
     Returns:
-        The R rows that this rank sends, by the (rank, expert) they go to, inside that by token; none is unassigned.
+        The M rows that this rank sends, by (rank, expert) and then by token; none is unassigned.
     """
     device = weights_TK.device
     order_P = plan.placement.by_expert_P
@@ -49,14 +49,14 @@ def sort_by_pair(
 
 
 def _keep_best(score_N: Tensor, pair_N: Tensor, budget_of_pair_P: np.ndarray, kept_B: np.ndarray) -> Tensor:
-    """Ascending places, in N, of the surviving assignments: in each budget the best scores, of equals the earlier."""
+    """Ascending indices, into N, of the surviving assignments: in each budget the best scores, of equals the first."""
     budget_N = torch.from_numpy(budget_of_pair_P).to(pair_N.device)[pair_N]
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
     budget_N = budget_N[order_N]
     sizes_B = _count(budget_N, len(kept_B))
-    place_N = torch.arange(len(order_N), device=pair_N.device) - (sizes_B.cumsum(0) - sizes_B)[budget_N]
-    return order_N[place_N < torch.from_numpy(kept_B).to(place_N.device)[budget_N]].sort().values
+    index_N = torch.arange(len(order_N), device=pair_N.device) - (sizes_B.cumsum(0) - sizes_B)[budget_N]
+    return order_N[index_N < torch.from_numpy(kept_B).to(index_N.device)[budget_N]].sort().values
 
 
 def _count(group_N: Tensor, num_groups: int) -> Tensor:
@@ -66,13 +66,13 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
 
 
 class TokenDispatcher:
-    """The way of one forward's tokens to their experts' ranks and back.
+    """Sends one forward's tokens to their experts' ranks, and the results back.
 
     Args:
-        context: what carries the rows.
+        context: exchanges the rows.
         plan: what all ranks send and drop.
         rank_plan: this rank's part of it.
-        by_pair: the rows this rank sends, by hosted pair.
+        by_pair: the rows that this rank sends, sorted by pair.
     """
 
     def __init__(
@@ -81,27 +81,27 @@ class TokenDispatcher:
         self._context, self._plan, self._rank_plan, self._by_pair = context, plan, rank_plan, by_pair
 
     def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedAssignments]:
-        """[T, D] -> ([M, D] rows as they arrived, the same sorted by the slots of this rank)."""
-        rows_RD = permute(x_TD, self._by_pair)
-        arrived_MD = self._context.exchange_rows(rows_RD, self._rank_plan.send_splits, self._rank_plan.receive_splits)
+        """[T, D] -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
+        rows_MD = permute(x_TD, self._by_pair)
+        arrived_RD = self._context.exchange_rows(rows_MD, self._rank_plan.send_splits, self._rank_plan.receive_splits)
         counts_Wd = self._received_counts()
         num_local = counts_Wd.shape[1]
-        expert_M = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
-        expert_M = expert_M.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_MD))
-        # Slots that hold no expert of their own come out as empty ones.
-        self._by_slot = sort_assignments(expert_M.unsqueeze(1), self._plan.placement.slots_per_rank)
-        return arrived_MD, self._by_slot
+        expert_R = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
+        expert_R = expert_R.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_RD))
+        # Slots that only repeat an expert of the rank get no rows.
+        self._by_slot = sort_assignments(expert_R.unsqueeze(1), self._plan.placement.slots_per_rank)
+        return arrived_RD, self._by_slot
 
-    def combine(self, y_MD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[M, D] expert outputs, by slot -> [T, D], each token's own weighted sum; a dropped assignment adds zero.
+    def combine(self, y_RD: Tensor, weights_TK: Tensor) -> Tensor:
+        """[R, D] expert outputs, by slot -> [T, D], each token's weighted sum; a dropped assignment adds zero.
 
         Args:
-            y_MD: one for each row that `dispatch` gave, in the order by slots that came with them.
-            weights_TK: [T, K], what each assignment counts in the token's sum.
+            y_RD: outputs of the rows that `dispatch` returned, sorted by slot.
+            weights_TK: [T, K], the weight of each assignment in its token's sum.
         """
-        arrived_MD = unpermute(y_MD, self._by_slot)
-        rows_RD = self._context.exchange_rows(arrived_MD, self._rank_plan.receive_splits, self._rank_plan.send_splits)
-        return combine(rows_RD, weights_TK, self._by_pair)
+        arrived_RD = unpermute(y_RD, self._by_slot)
+        rows_MD = self._context.exchange_rows(arrived_RD, self._rank_plan.receive_splits, self._rank_plan.send_splits)
+        return combine(rows_MD, weights_TK, self._by_pair)
 
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert of this rank."""
@@ -109,7 +109,7 @@ class TokenDispatcher:
         counts_P = self._by_pair.counts_G.to(torch.int64)
         if self._plan.num_dropped_tokens == 0:
             return torch.from_numpy(self._rank_plan.received_Wd).to(counts_P.device)
-        # Which experts lost how much depends on the scores, which only the sources know.
+        # How many assignments each expert lost depends on the scores, which only the sources know.
         num_pairs_W = placement.num_pairs_W.tolist()
         num_local = num_pairs_W[rank]
         counts = self._context.exchange_rows(counts_P, num_pairs_W, [num_local] * placement.world_size)

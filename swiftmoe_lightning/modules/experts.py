@@ -1,6 +1,6 @@
 """The experts of one MoE layer, with the parameter names and call signature of Hugging Face transformers v5.
 
-T tokens, D model dim, F hidden dim, E experts, K top-k, M rows computed here, s slots of this rank.
+T tokens, D model dim, F hidden dim, E experts, K top-k, W ranks, R rows that this rank computes, s slots of this rank.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
 @dataclass(frozen=True, eq=False)
 class ExpertsOutput:
-    """What one forward found.
+    """What one forward of `Experts` returns.
 
     Attributes:
         hidden_TD: [T, D], the experts' weighted sum for each token.
-        popularity_E: [E] int, assignments of all ranks in this forward, on the device where they are known.
+        popularity_E: [E] int, assignments of all ranks in this forward; on the CPU or on the layer's device.
         world_size: ranks that took part.
-        recomputes: the forward ran inside backward (activation checkpointing).
+        recomputes: whether the forward ran inside backward (activation checkpointing).
     """
 
     hidden_TD: Tensor
@@ -41,7 +41,7 @@ class ExpertsOutput:
 
 
 class Experts(nn.Module):
-    """E feed-forward experts; each token's assignments are computed where a replica lives and summed by router weight.
+    """E feed-forward experts. A token's assignments are computed on ranks with a replica, and summed by router weight.
 
     Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`. On one device a plain
     MoE. Under an engine the same names are sharded by rows over the ranks, and forward computes with this rank's slots.
@@ -53,11 +53,11 @@ class Experts(nn.Module):
         activation: "swiglu", "gelu" or "relu2" (squared ReLU).
         bias: parameters `..._bias [E, 2F or F]` and `down_proj_bias [E, D]`, too.
         capacity: None computes every assignment.
-        device: of the parameters; on "meta" they stay without values.
+        device: of the parameters; on "meta" they have no values yet.
         dtype: of the parameters.
 
     Raises:
-        ValueError: for a size below 1, an unknown activation, or a capacity that is none.
+        ValueError: for a size below 1, an unknown activation, or a capacity that is no `Capacity`.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -97,20 +97,20 @@ class Experts(nn.Module):
     def from_parameters(
         cls, parameters: Mapping[str, nn.Parameter], activation: Activation, transposed: bool = False
     ) -> Self:
-        """Experts that hold these very parameters.
+        """Experts with these parameter objects as their own.
 
         Args:
             parameters: named as above.
-            activation: also a function of rows, [M, 2F] (or [M, F] with `up_proj`) -> [M, F].
+            activation: also a function of rows, [R, 2F] (or [R, F] with `up_proj`) -> [R, F].
             transposed: weights are [E, in, out]: `gate_up_proj [E, D, 2F]`, `down_proj [E, F, D]`.
         """
         num_experts, dim, hidden_dim = parameters["down_proj"].shape
         if transposed:
             dim, hidden_dim = hidden_dim, dim
-        like = "swiglu" if "gate_up_proj" in parameters else "gelu"
-        experts = cls(num_experts, dim, hidden_dim, activation=like, device="meta")
+        known_activation = "swiglu" if "gate_up_proj" in parameters else "gelu"
+        experts = cls(num_experts, dim, hidden_dim, activation=known_activation, device="meta")
         experts.activation, experts.transposed = activation, transposed
-        # In the given order, which is an optimizer's.
+        # In the given order, in which an optimizer may have them.
         experts._parameters.clear()
         for name, parameter in parameters.items():
             experts.register_parameter(name, parameter)
@@ -126,13 +126,13 @@ class Experts(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
     def load_cursor(self) -> LoadCursor:
-        """A reader of what these experts train on from now on."""
+        """A cursor that reads the load these experts train on from now on."""
         return LoadCursor(lambda: self.trained_load)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does.
+        """Draw all weights from the default generator, uniform in +-1/sqrt(fan in), as `nn.Linear` does.
 
-        Spread over ranks, each draws its own rows: from one seed on all ranks, those of one process.
+        Spread over ranks, each draws its own rows: with one seed on all ranks, they are those of one process.
         """
         seed = int(torch.randint(2**31, ()).item())
         for name, parameter in self.expert_parameters().items():
@@ -140,7 +140,7 @@ class Experts(nn.Module):
         self.context.on_rewrite()
 
     def initialize_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
-        """Fill `rows` [E, r, ...], rows first_row.. of parameter `name`, with what `seed` gives them on any cut."""
+        """Fill `rows` [E, r, ...], which are rows first_row.. of parameter `name`. Values do not depend on the cut."""
         fan_in = self.hidden_dim if name.startswith("down_proj") else self.dim
         offset = sorted(self.expert_parameters()).index(name)
         fill_rows_uniform(rows, first_row, seed + offset, 1 / math.sqrt(fan_in))
@@ -156,14 +156,14 @@ class Experts(nn.Module):
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
 
-    # Splits are host integers that change every step; a graph of its own keeps torch.compile from recompiling.
+    # Splits are Python integers that change every step: traced, they would make torch.compile recompile each time.
     @torch.compiler.disable
     def run(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, scores_finite: Tensor | None = None
     ) -> ExpertsOutput:
         """One forward, phase by phase: count, plan, dispatch, experts, combine.
 
-        Arguments and what it raises are those of `forward`; scores_finite is [] bool, and None looks at `weights_TK`.
+        Takes and raises what `forward` does. scores_finite: [] bool; None checks `weights_TK`.
         """
         self._check_input(x_TD, expert_ids_TK)
         context, out_dtype = self.context, x_TD.dtype
@@ -171,7 +171,7 @@ class Experts(nn.Module):
         if scores_finite is None:
             scores_finite = weights_TK.isfinite().all()
         if isinstance(context, SingleDeviceContext) and self.capacity is None:
-            return self._run_alone(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
+            return self._run_on_one_device(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
         by_expert = sort_assignments(expert_ids_TK, self.num_experts)
         counts_WE = context.begin_forward(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
         placement = context.placement
@@ -179,9 +179,9 @@ class Experts(nn.Module):
         rank_plan = plan.for_rank(context.rank)
         dispatcher = TokenDispatcher(context, plan, rank_plan, sort_by_pair(by_expert, weights_TK, plan, rank_plan))
         with torch.autocast(x_TD.device.type, enabled=False):
-            arrived_MD, by_slot = dispatcher.dispatch(x_TD)
-            y_MD = expert_rows(arrived_MD, by_slot, self._weights(x_TD.dtype), self.activation)
-            out_TD = dispatcher.combine(y_MD, weights_TK).to(out_dtype)
+            arrived_RD, by_slot = dispatcher.dispatch(x_TD)
+            y_RD = expert_rows(arrived_RD, by_slot, self._weights(x_TD.dtype), self.activation)
+            out_TD = dispatcher.combine(y_RD, weights_TK).to(out_dtype)
         load = ExpertLoad.of(counts_WE, plan, placement)
 
         def on_backward() -> None:
@@ -194,7 +194,7 @@ class Experts(nn.Module):
         out_TD = run_once_in_backward(out_TD, on_backward)
         return ExpertsOutput(out_TD, popularity_E, placement.world_size, _in_backward())
 
-    def _run_alone(
+    def _run_on_one_device(
         self,
         x_TD: Tensor,
         expert_ids_TK: Tensor,
@@ -202,7 +202,7 @@ class Experts(nn.Module):
         scores_finite: Tensor,
         out_dtype: torch.dtype,
     ) -> ExpertsOutput:
-        """The same on one device, which need not know the counts: nothing here waits for a GPU."""
+        """`run` on one device without a capacity. The CPU needs no counts, so nothing waits for a GPU."""
         if scores_finite.device.type == "cpu" and not scores_finite:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
         by_expert = sort_assignments(expert_ids_TK, self.num_experts)
@@ -216,8 +216,8 @@ class Experts(nn.Module):
         return ExpertsOutput(run_once_in_backward(out_TD, on_backward), by_expert.counts_G, 1, _in_backward())
 
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the context gives to compute with, as [s, out, in] and in the dtype of the rows."""
-        return as_computed(self.context.weights(), dtype, self.transposed)
+        """The context's weights as the operations take them: [s, out, in], in the dtype of the rows."""
+        return prepare_weights(self.context.weights(), dtype, self.transposed)
 
     def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:
         if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
@@ -239,7 +239,7 @@ class Experts(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (EMA's, a pickle's) holds parameters only: groups, slots and engines belong to the original.
+        # A copy (EMA, pickle) has the parameters only: groups, slots and engines belong to the original.
         return {k: v for k, v in self.__dict__.items() if k not in ("context", "trained_load")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -248,13 +248,13 @@ class Experts(nn.Module):
         self.trained_load = TrainedLoad(self.context.placement)
 
     def extra_repr(self) -> str:
-        """What `repr` says in the parentheses."""
+        """What `repr` shows in the parentheses."""
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
 
 
 def _may_wait_for(device: torch.device) -> bool:
-    """Whether values may be looked at: a GPU would have to finish first, which only a debugging run wants."""
+    """Whether to check values on `device`. Only a debugging run waits for a GPU to do so."""
     return device.type == "cpu" or torch.is_anomaly_enabled()
 
 
@@ -263,7 +263,7 @@ def _in_backward() -> bool:
 
 
 def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Beside torch's own words on a shape that differs, say which settings to look at."""
+    """Add to torch's message on a shape that differs which settings to look at."""
     for name, parameter in experts.expert_parameters().items():
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and value.shape != parameter.shape:
@@ -271,15 +271,15 @@ def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str
 
 
 def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
-    """What to say when a checkpoint holds `name` with another shape."""
+    """The error message for a checkpoint in which `name` has another shape."""
     return (
         f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
         "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
     )
 
 
-def as_computed(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
-    """Experts' tensors in the rows' dtype, as [s, out, in]; if `transposed` they are [s, in, out], biases are not."""
+def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
+    """Cast experts' tensors to `dtype`, and turn matrices that are `transposed`, [s, in, out], into [s, out, in]."""
     cast = {name: w.to(dtype) for name, w in weights.items()}
     if transposed:
         cast = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in cast.items()}
@@ -287,7 +287,7 @@ def as_computed(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: b
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matmul of `x` would run in here: autocast's, if it is on."""
+    """The dtype in which a matmul of `x` would run: autocast's, if it is on."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)

@@ -1,4 +1,4 @@
-"""Random weights that do not depend on how they are cut: rank 3 of 4 can draw its rows alone.
+"""Random weights that do not depend on how they are cut, so that each rank draws only its own rows.
 
 E experts; a block is up to 64 rows of one expert with a generator of its own.
 """
@@ -14,9 +14,9 @@ _BLOCK_ROWS: Final = 64
 
 
 def fill_rows_uniform(rows: Tensor, first_row: int, seed: int, bound: float) -> None:
-    """Fill `rows` [E, r, ...] (in place) with U(-bound, bound), as rows first_row.. of the full tensor of this seed.
+    """Fill `rows` [E, r, ...], in place, with rows first_row.. of the U(-bound, bound) tensor of `seed`.
 
-    Values depend on (seed, expert, row), the device type and the dtype; not on first_row and r.
+    Values depend on (seed, expert, row), the device type and the dtype; not on first_row or r.
 
     Args:
         rows: the part, [E, r, ...], of the full tensor, [E, all rows, ...].

@@ -1,4 +1,4 @@
-"""Counters of what a layer's experts were given. W ranks, E experts."""
+"""Counts the load that a layer trains on, and reads it. W ranks, E experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NON_FINITE_SCORES = (
 
 
 class TrainedLoad:
-    """A layer's load since it was built, counted in backward. It only grows: `LoadCursor` takes differences.
+    """A layer's load since it was built, counted in backward. It only grows; `LoadCursor` reads differences.
 
     Args:
         placement: where the experts are at the start.
@@ -25,8 +25,8 @@ class TrainedLoad:
 
     def __init__(self, placement: Placement) -> None:
         self._total = ExpertLoad.zero(placement)
-        # [E + 1] int64, what one device has counted and `total` has not read: assignments, and in the last entry
-        # forwards with non-finite scores.
+        # [E + 1] int64, counted on the device and not yet added to `_total`: assignments of each expert, then how many
+        # forwards had non-finite scores.
         self._on_device: Tensor | None = None
 
     @property
@@ -47,15 +47,15 @@ class TrainedLoad:
         return self._total
 
     def add(self, load: ExpertLoad) -> None:
-        """Count a load that the CPU knows.
+        """Add a load that is known on the CPU.
 
         Raises:
-            FloatingPointError: if scores that the device has looked at before were not finite.
+            FloatingPointError: if scores that were counted on the device before were not finite.
         """
         self._total = self.total + load
 
     def add_on_device(self, counts_E: Tensor, scores_finite: Tensor) -> None:
-        """Count the load of a single device, without waiting for it.
+        """Add the load of a single device, without waiting for it.
 
         Args:
             counts_E: [E] int, assignments to each expert.
@@ -69,27 +69,27 @@ class LoadCursor:
     """How far one reader has read a layer's load; readers do not disturb each other.
 
     Args:
-        trained: gives the layer's load, which may be another object after its ranks have changed.
+        trained: returns the layer's load; an engine replaces that object when it spreads the layer.
     """
 
     def __init__(self, trained: Callable[[], TrainedLoad]) -> None:
-        self._trained, self._seen = trained, trained().total
+        self._trained, self._last_total = trained, trained().total
 
     def read(self) -> ExpertLoad:
-        """What was trained since the last read, or since the cursor was made; everything, if the ranks were others."""
-        total, seen = self._trained().total, self._seen
-        self._seen = total
-        return total - seen if total.load_W.shape == seen.load_W.shape else total
+        """The load since the last read, or since the cursor was made; the total, if the number of ranks has changed."""
+        total, last_total = self._trained().total, self._last_total
+        self._last_total = total
+        return total - last_total if total.load_W.shape == last_total.load_W.shape else total
 
 
 def run_once_in_backward(out: Tensor, action: Callable[[], None]) -> Tensor:
-    """`out` itself, whose first backward calls `action`.
+    """Let the first backward through `out` call `action`. Returns `out`.
 
-    Activation checkpointing runs forward twice, and validation never runs backward: so what is counted in here is
-    counted once for each trained assignment.
+    Activation checkpointing runs forward twice, and validation runs no backward: counting in backward counts each
+    trained assignment once.
 
     Args:
-        out: what a forward gives; without a gradient it is left alone.
+        out: the result of a forward. If it needs no gradient, nothing is done.
         action: called once, whatever the number of backwards.
     """
     has_run = False

@@ -1,4 +1,4 @@
-"""The MoE block: router, experts, shared experts. D model dim, T tokens, K top-k."""
+"""The MoE block: router, experts, shared experts. T tokens, D model dim, F hidden dim, E experts, K top-k."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MoE(nn.Module):
 
     Raises:
         ValueError: for sizes below 1, top_k outside 1..E, capacity_factor <= 0, negative coefficients, or an unknown
-            choice.
+            activation or capacity_per.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -62,7 +62,7 @@ class MoE(nn.Module):
         check_coefficient(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         self.dim, self.top_k = dim, top_k
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
-        # Checked even when no factor uses it: a misspelt capacity should not wait for the day it does.
+        # Made even without a factor, so that an unknown capacity_per is an error in any case.
         limit = Capacity(1.0 if capacity_factor is None else capacity_factor, capacity_per)
         self.experts = Experts(
             num_experts,
@@ -85,8 +85,8 @@ class MoE(nn.Module):
 
         Raises:
             ValueError: for another last dim.
-            FloatingPointError: on every rank, for non-finite router scores (on a single GPU without a capacity when
-                loads are next read, so as not to wait for it).
+            FloatingPointError: on every rank, for non-finite router scores. (On a single GPU without a capacity, to
+                avoid waiting for it, only when loads are next read.)
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
@@ -95,14 +95,16 @@ class MoE(nn.Module):
         finite = routed.logits_TE.isfinite().all()
         result = self.experts.run(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
         loss = self._router_loss(routed, result)
-        out_TD = self.router_losses.hand_over(loss, result.hidden_TD, result.recomputes)
+        out_TD = self.router_losses.attach(loss, result.hidden_TD, result.recomputes)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return out_TD.reshape(x.shape)
 
     def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:
-        """The block's weighted router losses; None where there are none to train with. Reentrant checkpointing trains a
-        forward without a graph."""
+        """The block's weighted router losses, []; None without coefficients, or in evaluation.
+
+        Training without grad mode counts: it is the first run of reentrant activation checkpointing.
+        """
         if not (torch.is_grad_enabled() or self.training) or not (self.aux_loss_coef or self.z_loss_coef):
             return None
         loss = routed.logits_TE.new_zeros(())
@@ -116,7 +118,7 @@ class MoE(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """A dense feed-forward with the experts' activation: what every token goes through (shared experts).
+    """A dense feed-forward with the experts' activation, for the shared experts, which every token goes through.
 
     Args:
         dim: D.
@@ -148,7 +150,7 @@ class DenseMLP(nn.Module):
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:
-    """The sum of all MoE blocks' own router losses of their forwards since it was last read, each already weighted.
+    """The sum of all MoE blocks' weighted router losses, over their forwards since it was last read.
 
     Add it to the task loss. A block that is called twice counts twice.
 

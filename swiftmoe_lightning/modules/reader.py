@@ -1,4 +1,4 @@
-"""What every MoE layer of a module did since it was last looked at. E experts."""
+"""Reads the load that the MoE layers of a module have trained on. E experts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from swiftmoe_lightning.placement import Bounds, Capacity, ExpertLoad, find_boun
 
 @dataclass(frozen=True, eq=False)
 class LayerLoad(ExpertLoad):
-    """What one MoE layer trained on between two reads; equal on all ranks.
+    """The load that one MoE layer trained on between two reads; equal on all ranks.
 
     Attributes:
-        num_moved: its (rank, expert) pairs that were not there in the read before.
+        num_moved: (rank, expert) pairs of its placement that the placement at the read before did not have.
         capacity: the layer's; None is dropless.
     """
 
@@ -30,9 +30,9 @@ class LayerLoad(ExpertLoad):
 
     @property
     def bounds(self) -> Bounds:
-        """The least that could have been lost, and what the rest was lost to: drops with a capacity, imbalance without.
+        """Lower bounds of what was lost, and how much each cause added: drops with a capacity, imbalance without.
 
-        For reads of one step; over several it asks for one placement to fit them all.
+        For reads of one step. Over several steps it compares with a single placement for all of them.
         """
         return find_bounds(self, self.capacity)
 
@@ -47,7 +47,7 @@ class LoadReader:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
+        self._layers = {name: child for name, child in module.named_modules() if isinstance(child, Experts)}
         self._cursors = {name: experts.load_cursor() for name, experts in self._layers.items()}
         self._placements = {name: experts.trained_load.total.placement for name, experts in self._layers.items()}
 
@@ -63,7 +63,7 @@ class LoadReader:
             load, previous = self._cursors[name].read(), self._placements[name]
             current = self._placements[name] = load.placement
             if load.num_assignments:
-                moved = previous.num_moved(current) if previous.world_size == current.world_size else 0
+                num_moved = previous.num_moved(current) if previous.world_size == current.world_size else 0
                 parts = (load.counts_WE, load.wanted_W, load.load_W, load.budget)
-                loads[name] = LayerLoad(current, *parts, moved, experts.capacity)
+                loads[name] = LayerLoad(current, *parts, num_moved, experts.capacity)
         return loads

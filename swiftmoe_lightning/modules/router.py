@@ -1,4 +1,4 @@
-"""Token -> top-k experts, and the losses that keep the choice balanced.
+"""The router, which chooses each token's top-k experts, and the losses that balance the experts.
 
 T tokens, D model dim, E experts, K top-k.
 """
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
 from swiftmoe_lightning.ops import SCORES, route
 
-# Forwards in training without an update of the bias, after which that is said. More than any accumulation has.
-_PATIENCE: Final = 1000
+# Forwards in training without an update of the bias, after which a warning follows. Accumulations have fewer.
+_FORWARDS_BEFORE_WARNING: Final = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class RouterOutput:
-    """What a router decides. A router of your own returns this, too.
+    """What a router returns, also one of your own.
 
     Attributes:
         expert_ids_TK: [T, K] int64, different experts for each token.
-        weights_TK: [T, K] floating, what each assignment counts in the token's sum.
+        weights_TK: [T, K] floating, the weight of each assignment in its token's sum.
         logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
-        probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or
-        prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs: what `TopKRouter` gives.
+        probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or None, with
+        prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs. `TopKRouter` gives these.
         square_sum: [] floating, the squared log-sum-exp of `logits_TE` summed over T (for the z-loss); None computes
             it.
     """
@@ -72,10 +72,10 @@ class TopKRouter(nn.Module):
         score: "softmax" over the experts, or "sigmoid" of each.
         renormalize: divide a token's K weights by their sum; None does so for K > 1. (With K = 1 every weight would be
             1, and the router would learn nothing from the task.)
-        bias_update_rate: above 0, an `expert_bias` [E] is added to the scores for the choice alone (not to the
+        bias_update_rate: above 0, an `expert_bias` [E] is added to the scores to choose experts (not to the
             weights), and every optimizer step moves it by this much towards less popular experts: balance without an
-            auxiliary loss (arXiv 2408.15664). The engine calls `update_bias`. Where nobody does in the first thousand
-            forwards of a training (compiled ones do not count), a warning says so.
+            auxiliary loss (arXiv 2408.15664). The engine calls `update_bias`. A warning follows if it has not been
+            called in the first thousand training forwards (compiled ones do not count).
         device: of the weight and the bias.
         dtype: of the weight; the bias is float32.
 
@@ -110,8 +110,8 @@ class TopKRouter(nn.Module):
                 "Leave renormalize unset, or choose top_k=2 or more."
             )
         self.top_k, self.score, self.bias_update_rate = top_k, score, bias_update_rate
-        # None once the bias was updated, or the warning given.
-        self._patience: int | None = _PATIENCE
+        # Counts down; None once the bias was updated or the warning given.
+        self._forwards_before_warning: int | None = _FORWARDS_BEFORE_WARNING
         self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias_update_rate else None
@@ -121,10 +121,10 @@ class TopKRouter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Casts leave the bias in float32: its steps are small, and bfloat16 would round them away."""
-        before = self.expert_bias
+        previous = self.expert_bias
         super()._apply(fn, recurse)
-        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
-            self.expert_bias = before.to(self.expert_bias.device)
+        if previous is not None and self.expert_bias is not None and self.expert_bias.dtype != previous.dtype:
+            self.expert_bias = previous.to(self.expert_bias.device)
         return self
 
     def reset_parameters(self) -> None:
@@ -136,7 +136,7 @@ class TopKRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> RouterOutput:
         """[T, D] -> the experts of each token. Scores are computed in float32 (float64 for float64 weights)."""
         if self.expert_bias is not None and self.training and torch.is_grad_enabled():
-            self._miss_updates()
+            self._warn_without_updates()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
@@ -149,17 +149,18 @@ class TopKRouter(nn.Module):
             square_sum=routed.square_sum,
         )
 
-    def _miss_updates(self) -> None:
-        # A number that changes in every forward would make torch.compile start again each time.
-        if torch.compiler.is_compiling() or self._patience is None:
+    def _warn_without_updates(self) -> None:
+        # A counter that changes in every forward would make torch.compile recompile each time.
+        if torch.compiler.is_compiling() or self._forwards_before_warning is None:
             return
-        self._patience -= 1
-        if self._patience == 0:
-            self._patience = None
+        self._forwards_before_warning -= 1
+        if self._forwards_before_warning == 0:
+            self._forwards_before_warning = None
             warnings.warn(
-                f"TopKRouter(bias_update_rate={self.bias_update_rate}) has trained for {_PATIENCE} forwards, and "
-                "nobody has updated its bias, so nothing balances the experts. An engine does, on one device, too (a "
-                "strategy has one); or call router.update_bias(popularity) after every optimizer step.",
+                f"TopKRouter(bias_update_rate={self.bias_update_rate}) has trained for "
+                f"{_FORWARDS_BEFORE_WARNING} forwards, and nobody has updated its bias, so nothing balances the "
+                "experts. An engine does, on one device, too (a strategy has one); or "
+                "call router.update_bias(popularity) after every optimizer step.",
                 stacklevel=3,
             )
 
@@ -170,7 +171,7 @@ class TopKRouter(nn.Module):
         Args:
             popularity_E: [E], of one step.
         """
-        self._patience = None
+        self._forwards_before_warning = None
         if self.expert_bias is not None:
             step_E = torch.from_numpy(np.sign(popularity_E.mean() - popularity_E))
             self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)
@@ -201,7 +202,7 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
 def z_loss(logits_TE: Tensor, num_tokens: Tensor, world_size: int) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), over the tokens of all ranks.
 
-    The mean over ranks is the loss of the global batch, as above.
+    Its mean over ranks is the loss of the global batch on one device.
 
     Args:
         logits_TE: [T, E] of this rank.

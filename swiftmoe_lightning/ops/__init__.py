@@ -1,17 +1,17 @@
-"""The expert layer's operations: each in a file with its plain torch version, and with Triton's in `triton/`."""
+"""The expert layer's operations. Each is a file with its plain torch version; its Triton kernels are in `triton/`."""
 
 from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
 from swiftmoe_lightning.ops.grouped import expert_mlp
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
-from swiftmoe_lightning.ops.route import SCORES, Routed, route
+from swiftmoe_lightning.ops.route import SCORES, Routing, route
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
     "ACTIVATIONS",
     "SCORES",
     "Activation",
-    "Routed",
+    "Routing",
     "SortedAssignments",
     "activate",
     "combine",

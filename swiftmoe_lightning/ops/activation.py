@@ -17,7 +17,7 @@ from swiftmoe_lightning.ops.backend import runs_eagerly, uses_triton
 from swiftmoe_lightning.ops.common import choose_gradient, refuse_second_derivative, save_nothing, sum_dtype
 
 ACTIVATIONS: Final = ("swiglu", "gelu", "relu2")
-# One of these, or a function of rows: [R, 2F] (gated) or [R, F] -> [R, F].
+# One of `ACTIVATIONS`, or a function of rows: [R, 2F] (gated) or [R, F] -> [R, F].
 Activation = str | Callable[[Tensor], Tensor]
 
 
@@ -53,7 +53,7 @@ def eager_activate_backward(grad_RF: Tensor, z_RF: Tensor, activation: str) -> T
 
     Args:
         grad_RF: [R, F], of the output.
-        z_RF: what `activate` took.
+        z_RF: the input of `activate`.
         activation: one of `ACTIVATIONS`.
     """
     wide_RF, grad_RF = z_RF.to(sum_dtype(z_RF)), grad_RF.to(sum_dtype(z_RF))

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation here, and why."""
+"""Chooses what runs an operation, Triton or torch, by device, dtype and sizes; and the reason, for the user."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _MIN_CAPABILITY: Final = (8, 0)
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs an operation.
+    """The implementation that runs an operation.
 
     Attributes:
         name: "triton" or "torch".
-        reason: a sentence for the user.
+        reason: why, as a sentence for the user.
     """
 
     name: str
     reason: str
 
 
-# The compiler asks once for each graph, and does not look inside.
+# torch.compile calls it once for each graph, and does not trace it.
 @torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, *dtypes: torch.dtype) -> Backend:
     """The backend of an operation on floating tensors.
@@ -37,8 +37,8 @@ def choose_backend(device: torch.device, *dtypes: torch.dtype) -> Backend:
     Triton on an NVIDIA GPU of compute capability 8.0 or more, torch's reference elsewhere.
 
     Args:
-        device: the tensors'.
-        *dtypes: theirs; none where the operation takes no floating tensors.
+        device: of the tensors.
+        *dtypes: of the floating tensors, if there are any.
     """
     if _forced is not None:
         return Backend(_forced, f"{_forced} is forced by `swiftmoe_lightning.ops.backend.force_backend`.")
@@ -51,21 +51,23 @@ def choose_backend(device: torch.device, *dtypes: torch.dtype) -> Backend:
 
 
 def uses_triton(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors, all on one device, runs Triton: asked in the bodies of operators."""
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    """Whether an operation on these tensors, all on one device, runs Triton. For the bodies of custom operators."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     return choose_backend(tensors[0].device, *dtypes).name == "triton"
 
 
 def runs_eagerly(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors may call its eager version without its operator: nobody compiles, the
-    tensors are ordinary ones (the first tells), and Triton would not run."""
+    """Whether an operation on these tensors may call its eager version instead of its custom operator.
+
+    So it is outside of torch.compile, on ordinary tensors (only the first is looked at), where Triton would not run.
+    """
     if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, nn.Parameter):
         return False
     return not uses_triton(*tensors)
 
 
-# Above these, the products are long enough that gathering and activating apart from them costs little, and cuBLAS's
-# grouped product is the faster one: by 5 - 22 % on an H100 (benchmarks/README.md; shapes A, C2 and D).
+# From these sizes on, gathering and activating outside of the products cost little beside them, and cuBLAS's grouped
+# product is faster than the fused kernels: by 5 - 22 % on an H100 (benchmarks/README.md; shapes A, C2 and D).
 _WIDE_EXPERT: Final = 2048
 _MANY_ROWS: Final = 2048
 
@@ -73,13 +75,13 @@ _MANY_ROWS: Final = 2048
 def choose_layer_backend(
     device: torch.device, dtype: torch.dtype, rows_per_slot: int, hidden_dim: int, top_k: int
 ) -> Backend:
-    """The backend of a whole expert layer: "triton" is one of fused kernels, "torch" the operations by `F.grouped_mm`.
+    """The backend of a whole expert layer: "triton" runs the fused kernels, "torch" the operations and `F.grouped_mm`.
 
-    `F.grouped_mm` is fast in bfloat16 alone.
+    `F.grouped_mm` is fast in bfloat16 only.
 
     Args:
-        device: the tensors'.
-        dtype: theirs.
+        device: of the tensors.
+        dtype: of the tensors.
         rows_per_slot: mean rows of an expert.
         hidden_dim: F.
         top_k: K.
@@ -125,8 +127,8 @@ def force_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton" or "torch", got {name!r}.')
-    before, _forced = _forced, name
+    previous, _forced = _forced, name
     try:
         yield
     finally:
-        _forced = before
+        _forced = previous

@@ -16,7 +16,7 @@ from swiftmoe_lightning.ops.common import choose_gradient, refuse_second_derivat
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    """[R, O]: each row with its own slot's bias.
+    """Add to each row its slot's bias: [R, O] -> [R, O].
 
     Args:
         y_RO: [R, O] floating, sorted by slot.
@@ -29,7 +29,7 @@ def add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
 
 
 def eager_add_bias(y_RO: Tensor, bias_sO: Tensor, ends_s: Tensor) -> Tensor:
-    """Each row with its own slot's bias; behind the last end with any. Its backward is `eager_bias_gradient`."""
+    """Adds to each row its slot's bias, and any bias to rows behind the last end. Backward: `eager_bias_gradient`."""
     if len(y_RO) == 0:
         return torch.empty_like(y_RO)
     slot_R = slots_of(ends_s, len(y_RO)).clamp(max=len(ends_s) - 1)
@@ -41,7 +41,7 @@ def eager_bias_gradient(grad_RO: Tensor, ends_s: Tensor) -> Tensor:
     if len(grad_RO) == 0:
         return grad_RO.new_zeros(len(ends_s), grad_RO.shape[1])
     row_R = torch.arange(len(grad_RO), device=grad_RO.device)
-    # One bag more, for unassigned rows.
+    # One more bag, dropped at the end, for unassigned rows.
     return F.embedding_bag(row_R, grad_RO, F.pad(ends_s.to(torch.int64), (1, 0)), mode="sum")[:-1]
 
 

@@ -1,11 +1,11 @@
-"""What the operations share: how their sums are widened, and what an operator's gradient does beside its own sums.
+"""How an operation is built, and what operations share: the dtype of sums, and the gradients of custom operators.
 
 Each operation is a file `x.py`: a public function; the plain torch version that defines what is right (`eager_x`); and
 a custom operator with its fake and its gradient. The operator's body runs Triton's kernels (`triton/x.py`) or the eager
-version; outside the body nothing knows which, so `torch.compile`, activation checkpointing and autograd treat both
-alike. A backward is an operator of its own, since the compiler traces the gradient with fake tensors. Where
-`runs_eagerly`, the public function calls the eager version without its operator, whose way through torch's dispatcher
-takes longer than a small layer's sums: as an autograd function (`_EagerX`), whose `backward` is also the operator's.
+version. Code outside the body does not depend on which, so `torch.compile`, activation checkpointing and autograd treat
+both alike. A backward is an operator of its own, since the compiler traces the gradient with fake tensors. Where
+`runs_eagerly` is true, the public function calls the eager version as an autograd function (`_EagerX`, whose `backward`
+is also the operator's): torch's dispatch of a custom operator takes longer than a small layer's sums.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def choose_gradient(operator: Any, eager: Any, *tensors: Tensor) -> Any:
-    """Which of the two computes a gradient: the operator also where that gradient may be differentiated in its turn,
-    for the operator says why it cannot be.
+    """The function that computes a gradient, `operator` or `eager`.
+
+    With create_graph=True it is always the operator, whose own gradient raises a clear error.
 
     Args:
         operator: the custom operator.
         eager: its eager version.
-        *tensors: the floating tensors of either, the incoming gradient first.
+        *tensors: their floating inputs, the incoming gradient first.
     """
     return operator if torch.is_grad_enabled() or not runs_eagerly(*tensors) else eager
 
@@ -48,4 +49,4 @@ def refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """For `refuse_second_derivative`, which needs nothing of the forward."""
+    """The `setup_context` beside `refuse_second_derivative`, which needs nothing saved."""

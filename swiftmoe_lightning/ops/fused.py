@@ -1,8 +1,8 @@
-"""The experts' feed-forward in fused kernels: rows are gathered, activated and weighted inside the products.
+"""The experts' feed-forward in fused Triton kernels, which gather, activate and weight rows inside the products.
 
 T tokens, D model dim, F hidden dim, K top-k, R rows (assignments sorted by slot), s slots, O out features of the first
-matrix (2F for swiglu). Saved for backward: the input, Z [R, O] (before the activation) and the assignments. The eager
-version is `layer.py`'s way without fusing.
+matrix (2F for swiglu). Saved for backward: the input, Z [R, O] (before the activation) and the assignments. The plain
+version is the unfused path in `layer.py`.
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
@@ -26,7 +26,7 @@ def fused_expert_rows(
 
     Args:
         x_TD: [T, D].
-        assignments: sorted by slot; on the device, and not waited for.
+        assignments: sorted by slot. The CPU does not wait for them.
         weights: as `expert_mlp` takes them, of `x_TD`'s dtype (float32, bfloat16 or float16).
         activation: one of `ACTIVATIONS`.
 
@@ -76,13 +76,16 @@ def _run(
     assert ends_s.dtype == torch.int32, ends_s.dtype
     first = "gate_up_proj" if activation == "swiglu" else "up_proj"
     matrices = [weights[first], weights.get(f"{first}_bias"), weights["down_proj"], weights.get("down_proj_bias")]
-    # Inside the operator, autograd no longer tells whether a backward will come.
-    keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, scores_TK, *matrices))
-    tensors = [
-        None if t is None else t.contiguous() for t in (x_TD, scores_TK, assignment_R, rows_TK, ends_s, *matrices)
-    ]
-    out: Tensor = _fused(*tensors, activation, keep_z)[0]
+    # Decided here: inside the operator grad mode is off, so it cannot know whether a backward follows.
+    keep_z = torch.is_grad_enabled() and _any_requires_grad(x_TD, scores_TK, *matrices)
+    tensors = (x_TD, scores_TK, assignment_R, rows_TK, ends_s, *matrices)
+    contiguous = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    out: Tensor = _fused(*contiguous, activation, keep_z)[0]
     return out
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(x_TD: Tensor, weights: Mapping[str, Tensor], activation: str) -> None:
@@ -110,14 +113,14 @@ def _fused(  # noqa: PLR0913 - an operator takes tensors one by one
     activation: str,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Up, down and, with scores, combine. Returns (out, Z for backward; empty without `keep_z`)."""
+    """Up, down and, with scores, combine. Returns (out, Z for backward); Z is empty without `keep_z`."""
     from swiftmoe_lightning.ops.triton.fused.product import clear_tail, grouped_product
     from swiftmoe_lightning.ops.triton.fused.up import up
     from swiftmoe_lightning.ops.triton.launch import device_of
     from swiftmoe_lightning.ops.triton.permute import gather_sum
 
     with device_of(x_TD):
-        tiles = _cut(x_TD, assignment_R, rows_TK, ends_s)
+        tiles = _row_tiles(x_TD, assignment_R, rows_TK, ends_s)
         z_RO, a_RF = up(x_TD, first, first_bias, tiles, activation, keep_z)
         y_RD = grouped_product(a_RF, second, second_bias, tiles, tiles.sizes.down)
         out = clear_tail(y_RD, ends_s) if scores_TK is None else gather_sum(y_RD, rows_TK, scores_TK)
@@ -145,8 +148,8 @@ def _down_backward(  # noqa: PLR0913 - as above
     activation: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    """From dO [T, D] or, without scores, dY [R, D]: dZ, and the gradients of scores, second matrix and bias; those that
-    are not needed come out empty."""
+    """From dO [T, D] or, without scores, dY [R, D]: dZ, and the gradients of scores, second matrix and bias. Those that
+    are not needed are empty."""
     from swiftmoe_lightning.ops.triton.bias import bias_gradient
     from swiftmoe_lightning.ops.triton.fused.hidden_gradient import hidden_gradient
     from swiftmoe_lightning.ops.triton.fused.score_gradient import bias_part, score_gradient
@@ -156,7 +159,7 @@ def _down_backward(  # noqa: PLR0913 - as above
     need_scores, need_second, need_bias = needed
     grads = [grad.new_empty(0) for _ in needed]
     with device_of(grad):
-        tiles = _cut(grad, assignment_R, rows_TK, ends_s)
+        tiles = _row_tiles(grad, assignment_R, rows_TK, ends_s)
         dz_RO, a_RF, parts = hidden_gradient(grad, scores_TK, second, z_RO, tiles, activation)
         if need_scores and scores_TK is not None and parts is not None:
             if second_bias is not None:
@@ -172,7 +175,7 @@ def _down_backward(  # noqa: PLR0913 - as above
 @_down_backward.register_fake
 def _(grad: Tensor, scores_TK: Tensor | None, *rest: Any) -> list[Tensor]:
     _, _, _, second, second_bias, z_RO, _, needed = rest
-    return [torch.empty_like(z_RO), *_like([scores_TK, second, second_bias], needed, grad)]
+    return [torch.empty_like(z_RO), *_empty_like([scores_TK, second, second_bias], needed, grad)]
 
 
 @torch.library.custom_op("swiftmoe::fused_up_backward", mutates_args=())
@@ -186,7 +189,7 @@ def _up_backward(  # noqa: PLR0913 - as above
     first_bias: Tensor | None,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The gradients of x, first matrix and bias; those that are not needed come out empty."""
+    """The gradients of x, first matrix and bias. Those that are not needed are empty."""
     from swiftmoe_lightning.ops.triton.bias import bias_gradient
     from swiftmoe_lightning.ops.triton.fused.product import grouped_product
     from swiftmoe_lightning.ops.triton.fused.weight_gradient import weight_gradient
@@ -196,7 +199,7 @@ def _up_backward(  # noqa: PLR0913 - as above
     need_x, need_first, need_bias = needed
     grads = [dz_RO.new_empty(0) for _ in needed]
     with device_of(x_TD):
-        tiles = _cut(x_TD, assignment_R, rows_TK, ends_s)
+        tiles = _row_tiles(x_TD, assignment_R, rows_TK, ends_s)
         if need_first:
             grads[1] = weight_gradient(dz_RO, x_TD, tiles, gathered="right")
         if need_bias:
@@ -210,12 +213,14 @@ def _up_backward(  # noqa: PLR0913 - as above
 @_up_backward.register_fake
 def _(dz_RO: Tensor, x_TD: Tensor, *rest: Any) -> list[Tensor]:
     *_, first, first_bias, needed = rest
-    return _like([x_TD, first, first_bias], needed, dz_RO)
+    return _empty_like([x_TD, first, first_bias], needed, dz_RO)
 
 
-def _like(tensors: list[Tensor | None], needed: list[bool], of: Tensor) -> list[Tensor]:
+def _empty_like(tensors: list[Tensor | None], needed: list[bool], grad: Tensor) -> list[Tensor]:
+    """Tensors like those that are needed, and of no elements for the others."""
     return [
-        of.new_empty(0) if t is None or not n else torch.empty_like(t) for t, n in zip(tensors, needed, strict=True)
+        grad.new_empty(0) if tensor is None or not need else torch.empty_like(tensor)
+        for tensor, need in zip(tensors, needed, strict=True)
     ]
 
 
@@ -223,26 +228,26 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     *tensors, ctx.activation, _ = inputs
     _, z_RO = output
     ctx.save_for_backward(*tensors, z_RO)
-    # Z is an output for backward's sake alone: nobody is to make zeros for its gradient.
+    # Z is an output only so that backward can save it: autograd must not allocate zeros as its gradient.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x_TD, scores_TK, *routing, first, first_bias, second, second_bias, z_RO = ctx.saved_tensors
     need_x, need_scores, _, _, _, *need_weights = ctx.needs_input_grad[:9]
-    # Unless the graph is kept, Z goes before dX comes: both are large.
+    # Unless the graph is kept, Z is freed before dX is allocated: both are large.
     ctx.maybe_clear_saved_tensors()
     needed = [need_scores, *need_weights[2:]]
     inputs = (grad.contiguous(), scores_TK, *routing, second, second_bias, z_RO)
     dz_RO, *grads = _down_backward(*inputs, ctx.activation, needed)
     del z_RO, inputs
-    d_scores, *d_second = _only(needed, grads)
+    d_scores, *d_second = _none_unless(needed, grads)
     needed = [need_x, *need_weights[:2]]
-    d_x, *d_first = _only(needed, _up_backward(dz_RO, x_TD, *routing, first, first_bias, needed))
+    d_x, *d_first = _none_unless(needed, _up_backward(dz_RO, x_TD, *routing, first, first_bias, needed))
     return d_x, d_scores, None, None, None, *d_first, *d_second, None, None
 
 
-def _only(needed: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
+def _none_unless(needed: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
@@ -251,8 +256,8 @@ for _operator in (_down_backward, _up_backward):
     _operator.register_autograd(refuse_second_derivative, setup_context=save_nothing)
 
 
-def _cut(x: Tensor, assignment_R: Tensor, rows_TK: Tensor, ends_s: Tensor) -> Any:
-    """The rows' tiles (`RowTiles`): made again in backward, which costs less than to keep them."""
+def _row_tiles(x: Tensor, assignment_R: Tensor, rows_TK: Tensor, ends_s: Tensor) -> Any:
+    """The rows' tiles (`RowTiles`). Backward cuts them again, which costs less than saving them."""
     from swiftmoe_lightning.ops.triton.fused.tiles import choose_tiles, cut_rows
 
     sizes = choose_tiles(x, len(assignment_R), len(ends_s))

@@ -1,7 +1,7 @@
 """The experts' feed-forward over rows sorted by slot, around torch's grouped matmul.
 
 R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix. Rows behind the last end are
-unassigned: what they hold, and what their gradients hold, is undefined, and reaches nobody else's.
+unassigned: their values and gradients are undefined, and do not reach those of other rows.
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
@@ -31,8 +31,8 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
     Raises:
         ValueError: for an activation that is neither.
     """
-    first = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
-    z_R = grouped_linear(x_RD, weights[first], ends_s, weights.get(f"{first}_bias"))
+    up_name = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
+    z_R = grouped_linear(x_RD, weights[up_name], ends_s, weights.get(f"{up_name}_bias"))
     hidden_RF = activation(z_R) if callable(activation) else activate(z_R, activation)
     return grouped_linear(hidden_RF, weights["down_proj"], ends_s, weights.get("down_proj_bias"))
 
@@ -85,13 +85,14 @@ def _by_slot(rows_R: Tensor, ends_s: Tensor) -> tuple[Tensor, ...]:
 
 
 def _filled(parts: list[Tensor], num_rows: int) -> Tensor:
-    """One tensor of the parts, and zero behind them."""
+    """The parts in one tensor, zero behind them."""
     missing = num_rows - sum(map(len, parts))
     return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])])
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Forward: nothing. Backward: an expanded gradient (as of `y.sum()`) gets real strides, which grouped_mm needs."""
+    """Forward: identity. Backward: makes the gradient contiguous, which grouped_mm needs (`y.sum()` gives an expanded
+    one)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def _fits_grouped_mm(x_RI: Tensor, weight_sOI: Tensor) -> bool:
-    """Rows must start at multiples of 16 bytes, there must be a row, and float64 is refused."""
+    """Whether `F.grouped_mm` takes these: rows that start at multiples of 16 bytes, at least one, not in float64."""
     aligned = all(features * x_RI.element_size() % 16 == 0 for features in weight_sOI.shape[1:])
     return aligned and len(x_RI) > 0 and x_RI.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-# For the compiler, which has no fake of `F.grouped_mm` but in bfloat16, and cannot loop over sizes it does not know.
+# Only for torch.compile: `F.grouped_mm` has a fake in bfloat16 alone, and the eager loop is over sizes in a tensor.
 @torch.library.custom_op("swiftmoe::grouped_linear", mutates_args=())
 def _grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
     if _fits_grouped_mm(x_RI, weight_sOI):

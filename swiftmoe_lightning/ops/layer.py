@@ -25,7 +25,7 @@ def expert_rows(
 
     Args:
         x_TD: [T, D] floating.
-        assignments: sorted by slot. What an unassigned row holds is undefined; on a CPU it may be left out.
+        assignments: sorted by slot. The result of an unassigned row is undefined; on the CPU such rows are left out.
         weights: as `expert_mlp` takes them.
         activation: one of `ACTIVATIONS`, or a function of rows.
 
@@ -45,7 +45,7 @@ def expert_layer(
     weights: Mapping[str, Tensor],
     activation: Activation,
 ) -> Tensor:
-    """[T, D] -> [T, D]: `expert_rows`, then each token's rows summed by router weight.
+    """[T, D] -> [T, D]: `expert_rows`, then each token's sum of its rows, weighted by the router.
 
     Args:
         x_TD: [T, D] floating.
@@ -73,7 +73,7 @@ def _fuses(x_TD: Tensor, assignments: SortedAssignments, weights: Mapping[str, T
 
 
 def _only_assigned(assignments: SortedAssignments) -> SortedAssignments:
-    """Without the rows that are unassigned, where to know their number costs nothing."""
+    """Drop unassigned rows, on the CPU only: on a GPU, reading their number would wait for it."""
     assignment_R, _, _, ends_G = assignments
     if assignment_R.device.type != "cpu" or torch.compiler.is_compiling() or not len(ends_G):
         return assignments

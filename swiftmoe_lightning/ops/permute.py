@@ -1,4 +1,4 @@
-"""Tokens to rows, and rows back to tokens.
+"""Copies tokens to rows, and sums rows back to tokens.
 
 T tokens, D model dim, K top-k, R rows. See `sort.py` for assignments and their rows.
 """
@@ -40,10 +40,12 @@ def unpermute(y_RD: Tensor, assignments: SortedAssignments) -> Tensor:
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, assignments: SortedAssignments) -> Tensor:
-    """Weighted sum of each token's rows: [R, D] -> [T, D] in the dtype of `y_RD`; without a row, zero is added.
+    """Weighted sum of each token's rows: [R, D] -> [T, D], in the dtype of `y_RD`.
+
+    An assignment without a row adds zero.
 
     Args:
-        y_RD: [R, D] floating. What unassigned rows hold is not read.
+        y_RD: [R, D] floating. Unassigned rows are not read.
         weights_TK: [T, K] floating, of any dtype.
         assignments: which token each row is of.
     """
@@ -108,8 +110,8 @@ def eager_combine_backward(
 
 
 def _is_bag(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> bool:
-    """Whether `F.embedding_bag` takes these: a CPU's fused gather and sum, which sums in float32 or wider. It wants
-    weights in the dtype of the rows, to which wider ones are not rounded."""
+    """Whether `F.embedding_bag` computes this: on the CPU it gathers and sums at once, in float32 or wider. It takes
+    weights in the rows' dtype only, so weights of a wider one, which it would round, are left out."""
     if y_RD.device.type != "cpu" or rows_TK.numel() == 0 or len(y_RD) == 0:
         return False
     is_exact = weights_TK is None or torch.promote_types(weights_TK.dtype, y_RD.dtype) == y_RD.dtype
@@ -117,12 +119,12 @@ def _is_bag(y_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None) -> bool:
 
 
 def _rows_or_zero(y_RD: Tensor, rows_N: Tensor) -> Tensor:
-    """[N, D]: the named rows, zero for -1. Row 0 stands in for those, so its values must not leak: a mask."""
+    """[N, D]: y[rows_N], zero for -1. Those read row 0 first; a mask, not a product, zeroes it, for 0 * nan is nan."""
     return _zero_where_(y_RD.index_select(0, rows_N.clamp(min=0)), rows_N < 0)
 
 
 def _zero_where_(values_ND: Tensor, is_unassigned_N: Tensor) -> Tensor:
-    """In place. On a CPU, to look whether there is anything to do is cheaper than to do it."""
+    """Zero the unassigned rows, in place. On the CPU it is cheaper to look first whether there are any."""
     if is_unassigned_N.device.type == "cpu" and not is_unassigned_N.any():
         return values_ND
     return values_ND.masked_fill_(is_unassigned_N.unsqueeze(-1), 0.0)

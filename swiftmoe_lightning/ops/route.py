@@ -1,4 +1,4 @@
-"""The router's operation: from logits to experts, weights and what the router's losses sum.
+"""The router's operation: from logits to expert ids, weights, and the sums that the router's losses need.
 
 T tokens, E experts, K top-k.
 """
@@ -15,11 +15,11 @@ from swiftmoe_lightning.ops.backend import uses_triton
 from swiftmoe_lightning.ops.common import refuse_second_derivative, save_nothing, sum_dtype
 
 SCORES: Final = ("softmax", "sigmoid")
-# What a sum of scores is at least, when it divides: a token of zero scores has zero shares, not nan.
+# Least divisor of scores: a token whose scores are all zero has shares of zero, not nan.
 _MIN_SUM: Final = 1e-20
 
 
-class Routed(NamedTuple):
+class Routing(NamedTuple):
     """What `route` returns. Floats are float32 (float64 for float64 logits), and have gradients.
 
     Attributes:
@@ -35,15 +35,15 @@ class Routed(NamedTuple):
     square_sum: Tensor
 
 
-def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool) -> Routed:
-    """Choose experts by logits, as `TopKRouter` does, and sum what its losses need.
+def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool) -> Routing:
+    """Choose each token's experts by logits, and sum over tokens what the router's losses need.
 
-    Of equal scores the Triton path takes the lower expert id; torch's `topk` may take any. With logits that are not
-    finite the ids are some of 0..E-1.
+    Of equal scores Triton takes the lower expert id; torch's `topk` may take any. With logits that are not finite the
+    ids are arbitrary ones of 0..E-1.
 
     Args:
         logits_TE: [T, E] floating.
-        bias_E: [E], added to the scores where experts are chosen, and to no weight; no gradient.
+        bias_E: [E], added to the scores to choose experts, not to the weights; it gets no gradient.
         top_k: K.
         score: "softmax" or "sigmoid".
         renormalize: divide a token's K weights by their sum.
@@ -54,7 +54,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
     check_choice("score", score, SCORES)
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(f"top_k must be in 1..num_experts={logits_TE.shape[1]}, got {top_k}.")
-    return Routed(*_route(logits_TE, bias_E, top_k, score, renormalize))
+    return Routing(*_route(logits_TE, bias_E, top_k, score, renormalize))
 
 
 def eager_route(
@@ -90,10 +90,10 @@ def eager_route_backward(
         grad_weights_TK: [T, K], of the weights.
         grad_probs_E: [E], of the sums of probs.
         grad_square: [], of the sum of squares.
-        logits_TE: what `route` took.
-        ids_TK: what it chose.
-        score: one of `SCORES`.
-        renormalize: as `route` took it.
+        logits_TE: as in `route`.
+        ids_TK: [T, K], the chosen experts.
+        score: as in `route`.
+        renormalize: as in `route`.
     """
     wide_TE = logits_TE.to(sum_dtype(logits_TE))
     scores_TE, probs_TE, sum_T1 = _scores(wide_TE, score)
@@ -114,7 +114,7 @@ def eager_route_backward(
 
 
 def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores, scores as shares, what divided them [T, 1])."""
+    """(scores, scores as shares, the divisor of the shares [T, 1])."""
     if score == "softmax":
         scores_TE = logits_TE.softmax(-1)
         return scores_TE, scores_TE, torch.ones_like(scores_TE[:, :1])
@@ -128,7 +128,7 @@ def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shares_backward(grad: Tensor, shares: Tensor, divisor: Tensor) -> Tensor:
-    """At the clamp the divisor is a constant, or nearly: then the shares' sum is no more than what rounding leaves."""
+    """The gradient of the scores. Where the divisor is clamped it is a constant, and has no gradient."""
     mean = (grad * shares).sum(-1, keepdim=True).masked_fill(divisor <= _MIN_SUM, 0.0)
     return (grad - mean) / divisor
 

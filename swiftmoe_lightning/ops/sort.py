@@ -1,4 +1,4 @@
-"""Sort assignments by group.
+"""Sorts assignments by group.
 
 T tokens, K top-k, N = T * K assignments, G groups, R rows. An assignment is a token with one of its K experts; number
 t * K + k is token t's k-th. A row holds one assignment.
@@ -23,7 +23,7 @@ class SortedAssignments(NamedTuple):
         assignment_R: [R], the assignment in each row, -1 if the row is unassigned.
         rows_TK: [T, K], its inverse: the row of each assignment, -1 if it has none.
         counts_G: [G], rows of each group.
-        ends_G: [G], where they end. Rows from ends_G[-1] on are unassigned.
+        ends_G: [G], the end of each group's rows. Rows from ends_G[-1] on are unassigned.
     """
 
     assignment_R: Tensor
@@ -35,8 +35,8 @@ class SortedAssignments(NamedTuple):
 def sort_assignments(group_TK: Tensor, num_groups: int) -> SortedAssignments:
     """Sort assignments by group, keeping the order inside one.
 
-    How many rows are assigned only the device knows, and it is not asked: there are R = N rows, and those behind the
-    last group's end are marked -1, which `permute` and `combine` pass over.
+    Only the device knows how many assignments have a group, and the CPU does not wait for it: there are R = N rows, and
+    those behind the last group's end are unassigned (-1).
 
     Args:
         group_TK: [T, K] int32 or int64, the group of each assignment; outside 0..G-1 it is unassigned.

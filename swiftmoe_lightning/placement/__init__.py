@@ -1,4 +1,4 @@
-"""Pure maths of where experts live and which tokens go where. No torch, no processes."""
+"""Where experts live and which rank computes which tokens: pure maths in numpy, without torch or process groups."""
 
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast

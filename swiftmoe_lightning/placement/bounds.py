@@ -1,16 +1,17 @@
-"""The least that could have been lost in one layer and step, and what the rest was lost to.
+"""Lower bounds of what one layer loses in a step (dropped assignments or imbalance), and how much each cause adds.
 
 W ranks, E experts, S slots, P (rank, expert) pairs.
 
-Five bounds, each over more freedom than the one before, so that none is above its predecessor:
+Five bounds, each of which leaves more free than the one before, so that none is above its predecessor. Each is the
+least loss that is possible with:
 
     split         the best split of these tokens under this placement
     placement     the best placement with these numbers of replicas
-    prediction    the best numbers of replicas for these tokens: an oracle's
+    prediction    the best numbers of replicas, known in advance (an oracle's)
     floor         the same, but cold experts may have no replica at all
     rounding      the same, and numbers of replicas need not be whole
 
-The gap before each is what was lost to it.
+The difference between a bound and its predecessor (for the first, what was achieved) is what was lost to that cause.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Bounds:
     """How far one layer's step was from the best possible.
 
     Attributes:
-        achieved: what was lost: the share of assignments dropped, or max / mean load of a rank without a capacity.
-        by_cause: cause -> the least that is possible once that cause is gone, in the order of `CAUSES`. None is above
-            the best possible; "split" and "floor" may be a little below it.
+        achieved: what was lost: with a capacity the share of assignments dropped, without one max / mean load of a
+            rank.
+        by_cause: cause -> lower bound of the loss without that cause and those before it, in the order of `CAUSES`.
+            "split" and "floor" may be a little below what can be reached.
     """
 
     achieved: float
@@ -44,13 +46,13 @@ class Bounds:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Cause -> what was lost to it, 0 or more; with the last bound they add up to `achieved`."""
+        """Cause -> what was lost to it, 0 or more. Together with the last bound they add up to `achieved`."""
         values = [self.achieved, *self.by_cause.values()]
         return {cause: max(a - b, 0.0) for cause, a, b in zip(self.by_cause, values, values[1:], strict=False)}
 
 
 def find_bounds(load: ExpertLoad, capacity: Capacity | None) -> Bounds:
-    """The bounds of one step's load: of its drops where there is a capacity, of its imbalance where not.
+    """The bounds of one step's load: of its drops with a capacity, of its imbalance without.
 
     Args:
         load: the layer's.
@@ -129,9 +131,9 @@ def _chain(achieved: float, bounds: list[float]) -> Bounds:
 def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
     """[W] int64: for k = 1..W, the load of the experts that have replicas on the k busiest ranks and on no others.
 
-    By max-flow, min-cut the best split is known from the set of ranks that has most load confined to it, over the
-    set's budget. That set, or one near it, is the k ranks that are busiest when the loads are as even as they can be,
-    for some k. So only these W sets are looked at: each gives a true bound, if not always the tightest.
+    By max-flow, min-cut the best split follows from the set of ranks whose confined load exceeds its budget most. That
+    set, or a similar one, is the k busiest ranks for some k, when the loads are as even as they can be. So only these W
+    sets are looked at: each gives a valid bound, if not always the tightest.
 
         ranks, busiest first       rank 2    rank 0    rank 1
         their experts              e0 e1     e0 e2     e2 e3
@@ -147,7 +149,7 @@ def _confined(popularity_E: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def _least_share(load_E: np.ndarray, placement: Placement) -> float:
-    """The least that the largest load of a replica can be, by numbers of replicas of at least 1 for each of these."""
+    """The least possible value of the largest load of a replica, where each of these experts has at least one."""
     world_size, num_slots = placement.world_size, placement.slot_to_expert_S.size
     num_slots = min(num_slots, world_size * len(load_E))
     counts_E = minmax_replica_counts(load_E[None], num_slots, max_replicas=world_size)[0]
@@ -159,16 +161,16 @@ def _least_over_budget(
 ) -> float:
     """The least assignments over budget with `num_slots` replicas, each of which serves `budget`.
 
-    Replicas first go where they serve a whole budget, which is the most that one can; those left over go to the
-    largest remainders.
+    Replicas first go where they serve a whole budget, the most that one can serve; those left over go to the largest
+    remainders.
     """
-    whole_E = np.minimum(popularity_E // budget, most_replicas)
+    num_full_E = np.minimum(popularity_E // budget, most_replicas)
     served_E = np.minimum(popularity_E, least_replicas * budget)
-    full = np.maximum(whole_E - least_replicas, 0).sum()
-    left = num_slots - least_replicas * len(popularity_E)
-    if full >= left:
-        return float(popularity_E.sum() - served_E.sum() - max(left, 0) * budget)
-    has_rest_E = (whole_E >= least_replicas) & (whole_E < most_replicas)
-    rest_E = np.where(has_rest_E, popularity_E - whole_E * budget, 0)
-    served = served_E.sum() + full * budget + np.sort(rest_E)[::-1][: left - full].sum()
+    num_full = np.maximum(num_full_E - least_replicas, 0).sum()
+    num_left = num_slots - least_replicas * len(popularity_E)
+    if num_full >= num_left:
+        return float(popularity_E.sum() - served_E.sum() - max(num_left, 0) * budget)
+    has_remainder_E = (num_full_E >= least_replicas) & (num_full_E < most_replicas)
+    remainder_E = np.where(has_remainder_E, popularity_E - num_full_E * budget, 0)
+    served = served_E.sum() + num_full * budget + np.sort(remainder_E)[::-1][: num_left - num_full].sum()
     return float(popularity_E.sum() - served)

@@ -1,4 +1,4 @@
-"""What a layer's next step will bring, from its steps so far. E experts, W ranks."""
+"""Predicts a layer's next popularity, and its spread, from the steps so far. L layers, E experts, W ranks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Final
 
 import numpy as np
 
-# var(load) / load, in mean loads of a rank, where nothing has been seen yet.
+# var(load) / load, in mean loads of a rank, before any step was seen.
 DEFAULT_SPREAD: Final = 0.2
-# How many standard deviations a load may be above what is expected.
+# Policies plan for loads of this many standard deviations above the expected ones.
 _DEVIATIONS: Final = 3.0
-# The past fades by this much a step in the estimate of the spread; the guess before any step counts as this many.
+# In the estimate of the spread, older steps are multiplied by this at each step; DEFAULT_SPREAD counts at first as this
+# many steps.
 _FADE: Final = 0.9
 _GUESS_STEPS: Final = 5.0
 
@@ -22,8 +23,8 @@ class Forecast:
     """What is expected of the next step in L layers.
 
     Attributes:
-        popularity_LE: [L, E] float, assignments.
-        spread_L: [L] float, how far loads may be from it: var(load) / load, in mean loads of a rank.
+        popularity_LE: [L, E] float, expected assignments.
+        spread_L: [L] float, var(load) / load about them, in mean loads of a rank.
     """
 
     popularity_LE: np.ndarray
@@ -31,7 +32,7 @@ class Forecast:
 
     @classmethod
     def of(cls, popularity_LE: np.ndarray, spread: float = DEFAULT_SPREAD) -> Forecast:
-        """These loads, with one spread for all layers.
+        """A forecast of these loads, with one spread for all layers.
 
         Args:
             popularity_LE: [L, E] assignments.
@@ -40,16 +41,17 @@ class Forecast:
         return cls(popularity_LE, np.full(len(popularity_LE), spread))
 
     def loads(self, world_size: int, cold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Expected loads, and what they may come to, in mean loads of a rank.
+        """Expected loads and their upper limits, in mean loads of a rank.
 
-        A layer of which nothing is known counts as uniform.
+        A layer without assignments counts as uniform.
 
         Args:
             world_size: W.
-            cold: what an expert without tokens counts as, in mean loads of a rank, for it may become hot.
+            cold: added to each load in the upper limit, in mean loads of a rank: an expert without tokens may become
+                hot.
 
         Returns:
-            ([L, E] expected loads, [L, E] what they may come to), float: rows of the first add up to W. The second is
+            ([L, E] expected loads, [L, E] upper limits), float. Rows of the first add up to W. The second is
             load + 3 * sqrt(spread * (load + cold)): three standard deviations more.
         """
         popularity_LE = np.asarray(self.popularity_LE, dtype=np.float64)
@@ -59,9 +61,9 @@ class Forecast:
 
 
 class Forecaster:
-    """Expects of each expert what it got last, and keeps count of how far that was off.
+    """Predicts for each expert its assignments of the last step, and estimates how far such predictions are off.
 
-    On traces recorded step by step the last step alone was as good as any moving average, or better.
+    On recorded traces the last step alone predicted as well as any moving average, or better.
 
     Args:
         num_experts: E.
@@ -72,11 +74,11 @@ class Forecaster:
 
     def __init__(self, num_experts: int) -> None:
         self.expected_E = np.zeros(num_experts)
-        # Sum of squared errors over loads, its weight, and the weight of the guess: all fade alike.
+        # Sum of squared errors over loads, its weight, and the weight of DEFAULT_SPREAD: all fade alike.
         self._error, self._weight, self._guess = 0.0, 0.0, _GUESS_STEPS
 
     def update(self, popularity_E: np.ndarray) -> None:
-        """Take in a step: [E] assignments. One without any changes nothing."""
+        """Take in a step's popularity, [E] assignments. A step without any changes nothing."""
         total = popularity_E.sum()
         if total == 0:
             return
@@ -84,9 +86,9 @@ class Forecaster:
         if before == 0:
             self.expected_E = popularity_E.astype(np.float64)
             return
-        # Batches may grow: it is the shares that move.
+        # Batch sizes may change from step to step: only the shares are compared.
         expected_E = self.expected_E * (total / before)
-        # Half, for both steps deviate from what is between them.
+        # The half: both steps deviate from the mean popularity, so their difference has twice the variance of one.
         error = ((popularity_E - expected_E) ** 2).sum() / (2 * float(total) ** 2)
         self._error, self._weight = _FADE * self._error + error, _FADE * self._weight + 1
         self._guess *= _FADE
@@ -97,7 +99,7 @@ class Forecaster:
         return (self._guess * DEFAULT_SPREAD + world_size * self._error) / (self._guess + self._weight)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """To be saved; knows nothing of ranks."""
+        """What to save; it does not depend on the number of ranks."""
         return {"expected": self.expected_E, "movement": np.array([self._error, self._weight, self._guess])}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:

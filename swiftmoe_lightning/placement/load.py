@@ -1,4 +1,4 @@
-"""What the experts of one layer were given, and what their ranks made of it. W ranks, E experts."""
+"""One layer's load: how many assignments its experts got, and how many its ranks computed. W ranks, E experts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from swiftmoe_lightning.placement.token_split import DispatchPlan
 
 @dataclass(frozen=True, eq=False)
 class ExpertLoad:
-    """Assignments of all ranks in one step or several: the same numbers on every rank.
+    """Counts of assignments over all ranks, in one step or several. Every rank has the same numbers.
 
     Attributes:
         placement: where the experts were, in the last of the steps.
         counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
-        wanted_W: [W] int64, assignments that went to each rank.
-        load_W: [W] int64, those of them that it computed; the others were over capacity.
-        budget: assignments that a rank (or a slot) might have computed; 0 without a capacity.
+        wanted_W: [W] int64, assignments that went to each rank, before the cut at capacity.
+        load_W: [W] int64, those of them that the rank computed; the others were over capacity.
+        budget: the most assignments that a rank (or a slot) could compute; 0 without a capacity.
     """
 
     placement: Placement
@@ -31,13 +31,13 @@ class ExpertLoad:
 
     @classmethod
     def zero(cls, placement: Placement) -> ExpertLoad:
-        """Nothing yet."""
+        """A load of no assignments."""
         zero_W = np.zeros(placement.world_size, np.int64)
         return cls(placement, np.zeros((placement.world_size, placement.num_experts), np.int64), zero_W, zero_W, 0)
 
     @classmethod
     def of(cls, counts_WE: np.ndarray, plan: DispatchPlan, placement: Placement) -> ExpertLoad:
-        """One step's, by its plan.
+        """The load of one step, from its plan.
 
         Args:
             counts_WE: [W, E] int64, assignments of each rank's tokens for each expert.
@@ -91,7 +91,7 @@ class ExpertLoad:
 
 
 def imbalance(load_W: np.ndarray) -> np.ndarray:
-    """The most over the mean: 1.0 is perfect, and the value where nothing was computed.
+    """Largest load over mean load: 1.0 is perfect. Also 1.0 where nothing was computed.
 
     Args:
         load_W: [..., W] assignments that ranks computed.

@@ -75,7 +75,7 @@ class Placement:
 
     @cached_property
     def replica_counts_E(self) -> np.ndarray:
-        """[E] int64: slots that hold each expert."""
+        """[E] int64: in how many slots each expert is."""
         return np.bincount(self.slot_to_expert_S, minlength=self.num_experts)
 
     @cached_property
@@ -115,7 +115,7 @@ class Placement:
 
     @cached_property
     def pairs_by_replica_index(self) -> list[np.ndarray]:
-        """For i = 0, 1, ...: the index of every expert's i-th pair, of those experts that have so many; by expert.
+        """For i = 0, 1, ...: the indices of the i-th pairs of all experts that have more than i pairs, by expert.
 
         The first array has a pair for each of the E experts. No array has two pairs of one expert.
         """
@@ -147,7 +147,7 @@ class Placement:
         return np.add.reduceat(values_xP, first_W, axis=-1)
 
     def num_moved(self, later: Placement) -> int:
-        """Pairs of `later` that this placement has not: the replicas that arrive on a new rank.
+        """How many pairs of `later` this placement does not have: replicas that arrive on a new rank.
 
         Args:
             later: a placement of the same experts on the same ranks.

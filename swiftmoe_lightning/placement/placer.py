@@ -19,28 +19,28 @@ from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policies.policy import PlacementPolicy, check_placements
 from swiftmoe_lightning.placement.shares import balanced_shares, rank_loads
 
-# What plans gained over uniform replicas is averaged over some ten placements. Over fewer it is noise: on traces, a
-# half-life of one placement switched up to 200 times, and dropped more than with no fallback at all.
+# The gain of plans over uniform replicas is averaged over some ten placements. Averages over fewer are noise: on
+# traces, with a half-life of one placement, layers switched up to 200 times and dropped more than without a fallback.
 _GAIN_FADE: Final = 0.9
-# Uniform replicas take over at a mean loss of so much, in shares of all assignments, and the policy at as much gain.
+# Uniform replicas take over at a mean gain below minus this, the policy at one above this; in shares of assignments.
 _FALLBACK_MARGIN: Final = 0.01
-# Loads whose largest is this near to the mean leave nothing to gain.
+# Loads are even when the largest is at most this many times the mean.
 _EVEN: Final = 1.02
 
 
 class Placer:
-    """Places the layers of a run by a policy, with three additions that need a memory.
+    """Places the layers of a run by a policy, with three additions that remember earlier steps.
 
-    forecast   what the next step will bring: the last step again, and how far that may be off
-    fallback   where the loads of a policy that has the uniform fallback were, on average, less even than those of
+    forecast   the popularity of the last step is the forecast of the next, with an estimate of how far it may be off
+    fallback   for policies that have the uniform fallback: where their loads were, on average, less even than those of
                uniform replicas would have been, the layer has uniform replicas until the policy would do better again
     cadence    with `skip_when_balanced`, a placement stays while its loads are even, unless the next has fewer pairs
 
-    Deterministic: every rank that is told the same finds the same placements.
+    Deterministic: from equal loads every rank computes equal placements.
 
     Args:
         make_policy: E -> the rule for layers of E experts; called once for each E.
-        skip_when_balanced: see `cadence`.
+        skip_when_balanced: see "cadence" above.
         report: called with one line whenever a layer falls back to uniform replicas, or returns from them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Placer:
         self.layers: dict[str, LayerMemory] = {}
 
     def planned(self, num_experts: Mapping[str, int]) -> dict[str, Placement]:
-        """Layer name -> where its experts go by what is known so far; before its first step that is nothing.
+        """Layer name -> its placement by the steps so far; for a layer without any, that of a uniform popularity.
 
         Args:
             num_experts: layer name -> its E.
@@ -76,7 +76,7 @@ class Placer:
         return {name: self._uniform_of(plan.num_experts) if name in suspended else plan for name, plan in plans.items()}
 
     def next_placements(self, loads: Mapping[str, ExpertLoad]) -> dict[str, Placement]:
-        """Layer name -> its placement for the next step. A layer that saw no assignment stays as it is.
+        """Layer name -> its placement for the next step. A layer without assignments keeps its placement.
 
         Args:
             loads: layer name -> its load since it was placed last. Layers must have been `planned` before.
@@ -97,8 +97,8 @@ class Placer:
                 placements[name] = self._with_fallback(name, load, placements[name])
         return placements
 
-    def expect(self, name: str, popularity_E: np.ndarray) -> None:
-        """Take in what a layer got in a step that was not placed by this placer.
+    def observe(self, name: str, popularity_E: np.ndarray) -> None:
+        """Take in the popularity of a step that this placer did not place.
 
         Args:
             name: the layer's; it must have been `planned` before.
@@ -125,26 +125,29 @@ class Placer:
         memory.suspended_plan = self._plans([name])[name] if falls_back else None
 
     def _plans(self, names: Iterable[str]) -> dict[str, Placement]:
-        """The policies' placements, all layers of one number of experts at once; in the order of the names."""
+        """The policies' placements, in the order of the names; layers with equally many experts are placed together."""
         by_size: dict[int, list[str]] = defaultdict(list)
         for name in names:
             by_size[len(self.layers[name].forecaster.expected_E)].append(name)
         plans: dict[str, Placement] = {}
-        for num_experts, same_size in by_size.items():
-            policy, forecasters = self._policy_of(num_experts), [self.layers[name].forecaster for name in same_size]
+        for num_experts, same_size_names in by_size.items():
+            policy, forecasters = (
+                self._policy_of(num_experts),
+                [self.layers[name].forecaster for name in same_size_names],
+            )
             spread_L = np.array([forecaster.spread(policy.world_size) for forecaster in forecasters])
             placements = policy.place(Forecast(np.stack([f.expected_E for f in forecasters]), spread_L))
-            check_placements(policy, placements, len(same_size), num_experts)
-            plans |= zip(same_size, placements, strict=True)
+            check_placements(policy, placements, len(same_size_names), num_experts)
+            plans |= zip(same_size_names, placements, strict=True)
         return {name: plans[name] for name in names}
 
     def _with_fallback(self, name: str, load: ExpertLoad, planned: Placement) -> Placement:
-        """`planned`, or uniform replicas where those would be more even. load: the layer's since it was placed last."""
+        """`planned`, or uniform replicas where those have been more even. `load` is since the last placement."""
         memory, uniform = self.layers[name], self._uniform_of(planned.num_experts)
         if memory.suspended_plan is None:
             wanted_W = load.wanted_W
         else:
-            # Loads of the plan that uniform replicas stood in for.
+            # What the loads would have been under the plan that uniform replicas replaced.
             wanted_W = memory.suspended_plan.sum_by_rank(balanced_shares(load.popularity_E, memory.suspended_plan))
         gain = excess(rank_loads(load.popularity_E, uniform.table_Ws)) - excess(wanted_W)
         memory.gain = _GAIN_FADE * memory.gain + (1 - _GAIN_FADE) * gain
@@ -168,12 +171,12 @@ class LayerMemory:
     """What a `Placer` remembers of a layer.
 
     Attributes:
-        forecaster: what the next step will bring.
-        gain: by how much placements were more even than uniform ones, in shares of all assignments; a fading mean,
-            which begins at 0.
-        suspended_plan: the plan that uniform replicas stand in for, if they do.
-        num_placements: by a policy that has the uniform fallback.
-        num_fallbacks: those of them that uniform replicas stood in for.
+        forecaster: of its next popularity.
+        gain: how much more even the policy's placements were than uniform ones, in shares of all assignments: an
+            exponential moving average, which begins at 0.
+        suspended_plan: the policy's last placement while uniform replicas replace it; else None.
+        num_placements: placements by a policy that has the uniform fallback.
+        num_fallbacks: those of them that uniform replicas replaced.
     """
 
     forecaster: Forecaster

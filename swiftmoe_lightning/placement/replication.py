@@ -1,4 +1,4 @@
-"""Popularity -> how many replicas each expert gets. L layers, E experts, S slots; vectorised over layers."""
+"""How many replicas each expert gets, by popularity. L layers, E experts, S slots; vectorised over layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def uniform_replica_counts(num_experts: int, num_slots: int) -> np.ndarray:
-    """Replicas of which any two experts have numbers that differ by at most one; earlier experts get the extra one.
+    """Equally many replicas of each expert; where that leaves a remainder, the first experts get one more.
 
     Args:
         num_experts: E.
@@ -47,7 +47,7 @@ def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray
         removable = counts_LE[over, expert] > 1
         counts_LE[over, expert] -= removable
         surplus_L[over] -= removable
-        # Falls also where nothing was removed: this is what moves the argmax on and ends the loop.
+        # Also where nothing was removed: so the argmax moves on, and the loop ends.
         diff_LE[over, expert] -= 1
     while (under := np.flatnonzero(surplus_L < 0)).size:
         expert = diff_LE[under].argmin(1)
@@ -60,7 +60,7 @@ def symi_replica_counts(popularity_LE: np.ndarray, num_slots: int) -> np.ndarray
 def minmax_replica_counts(popularity_LE: np.ndarray, num_slots: int, max_replicas: int) -> np.ndarray:
     """Replicas that make the largest load of a replica, popularity / count, as small as it can be.
 
-    It is the divisor method: count = ceil(popularity / load) for the least `load` whose counts fit; the slots
+    The divisor method: count = ceil(popularity / load) for the least `load` whose counts fit; the slots
     left over go, one by one, to the largest remaining popularity / count (as in EPLB's replication).
 
     Args:

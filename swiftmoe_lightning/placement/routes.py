@@ -13,16 +13,17 @@ from swiftmoe_lightning.placement.placement import Placement
 class Routes:
     """Who sends what to whom, as prefix sums over source ranks.
 
-    Three rounds, each shares out what the one before left: a rank's own assignments to itself, a node's to its ranks,
-    the rest over the world. Inside a round the supplies of an expert's sources lie on one line, the open shares of its
-    pairs on another, both in rank order, and each source sends to each pair as much as their intervals overlap:
+    Three rounds, each of which shares out what the one before left: first every rank serves itself, then every node
+    its ranks, then the rest is spread over all ranks. Inside a round the supplies of an expert's sources lie on one
+    line, the open shares of its pairs on another, both in rank order, and each source sends to each pair as much as
+    their intervals overlap:
 
         supplies of sources     |------- r0 4 ------|------------ r1 6 -----------|-- r2 2 -|
         open shares of pairs    |--------- r0 5 ---------|---- r2 3 ----|------- r3 4 ------|
         sent, 12 in all         |   r0 to r0: 4     | 1  |  r1 to r2: 3 | r1 to r3| r2 to r3|
 
-    What the first q sources send to a pair is the overlap of [0, their supplies) with the pair's interval. So sums of
-    the supplies, and where each interval starts, are all that has to be kept.
+    What the first q sources send to a pair is the overlap of [0, the sum of their supplies) with the pair's interval.
+    So only sums of the supplies, and where each interval starts, are kept.
 
     Args:
         counts_WE: [W, E] int64, assignments of each rank for each expert.
@@ -35,13 +36,13 @@ class Routes:
         order_P = placement.by_expert_P
         self._rank_P, self._expert_P = placement.pair_rank_P, placement.pair_expert_P
         supply_WE, open_P = counts_WE, share_P
-        self._own_P: np.ndarray | None = None
+        self._self_P: np.ndarray | None = None
         self._node: Round | None = None
         if ranks_per_node:
-            self._own_P = np.minimum(counts_WE[self._rank_P, self._expert_P], share_P)
+            self._self_P = np.minimum(counts_WE[self._rank_P, self._expert_P], share_P)
             supply_WE = counts_WE.copy()
-            supply_WE[self._rank_P, self._expert_P] -= self._own_P
-            open_P = share_P - self._own_P
+            supply_WE[self._rank_P, self._expert_P] -= self._self_P
+            open_P = share_P - self._self_P
         if 1 < ranks_per_node < placement.world_size:
             self._node = Round(supply_WE, open_P, placement, order_P, ranks_per_node)
             supply_WE = self._node.supply_left_WE
@@ -49,11 +50,11 @@ class Routes:
         self._world = Round(supply_WE, open_P, placement, order_P, placement.world_size)
 
     def before(self, ranks_Q: np.ndarray, pairs_P: np.ndarray) -> np.ndarray:
-        """Prefix sums over the sources.
+        """Prefix sums, over the sources, of what they send to each pair.
 
         Args:
             ranks_Q: [Q] ranks, 0..W.
-            pairs_P: indices of the pairs that are asked for, all of them or some.
+            pairs_P: indices of the pairs to answer for, all of them or some.
 
         Returns:
             [Q, P] int64, what the sources below rank ranks_Q[q] send to pair pairs_P[p].
@@ -61,8 +62,8 @@ class Routes:
         total_QP = self._world.before(ranks_Q, pairs_P)
         if self._node is not None:
             total_QP = total_QP + self._node.before(ranks_Q, pairs_P)
-        if self._own_P is not None:
-            total_QP = total_QP + self._own_P[pairs_P] * (ranks_Q[:, None] > self._rank_P[pairs_P])
+        if self._self_P is not None:
+            total_QP = total_QP + self._self_P[pairs_P] * (ranks_Q[:, None] > self._rank_P[pairs_P])
         return total_QP
 
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from swiftmoe_lightning.placement.placement import Placement
 
-# Steps of the scaling below. Over-relaxed: 1.5 gains ground, later a long step (3) after each plain one (1) does.
+# Exponents of the scaling steps below. Over-relaxed, to converge in fewer steps: 1.5 at first, later 1 and 3 in turn.
 _EXPONENTS: Final = (1.5, 1.5, 1.5, *(1.0, 3.0) * 6, 1.0)
-# Loads this near to the mean are even enough.
+# The scaling ends when the largest load is at most this many times the mean.
 _EVEN: Final = 1.002
 
 
 def uniform_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """Cut an expert's load in equal parts a slot, at whole tokens.
+    """Cut each expert's load in equal parts, one a slot, at whole assignments.
 
     Args:
         load_E: [E] int64, assignments.
@@ -48,10 +48,10 @@ def rank_loads(popularity_E: np.ndarray, table_Ws: np.ndarray) -> np.ndarray:
 def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
     """Cut the experts' loads in parts that make the ranks' loads as even as the placement allows.
 
-    The most even loads have, at once, the least largest load and the least sum over any budget, so one split serves
-    dropless and capacity alike. It is found by scaling a matrix (Sinkhorn, 1967): every rank has a weight, an expert's
-    load is shared in proportion to the weights of its ranks, and the weights of busy ranks fall until all are equally
-    busy, or as near to it as can be.
+    The most even loads have both the smallest maximum and the fewest assignments over any budget, so one split serves
+    training with a capacity and without. It is computed by matrix scaling (Sinkhorn, 1967): every rank has a weight, an
+    expert's load is shared in proportion to the weights of its ranks, and the weights of busy ranks are lowered until
+    the loads are as even as the placement allows.
 
     Args:
         load_E: [E] int64, assignments.
@@ -65,7 +65,7 @@ def balanced_shares(load_E: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
-    """Weights of the ranks that make their loads as even as can be; the lower, the busier a rank is bound to be.
+    """The ranks' weights in the most even split; a low weight marks a rank that the placement makes busy.
 
     Args:
         load_E: [E] assignments.

@@ -1,10 +1,10 @@
-"""Which rank computes which assignments: exact integers from this step's counts and the placement.
+"""How many assignments each rank sends to each other one: exact integers from a step's counts and the placement.
 
 W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q
-prefixes. An assignment is one token's choice of one expert; a token with top-k routing makes k of them.
+queries of a prefix sum over source ranks. An assignment is a token with one of its K experts.
 
-A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d):
-the table of all ranks has W P entries, and nobody needs it.
+A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d): the
+whole table has W * P entries, of which a rank needs few.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.routes import Routes
 from swiftmoe_lightning.placement.shares import balanced_shares, uniform_shares
 
-# Budgets stay within int64 up to it, and far below it nothing is dropped any more.
+# Up to this factor budgets fit into int64; nothing is dropped at far smaller ones.
 _LARGEST_FACTOR: Final = 1000
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many assignments are computed at the most.
+    """The most assignments that a rank, or a slot, computes.
 
     Attributes:
         factor: budgets are `factor` times the mean load.
@@ -56,7 +56,7 @@ class Capacity:
         """Assignments that one rank (or slot) computes at the most.
 
         Args:
-            num_assignments: N, in all.
+            num_assignments: N, of all ranks.
             placement: the ranks and slots.
         """
         parts = placement.world_size if self.per == "rank" else placement.slot_to_expert_S.size
@@ -68,10 +68,10 @@ class RankPlan:
     """One rank's part of a `DispatchPlan`.
 
     Attributes:
-        sent_P: [P] int64, its assignments to each pair, before the cut at capacity.
-        kept_B: [B] int64, how many of them survive in each budget. Which ones (the highest router scores) only this
-            rank can tell, so that is not part of the plan.
-        received_Wd: [W, d] int64, what it gets from each source for each of its experts, before the cut.
+        sent_P: [P] int64, assignments that it sends to each pair, before the cut at capacity.
+        kept_B: [B] int64, how many of them survive in each budget. The plan does not say which: those with the highest
+            router scores, which only this rank knows.
+        received_Wd: [W, d] int64, assignments that it gets from each source for each of its experts, before the cut.
         send_splits: [W] surviving assignments to each rank.
         receive_splits: [W] surviving assignments from each source.
     """
@@ -96,8 +96,9 @@ class DispatchPlan:
         ranks_per_node: neighbours on a node; 0 lets no rank serve itself or its node first.
 
     Attributes:
-        budget_of_pair_P: [P] int64, the budget each pair draws on: its rank's, or its own.
-        budget: assignments that a rank (or a slot) computes at the most; 0 without a capacity.
+        budget_of_pair_P: [P] int64, the index of each pair's budget: with one budget a rank that of its rank, with one
+            a slot its own (of all its slots).
+        budget: the most assignments that a rank (or a slot) computes; 0 without a capacity.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class DispatchPlan:
         return self._kept_B if self._pooled else self.placement.sum_by_rank(self._kept_B)
 
     def for_rank(self, rank: int) -> RankPlan:
-        """What `rank` has to know of the plan."""
+        """The part of the plan that `rank` needs."""
         num_ranks = self.placement.world_size
         row_2P = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_P)))
         kept_2B = self._cut(self._sum_by_budget(row_2P), self._wanted_B, self._kept_B)
@@ -168,7 +169,7 @@ class DispatchPlan:
 
     @staticmethod
     def _cut(before: np.ndarray, wanted: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Prefix sums before the cut -> after it: whole assignments, in proportion, and the budget is used up.
+        """Prefix sums before the cut -> after it: in proportion, in whole assignments, and the budget is used up.
 
         A budget of 6, wanted by three sources that send 4, 5 and 3:
 
@@ -185,15 +186,16 @@ def plan_dispatch(
     capacity: Capacity | None = None,
     ranks_per_node: int = 1,
 ) -> DispatchPlan:
-    """Share every expert's assignments among its ranks, say who sends them, and cut what is over budget.
+    """Share every expert's assignments among its ranks, fix which ranks send them, and cut what is over budget.
 
     Args:
         counts_WE: [W, E] int64, assignments of each rank for each expert.
         placement: which ranks have which expert.
-        split: "uniform" cuts an expert's load in equal parts a slot, and lays its sources and its ranks side by side
-            on the line [0, load): overlaps say who sends what. "local_first" takes the same parts, but first lets every
-            rank serve itself, then every node its ranks, and spreads only the rest over the world. "balanced" does the
-            same with parts that make the loads of all ranks as even as the placement allows.
+        split: "uniform" cuts an expert's load in equal parts, one a slot, and cuts the line [0, load) twice, once
+            among its sources and once among its ranks: where the two intervals overlap, the source sends to the rank.
+            "local_first" takes the same parts, but first every rank serves itself, then every node its ranks, and only
+            the rest is spread over all ranks. "balanced" sends likewise, with parts that make the loads of all ranks as
+            even as the placement allows.
         capacity: None drops nothing.
         ranks_per_node: neighbours on a node.
 

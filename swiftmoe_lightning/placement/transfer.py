@@ -1,4 +1,4 @@
-"""Integer tables of the two weight phases: who sends how many elements to whom, and where they lie in the buffers.
+"""The two weight exchanges as integers: how many elements each rank sends to each, and where they lie in the buffers.
 
 An expert's tensors are cut by rows over all ranks (DTensor `Shard(1)` of [E, rows, ...]): rank j owns rows
 `shard_rows(rows, W)[j]` of every expert. Collect sends rank j's rows of each gradient to rank j; distribute sends rank
@@ -57,14 +57,14 @@ class TransferPlan:
         return (self.source_W * self.destination_W[rank]).tolist()
 
     def elements_sent(self, rank: int) -> int:
-        """Elements that `rank` puts on the wire (what it keeps for itself does not count)."""
+        """Elements that `rank` sends to other ranks."""
         return int(self.source_W[rank] * (self.destination_W.sum() - self.destination_W[rank]))
 
 
 def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
     """Gradients from the ranks that have an expert to the owners of its rows.
 
-    When W divides the rows, all ranks together send G * (P - P / W), G elements in one expert.
+    Where W divides the rows, all ranks together send G * (P - P / W) elements, G being those of one expert.
 
     Args:
         placement: which ranks have which expert.
@@ -74,7 +74,7 @@ def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]
 
 
 def plan_distribution(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
-    """Weights from the owners of an expert's rows to the ranks that have it in `placement`: the way back.
+    """Weights from the owners of an expert's rows to the ranks that have it in `placement`.
 
     Args:
         placement: which ranks have which expert.
@@ -103,15 +103,15 @@ def shard_elements(row_elements: tuple[tuple[int, int], ...], world_size: int) -
 
 @dataclass(frozen=True)
 class PeerBlock:
-    """What lies in a rank's buffer for a run of neighbouring peers that own equally many rows of every tensor.
+    """The part of a rank's buffer for consecutive peers that own equally many rows of every tensor.
 
     The block is [peers, d experts of the rank, elements], and the elements are the peer's rows of each tensor, one
     tensor after the other.
 
     Attributes:
-        peers: the ranks of the run.
+        peers: the consecutive ranks.
         offset: of the block's first element in the buffer.
-        rows: for each tensor, the rows that the peers own, all together; the first peer owns the first of them.
+        rows: for each tensor, the rows that the peers own, all together, in the order of the peers.
         widths: for each tensor, the elements in the rows of one peer.
     """
 
@@ -123,7 +123,7 @@ class PeerBlock:
 
 @lru_cache(maxsize=1024)
 def plan_buffer(row_elements: tuple[tuple[int, int], ...], world_size: int, num_experts: int) -> tuple[PeerBlock, ...]:
-    """Where every row of a rank's experts lies in the flat buffer that it sends in collect, or gets in distribute.
+    """Where every row of a rank's experts lies in the flat buffer that it sends in collect and gets in distribute.
 
     By peer, then by expert of this rank, then by tensor, then by row. Two experts on this rank, and two tensors of
     them, A of 3 rows of 2 elements and B of 2 rows of 1; peer 0 owns rows A0, A1 and B0, peer 1 rows A2 and B1:
@@ -140,7 +140,7 @@ def plan_buffer(row_elements: tuple[tuple[int, int], ...], world_size: int, num_
         num_experts: d, the different experts on this rank.
 
     Returns:
-        The blocks, in the order of their offsets. Peers that own nothing have one, too, of no elements.
+        The blocks, in the order of their offsets. Peers that own no rows have a block of no elements.
     """
     shards = [shard_rows(num_rows, world_size) for num_rows, _ in row_elements]
     sizes_W = [tuple(stop - start for start, stop in shard) for shard in zip(*shards, strict=True)]

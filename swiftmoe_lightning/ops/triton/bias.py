@@ -1,7 +1,6 @@
 """The experts' biases: added to rows, and their gradients.
 
-T tokens, R rows, K top-k, s slots. O: out features of one matrix. BM, BN: a program's tile of
-rows and columns.
+T tokens, R rows, K top-k, s slots, O out features of one matrix. BM, BN: a program's tile of rows and columns.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from swiftmoe_lightning.ops.triton.launch import block_of_program, device_of, la
 
 
 def add_bias(y_RO: Tensor, bias_sO: Tensor, slot_R: Tensor) -> Tensor:
-    """[R, O]: each row with its own slot's bias, which slot s does not have.
+    """Add to each row its slot's bias, and nothing to unassigned rows: [R, O] -> [R, O].
 
     Args:
         y_RO: [R, O] floating.

@@ -1,9 +1,8 @@
-"""Tokens to rows and back.
+"""Copies tokens to rows, and sums rows back to tokens.
 
 T tokens, D model dim, K top-k, R rows. `rows` [T, K] holds the row of each assignment, -1 if it has none; `assignment`
 [R] is its inverse, -1 where a row is unassigned. A program takes a token, so each token is read once for its K rows.
-What does not exist is D = 0 columns wide (and not a mask of its own: Triton 3.9's interpreter cannot spread a scalar
-one).
+Where there is no token or row, the mask is of D = 0 columns: Triton 3.9's interpreter cannot broadcast a scalar mask.
 """
 
 from __future__ import annotations

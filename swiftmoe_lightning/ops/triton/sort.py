@@ -1,8 +1,8 @@
-"""A stable counting sort of assignments by key, in three launches and without a wait for the host.
+"""A stable counting sort of assignments by group, in three launches and without a wait for the CPU.
 
-N assignments, G groups, B blocks of assignments. The place of one is: the assignments of lower groups, those of its
-group in earlier blocks, those of its group earlier in its block. What is outside 0..G-1 sorts as one more group, at
-the end.
+N assignments, G groups, B blocks of assignments. An assignment's row is the number of assignments of lower groups, plus
+those of its group in earlier blocks, plus those of its group earlier in its block. Assignments outside 0..G-1 are one
+more group, at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from swiftmoe_lightning.ops.triton.launch import device_of
 
-# A rank costs BLOCK comparisons per assignment, the table of counts G * N / BLOCK numbers: 128 keeps both small.
+# Ranking inside a block costs BLOCK comparisons per assignment, and the counts take G * N / BLOCK numbers: 128 keeps
+# both small.
 BLOCK = 128
 
 

@@ -1,4 +1,4 @@
-"""The rules for the next placements, a file each; `policy.py` has what they share, `registry.py` their names."""
+"""The placement policies, one a file. `policy.py` has their interface, `registry.py` their names."""
 
 from swiftmoe_lightning.placement.policies.balanced import BalancedPolicy
 from swiftmoe_lightning.placement.policies.packed import PackedPolicy

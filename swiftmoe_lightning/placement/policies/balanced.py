@@ -1,4 +1,4 @@
-"""The fewest (rank, expert) pairs that carry the load and its movement: a chain, and spare pairs across it.
+"""The policy "balanced": few (rank, expert) pairs, a chain that carries the load and spare pairs for its movement.
 
 L layers, E experts, W ranks, s slots of a rank, P (rank, expert) pairs, X spare pairs, H experts that the chain cuts.
 Loads are in budgets: 1 is the mean load of a rank.
@@ -17,21 +17,21 @@ from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policies.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import check_slots
 
-# See `Forecast.loads`. Ten times that of `packed`, which fills all slots: here a cold expert that may become hot has
-# a spare pair only if this asks for one.
+# See `Forecast.loads`. Ten times the value in "packed", which fills all slots: here a cold expert, which may become
+# hot, has a spare pair only if its upper limit asks for one.
 _COLD: Final = 0.3
 # Experts with less load live on one rank; those with more lie on the line that the chain cuts.
-_WHOLE: Final = 0.5
+_SINGLE_RANK_LOAD: Final = 0.5
 # Loads as small as this are rounding.
 _TINY: Final = 1e-6
 
 
 class BalancedPolicy(PlacementPolicy):
-    """As few pairs as carry the load evenly, and as many more as its movement asks for, up to s a rank.
+    """As few pairs as carry the expected load evenly, and spare pairs for its movement, up to s pairs a rank.
 
     Both weight phases move bytes in proportion to P, so a replica in every slot is not free. A chain of at most
-    E + W - 1 pairs carries the predicted loads exactly; expert e then gets spare pairs, until the load that it may
-    come to, load + 3 * sqrt(spread * (load + 0.3)), is no more than a budget for each of its ranks.
+    E + W - 1 pairs carries the expected loads exactly; expert e then gets spare pairs, until the upper limit of its
+    load, load + 3 * sqrt(spread * (load + 0.3)), is no more than a budget for each of its ranks.
 
     Args:
         world_size: W.
@@ -88,7 +88,7 @@ def chain_pairs(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Pai
 
     Experts of less than half a budget live on one rank each, dealt by falling load to the lightest. The others lie
     on a line, and the ranks, each with what room it has left, cut it: neighbours share the expert at their cut, so
-    that where a prediction is off, load can be passed along the chain.
+    that where the forecast is off, load can be passed along the chain.
 
     Args:
         load_E: [E] float, budgets, adding up to W.
@@ -96,15 +96,15 @@ def chain_pairs(load_E: np.ndarray, world_size: int, slots_per_rank: int) -> Pai
         slots_per_rank: s, the most experts of a rank.
     """
     order_E = np.argsort(-load_E, kind="stable")
-    is_whole_E = load_E < _WHOLE
-    whole, line = order_E[is_whole_E[order_E]], order_E[~is_whole_E[order_E]]
-    whole_rank, taken_W = _deal_whole(load_E[whole], world_size)
+    is_single_E = load_E < _SINGLE_RANK_LOAD
+    single, line = order_E[is_single_E[order_E]], order_E[~is_single_E[order_E]]
+    single_rank, taken_W = _deal_single_ranks(load_E[single], world_size)
     line_rank, line_expert, line_load = _cut_line(load_E[line], np.maximum(1 - taken_W, 0))
-    chain = PairList(np.r_[whole_rank, line_rank], np.r_[whole, line[line_expert]], np.r_[load_E[whole], line_load])
+    chain = PairList(np.r_[single_rank, line_rank], np.r_[single, line[line_expert]], np.r_[load_E[single], line_load])
     return _fit_slots(chain, world_size, slots_per_rank, len(load_E))
 
 
-def _deal_whole(falling_load: np.ndarray, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _deal_single_ranks(falling_load: np.ndarray, world_size: int) -> tuple[np.ndarray, np.ndarray]:
     """One rank for each expert, in rounds of W, the heaviest of a round to the lightest rank; and [W] loads so far."""
     taken_W = np.zeros(world_size)
     rank = np.empty(len(falling_load), dtype=np.int64)
@@ -183,10 +183,10 @@ def _fit_slots(pairs: PairList, world_size: int, slots_per_rank: int, num_expert
 def spare_pairs(
     pairs: PairList, upper_E: np.ndarray, world_size: int, slots_per_rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Further pairs, until no expert's upper load is more than one budget a rank, or all slots are used.
+    """Further pairs, until no expert's upper limit is above one budget for each of its ranks, or all slots are used.
 
-    An expert's spare pairs are spread evenly round the ring of ranks, away from those it has, so that what it may need
-    comes from parts of the chain that are far from one another.
+    An expert's spare pairs are spread evenly round the ring of ranks, away from the pairs it has, so that they draw on
+    distant parts of the chain.
 
         ring of ranks         0    1    2    3    4    5    6    7
         middle of e's pairs        *
@@ -195,12 +195,12 @@ def spare_pairs(
 
     Args:
         pairs: those that are placed already.
-        upper_E: [E] float, budgets, the most that each expert may come to.
+        upper_E: [E] float, budgets, the upper limit of each expert's load.
         world_size: W.
         slots_per_rank: s.
 
     Returns:
-        (rank_X, expert_X), [X] int64 each; a pair may be one of `pairs` again, where all other ranks are full.
+        (rank_X, expert_X), [X] int64 each; where all other ranks are full, a pair may repeat one of `pairs`.
     """
     num_experts = len(upper_E)
     num_pairs_E = np.bincount(pairs.expert_P, minlength=num_experts)
@@ -217,7 +217,7 @@ def spare_pairs(
 
 
 def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, pairs: PairList, sizes: tuple[int, int]) -> np.ndarray:
-    """[X]: `expert_X`, in which an expert that its rank has already changes places with a near one, if it can.
+    """[X]: `expert_X`, where an expert that its rank has already is swapped with a nearby one, if possible.
 
     sizes: W and E.
     """
@@ -228,14 +228,14 @@ def _without_repeats(rank_X: np.ndarray, expert_X: np.ndarray, pairs: PairList, 
         repeat = np.flatnonzero(is_pair_WE[rank_X, expert_X])
         if not len(repeat):
             break
-        other = repeat + distance
-        is_inside = (other >= 0) & (other < len(rank_X))
-        repeat, other = repeat[is_inside], other[is_inside]
-        fits = ~is_pair_WE[rank_X[repeat], expert_X[other]] & ~is_pair_WE[rank_X[other], expert_X[repeat]]
-        # No place takes part in two swaps.
+        partner = repeat + distance
+        is_inside = (partner >= 0) & (partner < len(rank_X))
+        repeat, partner = repeat[is_inside], partner[is_inside]
+        fits = ~is_pair_WE[rank_X[repeat], expert_X[partner]] & ~is_pair_WE[rank_X[partner], expert_X[repeat]]
+        # No position takes part in two swaps.
         fits[1:] &= np.diff(repeat) > abs(distance)
-        repeat, other = repeat[fits], other[fits]
-        expert_X[repeat], expert_X[other] = expert_X[other], expert_X[repeat]
+        repeat, partner = repeat[fits], partner[fits]
+        expert_X[repeat], expert_X[partner] = expert_X[partner], expert_X[repeat]
     return expert_X
 
 
@@ -261,9 +261,9 @@ def _emptiest(num_pairs_W: np.ndarray, free_W: np.ndarray, num_spare: int) -> np
 
 
 def _spare_counts(upper_E: np.ndarray, num_pairs_E: np.ndarray, world_size: int, num_free: int) -> np.ndarray:
-    """[E] int64: spare pairs of each expert; where slots are few, the largest upper / pairs gets the next one."""
-    wanted_E = np.clip(np.ceil(upper_E).astype(np.int64), num_pairs_E, world_size) - num_pairs_E
-    expert = np.repeat(np.arange(len(upper_E)), wanted_E)
-    priority = upper_E[expert] / (num_pairs_E[expert] + _index_in_group(wanted_E))
+    """[E] int64: spare pairs of each expert. With too few slots, the next goes to the largest upper limit / pairs."""
+    num_needed_E = np.clip(np.ceil(upper_E).astype(np.int64), num_pairs_E, world_size) - num_pairs_E
+    expert = np.repeat(np.arange(len(upper_E)), num_needed_E)
+    priority = upper_E[expert] / (num_pairs_E[expert] + _index_in_group(num_needed_E))
     chosen = np.argsort(-priority, kind="stable")[:num_free]
     return np.bincount(expert[chosen], minlength=len(upper_E))

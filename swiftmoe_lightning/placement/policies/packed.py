@@ -1,4 +1,4 @@
-"""A replica in every slot, hot experts packed with cold ones.
+"""The policy "packed": a replica in every slot, hot experts on one rank with cold ones.
 
 L layers, E experts, W ranks, s slots of a rank, S = W * s slots.
 """
@@ -15,16 +15,16 @@ from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.policies.policy import PlacementPolicy
 from swiftmoe_lightning.placement.replication import minmax_replica_counts
 
-# See `Forecast.loads`. The larger, the more of the slots go to cold experts, which may become hot.
+# See `Forecast.loads`. The larger it is, the more slots go to cold experts, which may become hot.
 _COLD: Final = 0.03
 
 
 class PackedPolicy(PlacementPolicy):
     """Replicas that even out their loads, at most one of an expert on a rank, hot packed with cold.
 
-    Loads are what the experts' may come to, so that where popularity jumps, cold experts have spare replicas, too.
-    Replicas are dealt in s rounds of W, by falling load: each round gives its heaviest replica to the rank that
-    carries least so far. A budget pooled over a rank's slots then holds what no slot's own budget could.
+    Loads are the forecast's upper limits, so that cold experts, too, have spare replicas where popularity jumps.
+    Replicas are dealt in s rounds of W, by falling load: each round gives its heaviest replica to the rank with the
+    least load so far. A budget pooled over a rank's slots then fits loads that a budget for each slot would not.
     """
 
     has_uniform_fallback = True

@@ -1,4 +1,7 @@
-"""The rule for the next placements: what the engine asks of it. L layers, E experts, W ranks, s slots of a rank."""
+"""The interface of placement policies, and the check of what they return.
+
+L layers, E experts, W ranks, s slots of a rank.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from swiftmoe_lightning.placement.placement import Placement
 
 
 class PlacementPolicy(ABC):
-    """A rule for the next placements: deterministic and pure, so that every rank finds the same answer alone.
+    """A rule for the next placements: deterministic and pure, so that every rank computes the same one by itself.
 
     Args:
         world_size: W, fixed for a run.
@@ -37,8 +40,8 @@ class PlacementPolicy(ABC):
         """One `Placement` a layer.
 
         Args:
-            forecast: of the next step: `popularity_LE` [L, E] assignments, all ranks (zeros are allowed), and how far
-                loads may be from it.
+            forecast: of the next step: `popularity_LE` [L, E] assignments of all ranks (zeros are allowed), and its
+                spread.
         """
 
     def placements_of(self, tables_LS: Sequence[np.ndarray] | np.ndarray, num_experts: int) -> list[Placement]:
@@ -60,8 +63,8 @@ def check_placements(
     """Make sure that a policy's placements fit its ranks, its slots and the layers.
 
     Args:
-        policy: whose they are.
-        placements: what its `place` gave.
+        policy: that made them.
+        placements: what its `place` returned.
         num_layers: L.
         num_experts: E.
 

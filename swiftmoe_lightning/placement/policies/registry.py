@@ -1,4 +1,4 @@
-"""The policies by name."""
+"""The placement policies by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uniform replicas for ever. L layers, E experts."""
+"""The policy "static": uniform replicas that never move. L layers, E experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swiftmoe_lightning.placement.policies.policy import PlacementPolicy
 
 
 class StaticPolicy(PlacementPolicy):
-    """The same number of replicas for every expert, laid out expert by expert, for ever."""
+    """Uniform replicas, laid out expert by expert, whatever the popularity."""
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:

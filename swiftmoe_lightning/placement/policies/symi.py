@@ -1,4 +1,4 @@
-"""The paper's rule (SYMI, arXiv 2504.19925). L layers, E experts."""
+"""The policy "symi", the paper's (SYMI, arXiv 2504.19925). L layers, E experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swiftmoe_lightning.placement.replication import symi_replica_counts
 
 
 class SymiPolicy(PlacementPolicy):
-    """The paper's: replicas in proportion to popularity, laid out expert by expert (Algorithm 1)."""
+    """Replicas in proportion to popularity, laid out expert by expert (Algorithm 1)."""
 
     @override
     def place(self, forecast: Forecast) -> list[Placement]:

@@ -106,7 +106,7 @@ MANY_SHARED: Final = 192 * 1024
 
 
 def choose_tiles(x: Tensor, num_rows: int, num_slots: int) -> MlpTiles:
-    """By what the host knows: dtype and device, and the mean of rows per slot, not each slot's own.
+    """By what the CPU knows: dtype and device, and the mean of rows per slot, not each slot's own.
 
     Args:
         x: of the dtype and on the device.
@@ -132,7 +132,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 class RowTiles:
     """Where the rows come from, whose they are and how they are cut.
 
-    All tensors are on the device, and the host waits for none.
+    All tensors are on the device, and the CPU waits for none.
 
     Attributes:
         assignment_R: [R] int, row r is of token assignment_R[r] // top_k.
@@ -156,7 +156,7 @@ class RowTiles:
 
 
 def cut_rows(assignment_R: Tensor, top_k: int, ends_s: Tensor, sizes: MlpTiles) -> RowTiles:
-    """Cut the rows into tiles that no two slots share, without waiting: the host knows only a bound of their number.
+    """Cut the rows into tiles that no two slots share, without waiting: the CPU knows only a bound of their number.
 
     Args:
         assignment_R: [R] int, row r is of token assignment_R[r] // top_k.
