@@ -54,14 +54,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a run as on a GPU writes, time after time; it runs here, in this process, on TINY."""
     results_so_far: list[dict[str, Any]] = []
 
-    def write(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
-        results_so_far.append(json.loads(json.dumps(certificate | results)))
+    def write(name: str, provenance: dict[str, Any], results: dict[str, Any]) -> Path:
+        results_so_far.append(json.loads(json.dumps(provenance | results)))
         return Path(f"{name}.json")
 
-    # One expert fewer than choices of a token cannot be routed.
+    # A token cannot go to 2 different experts of 1.
     shapes = {"B": TINY, "Q": Shape("impossible", 4, 8, 8, 1, 2)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "birth_certificate", lambda: {"commit": "abc"})
+    monkeypatch.setattr(command, "collect_provenance", lambda: {"commit": "abc"})
     monkeypatch.setattr(command, "check_all", lambda *_: ([], []))
     monkeypatch.setattr(run, "listen", lambda task, seconds, silence, receive: task(receive))
     monkeypatch.setattr(run, "ROUTINGS", ("hot",))
