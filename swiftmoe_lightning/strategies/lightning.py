@@ -187,7 +187,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         return self.lightning_module
 
     def _enter(self, evaluating: bool) -> None:
-        """Fetch the slots again at each change between training and evaluation: EMA and the like write parameters there."""
+        """Fetch the slots again at each change between training and evaluation, where EMA and others write weights."""
         if self._evaluating is not None and self._evaluating != evaluating:
             self.engine.mark_stale()
         if self.engine.dense is not None:

@@ -68,10 +68,10 @@ CLASS_PATH = "swiftmoe_lightning.SwiftMoEStrategy"
 
 def start(folder: Path, source: str, *command: str) -> None:
     (folder / "script.py").write_text(source)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *command], cwd=folder, env=script_environment(), capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     for rank in range(2):
         expected = f"rank {rank} of 2, 1 layers, 4 steps, DTensor"
         assert (folder / f"report-{rank}").read_text() == expected

@@ -1,4 +1,4 @@
-"""Two things take turns so that being first costs both alike."""
+"""Two things are measured alternately, so that being first costs both alike."""
 
 from __future__ import annotations
 

@@ -91,15 +91,15 @@ def test_a_run_on_a_gpu_leaves_out_what_is_wrong_and_notes_what_fails(
     assert last["missing"]["ours, grouped_mm"] == "wrong: see correctness"
     assert "ZeroDivisionError" in last["missing"]["Liger"]
     assert last["layers"].keys() == last["stages"].keys() == {"B"}
-    here = {"ours, fused", "HF grouped_mm", "torchtitan", "torchtitan, atomic", "HF eager"}
-    assert last["layers"]["B"]["hot"].keys() - {"ScatterMoE", "SonicMoE"} == here
+    expected = {"ours, fused", "HF grouped_mm", "torchtitan", "torchtitan, atomic", "HF eager"}
+    assert last["layers"]["B"]["hot"].keys() - {"ScatterMoE", "SonicMoE"} == expected
     assert [note.split(":")[0] for note in last["not_measured"]] == ["compiled ahead", "stages of Q", "Q, hot"]
     assert capsys.readouterr().out.splitlines()[-1] == "written to other.json"
     assert command.main(["--seconds", "0"]) == 1
     assert written[-1]["not_measured"][1] == f"ceilings of the GPU: {LATE}"
 
 
-def test_a_lost_process_costs_the_one_who_ran_in_it(
+def test_a_lost_process_leaves_out_the_candidate_that_ran_in_it(
     written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dead(BaseException):

@@ -1,4 +1,4 @@
-"""Ceilings and stages, as far as they go without a GPU."""
+"""Ceilings and stages, on the CPU."""
 
 from __future__ import annotations
 
