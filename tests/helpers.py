@@ -1,4 +1,4 @@
-"""Run a function on W gloo ranks, as torchrun would start them: for tests and benchmarks."""
+"""Run functions on W gloo ranks, as torchrun would start them, and scripts: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import traceback
 import warnings
@@ -98,6 +99,15 @@ def script_environment(**more: str) -> dict[str, str]:
     """The environment for a script that starts its own ranks, without this process's rank and port."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **more}
+
+
+def run_script(*command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts its own ranks, with `more` in its environment. It must succeed."""
+    completed = subprocess.run(
+        command, cwd=cwd, env=script_environment(**more), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed
 
 
 def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:

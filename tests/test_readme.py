@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from swiftmoe_lightning.placement import Forecast
 from tests import hf_models, works_with
-from tests.helpers import script_environment
+from tests.helpers import run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,10 +42,7 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
     on_cpu = BLOCKS[0].replace('accelerator="auto"', 'accelerator="cpu", max_epochs=1, logger=False')
     assert on_cpu != BLOCKS[0]
     (tmp_path / "script.py").write_text(on_cpu + FIT)
-    process = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=script_environment(), capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    run_script(sys.executable, "script.py", cwd=tmp_path)
 
 
 def test_the_plain_loop_runs() -> None:
