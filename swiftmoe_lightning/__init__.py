@@ -56,7 +56,7 @@ if find_spec("transformers") is None:
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: it is a class of transformers, which is optional and slow to import.
+    # Imported on first use, since its base class is in transformers, which is optional and slow to import.
     if name != "SwiftMoETrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -70,6 +70,6 @@ def __getattr__(name: str) -> Any:
 
 register()
 if "transformers" in sys.modules:
-    # One before version 5 has no such implementations.
+    # transformers before version 5 has no such implementations.
     with suppress(ImportError):
         register_hf_experts()

@@ -22,7 +22,7 @@ from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_ste
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# In a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
+# Name in a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
 STATE_FILE: Final = "swiftmoe.pt"
 _KNOWN_TYPES: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
@@ -44,9 +44,9 @@ def prepare(
 
     Args:
         accelerator: of plain data parallelism.
-        model: with `Experts`, as it was built.
-        optimizer: made from `model.parameters()`; it has not stepped yet. It goes on with the experts' sharded
-            parameters.
+        model: with `Experts`, not prepared before.
+        optimizer: made from `model.parameters()`, without a step so far. The experts' sharded parameters replace the
+            whole ones in it.
         *rest: data loaders, schedulers and more optimizers, in any order.
         config: None takes the defaults.
         **ddp_options: as of `DistributedDataParallel`; they go before those of the accelerator's `kwargs_handlers`.
@@ -78,7 +78,8 @@ def prepare(
     for each in optimizers:
         swap_parameters(each, model, names)
         engine.prepare_optimizer(each)
-        # After the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole tensors.
+        # Registered after the engine's own hook, which makes DTensors of local state: Accelerate's files hold whole
+        # tensors.
         each.register_state_dict_post_hook(lambda _, state: full_state(state, keep=True))
     share_scaler(accelerator, engine)
     gather_state_dicts(accelerator)
@@ -102,27 +103,27 @@ def data_parallel(accelerator: Accelerator, engine: SwiftMoEEngine, module: nn.M
         defaults["device_ids"] = [accelerator.device.index]
     wrapped = engine.data_parallel(module, **{**defaults, **ddp_options})
     if handler is not None and engine.dense is None:
-        # The hook is for dense gradients; those of experts travel in `reduce_dtype`.
+        # The hook sees dense gradients only; those of experts are sent in `reduce_dtype`.
         handler.register_comm_hook(wrapped)
     return wrapped
 
 
 def share_scaler(accelerator: Accelerator, engine: SwiftMoEEngine) -> None:
-    """Let the processes skip a step together, where a scaler scales. To be called before an optimizer takes it up."""
+    """Let the processes skip a step together, if there is a loss scaler. Call it before optimizers are prepared."""
     if accelerator.scaler is not None and engine.group is not None:
         accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
 
 
 def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
-    """Accelerate's own idea of the processes must be that of torch and of the launcher, and plain data parallelism.
+    """Make sure that Accelerate, torch and the launcher agree on the processes, and that they are data-parallel only.
 
     Args:
-        accelerator: whose idea it is.
-        kind: what to call it in messages.
-        on_cpu: how to make it without GPUs, in messages.
+        accelerator: of the processes.
+        kind: its name in messages.
+        on_cpu: the code that makes it without GPUs, for messages.
 
     Raises:
-        ValueError: for other processes than were started, or another parallelism.
+        ValueError: for processes that do not agree, or another parallelism.
     """
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -187,7 +188,7 @@ def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def gather_state_dicts(accelerator: Accelerator) -> None:
-    """Let `accelerator.get_state_dict`, and all that saves by it, give whole experts, on every process."""
+    """Let `accelerator.get_state_dict`, and what saves by it, return whole experts on every process."""
     get_state_dict: Callable[..., Any] = accelerator.get_state_dict
 
     @functools.wraps(get_state_dict)
@@ -198,9 +199,9 @@ def gather_state_dicts(accelerator: Accelerator) -> None:
 
 
 def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftMoEEngine) -> None:
-    """Let `save_state` keep where the experts of `prepared` were, and `load_state` read sharded weights.
+    """Let `save_state` write the placements of `prepared`, and `load_state` load weights into sharded parameters.
 
-    The user's own hooks may take weights out of the folder, and give them back: those of all models, or of none.
+    The user's own hooks may save and load the weights in place of Accelerate: those of all models, or of none.
 
     Args:
         accelerator: whose folders they are.
@@ -218,7 +219,7 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 
     def load(models: list[nn.Module], folder: str) -> None:
         _load_models(models, Path(folder))
-        # A folder of a plain run has no such file: placements then start from nothing.
+        # A folder of a plain run has no such file, and placements then start anew.
         if state_file(folder).exists():
             engine.load_state_dict(read_file(state_file(folder)))
 
@@ -227,8 +228,8 @@ def add_to_folders(accelerator: Accelerator, prepared: nn.Module, engine: SwiftM
 
 
 def _load_models(models: list[nn.Module], folder: Path) -> None:
-    """Read all models' weights, and tell Accelerate that it is done: its own loader looks at storages, and DTensors do
-    not show any. Where the folder has none of them, the user's hooks have, or Accelerate says what it lacks."""
+    """Load all models' weights instead of Accelerate, whose loader needs storages, which DTensors do not show. A folder
+    without weights is left to the user's hooks, and to Accelerate's error."""
     paths = [path for index in range(len(models)) if (path := _weights_file(folder, index)) is not None]
     if not paths:
         return
@@ -248,13 +249,13 @@ def _weights_file(folder: Path, index: int) -> Path | None:
 
 
 def _numbered(name: str, index: int) -> str:
-    """As Accelerate numbers the files of several models."""
+    """`name` for the model of this index, numbered as Accelerate numbers the files of several models."""
     stem, _, suffix = name.partition(".")
     return f"{stem}_{index}.{suffix}" if index else name
 
 
 def load_whole(model: nn.Module, path: Path) -> None:
-    """Read what Accelerate wrote of a model. No communication.
+    """Load a model's weights from a file that Accelerate wrote. No communication.
 
     Args:
         model: what is read into, in place; its experts may be spread.
@@ -268,7 +269,7 @@ def load_whole(model: nn.Module, path: Path) -> None:
     state = load_file(path) if path.suffix == ".safetensors" else read_file(path)
     incompatible = model.load_state_dict(state, strict=False)
     parameters = model.state_dict(keep_vars=True)
-    # A file holds one of several names that share a weight.
+    # Of several names that share a weight, the file has one.
     loaded_ids = {id(parameters[name]) for name in state if name in parameters}
     missing = [name for name in incompatible.missing_keys if id(parameters[name]) not in loaded_ids]
     if missing or incompatible.unexpected_keys:

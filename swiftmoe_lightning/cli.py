@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 
 class Strategy(StrEnum):
-    """Where experts live."""
+    """How experts are placed."""
 
     swiftmoe = "swiftmoe"
     static = "static"
@@ -58,8 +58,8 @@ def train(  # noqa: PLR0913 - options
     seed: Annotated[int, _option("Decides weights and data: runs of one seed can be compared.", 0)] = DemoOptions.seed,
     out: Annotated[Path | None, _option("Run folder; files there are written over (default: runs/STRATEGY).")] = None,
 ) -> None:
-    """Train a small byte-level GPT on real text, and show what became of its experts."""
-    # Here, not above: neither `--help` nor a mistyped option needs it.
+    """Train a small byte-level GPT on real text, and show its experts' popularity, replicas and loads."""
+    # Imported in the function, since `--help` and a mistyped option must not wait for torch.
     from swiftmoe_lightning.demo.run import Demo
 
     with _clear_errors("train"):
@@ -166,7 +166,7 @@ def report(  # noqa: PLR0913 - options
     from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
     with _clear_errors("report"):
-        # Before the replays, not after them.
+        # An error of the path comes before the replays.
         check_writable(out)
         recording = run_or_trace / "placements.npz"
         recorded = read_trace(recording if recording.exists() else run_or_trace)
@@ -186,9 +186,9 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what is installed here, on which devices it runs, and by which backend each operation runs, with the reason.
+    """Say what is installed, which devices there are, and which backend each operation runs on them, with the reason.
 
-    With CHECKPOINT, say instead of each of its files whether it still holds what was written.
+    With CHECKPOINT, say instead of each of its files whether it is undamaged.
     """
     from swiftmoe_lightning.doctor import examine, print_checkpoint, print_findings
 
@@ -215,7 +215,7 @@ def _say(policy: str) -> None:
 
 @contextmanager
 def _clear_errors(command: str) -> Iterator[None]:
-    """What a user can mend ends the command with one line."""
+    """End the command with one line at an error that the user can mend."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:

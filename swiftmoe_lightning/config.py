@@ -24,9 +24,9 @@ class SwiftMoEConfig:
             contiguous), "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
         replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves
             a layer as it is while its loads are even, unless a new placement has fewer (rank, expert) pairs.
-        token_split: how an expert's tokens are shared by its ranks: "balanced" (so that the loads of all ranks are as
+        token_split: how an expert's tokens are split over its slots: "balanced" (so that the loads of all ranks are as
             even as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal
-            shares a slot), or "uniform" (the same). With the first two a rank's own tokens stay on it, then on its
+            shares), or "uniform" (equal shares). With the first two a rank's own tokens stay on it, or else on its
             node, as far as the shares allow.
         dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by
             DistributedDataParallel), or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by
@@ -119,15 +119,15 @@ def check_config(config: object) -> SwiftMoEConfig:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Make sure that a setting is one of its choices.
+    """Make sure that a setting has an allowed value.
 
     Args:
         name: the setting's, for the message.
         value: what it is set to.
-        choices: what it may be.
+        choices: the allowed values.
 
     Raises:
-        ValueError: unless `value` is one of `choices`, naming the setting and what it may be.
+        ValueError: unless `value` is one of `choices`, naming the setting and the allowed values.
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

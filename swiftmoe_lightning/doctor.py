@@ -1,4 +1,4 @@
-"""What is installed here, on what it can run, and by which backend each operation runs; or if a checkpoint is whole."""
+"""What `swiftmoe doctor` prints: versions, devices and the backend of each operation; or a checkpoint's state."""
 
 from __future__ import annotations
 
@@ -120,17 +120,17 @@ def _devices() -> list[dict[str, Any]]:
 def _operations(device: torch.device) -> list[dict[str, str]]:
     entries = []
     for dtype in _DTYPES:
-        chosen = {"sort, permute, combine, activate, route": backend.choose_backend(device, dtype)}
+        backends = {"sort, permute, combine, activate, route": backend.choose_backend(device, dtype)}
         for name, (rows_per_slot, hidden_dim, top_k) in _SHAPES.items():
-            chosen[name] = backend.choose_layer_backend(device, dtype, rows_per_slot, hidden_dim, top_k)
-        for operation, choice in chosen.items():
+            backends[name] = backend.choose_layer_backend(device, dtype, rows_per_slot, hidden_dim, top_k)
+        for operation, chosen in backends.items():
             entry = {"device": str(device), "operation": operation, "dtype": str(dtype).removeprefix("torch.")}
-            entries.append(entry | {"backend": choice.name, "reason": choice.reason})
+            entries.append(entry | {"backend": chosen.name, "reason": chosen.reason})
     return entries
 
 
 def _operation_table(entries: list[dict[str, str]]) -> Table:
-    """Dtypes that go one way for one reason share a row."""
+    """Dtypes with the same backend for the same reason share a row."""
     dtypes_of = defaultdict(list)
     for entry in entries:
         dtypes_of[entry["device"], entry["operation"], entry["backend"], entry["reason"]].append(entry["dtype"])

@@ -1,7 +1,7 @@
-"""Names of other libraries that are not public, and that this package needs: a list in each library's home.
+"""Checks for names of other libraries that are not public and that this package needs.
 
-They are checked where that home is imported, so that another version of the library is an error with the fix then, and
-not in the middle of a run.
+Each list of names is checked when the folder that uses the library is imported, so that a version without them is an
+error with the fix at once, and not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def check_names(library: str, names: Mapping[object, Sequence[str]], install: st
     """
     missing = [
         f"{getattr(owner, '__name__', owner)}.{name}"
-        for owner, wanted in names.items()
-        for name in wanted
+        for owner, needed in names.items()
+        for name in needed
         if not hasattr(owner, name)
     ]
     if missing:

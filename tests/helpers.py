@@ -1,4 +1,4 @@
-"""Run a function on W gloo ranks, as torchrun would start them: for tests and benchmarks."""
+"""Run functions on W gloo ranks, as torchrun would start them, and scripts: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import traceback
 import warnings
@@ -95,9 +96,18 @@ def start_ranks(
 
 
 def script_environment(**more: str) -> dict[str, str]:
-    """For a script that starts ranks of its own: nothing of ours, neither a rank nor a port of a test beside."""
+    """The environment for a script that starts its own ranks, without this process's rank and port."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **more}
+
+
+def run_script(*command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts its own ranks, with `more` in its environment. It must succeed."""
+    completed = subprocess.run(
+        command, cwd=cwd, env=script_environment(**more), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed
 
 
 def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[str]:
@@ -157,7 +167,7 @@ _THIRD_PARTY_WARNINGS = (
 
 
 def _ports() -> Iterator[int]:
-    """Ports below those that the system hands out to whoever asks for any; each test process begins elsewhere."""
+    """Ports below those that the system assigns; each test process begins at another one."""
     ports = range(10_000, 32_000)
     first = os.getpid() * 997 % len(ports)
     return cycle([*ports[first:], *ports[:first]])
@@ -167,8 +177,7 @@ _PORTS = _ports()
 
 
 def free_port() -> int:
-    """A port that nobody listens on, nor will by chance: one that the system gave could be taken by the time a group
-    starts on it."""
+    """A free port that the system does not assign to others, so that it is still free when a group starts on it."""
     for port in _PORTS:
         with socket.socket() as probe:
             try:

@@ -13,13 +13,13 @@ from swiftmoe_lightning.analysis import CANDIDATES
 from swiftmoe_lightning.cli import app
 
 
-def run(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["train", *words])
+def run(*argv: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", *argv])
     return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--dim", "100"], "--dim must be a multiple of 32, the width of an attention head, got 100."),
         (["--top-k", "9", "--experts", "8"], "--top-k must be at most --experts (8), got 9."),
@@ -30,13 +30,13 @@ def run(*words: str) -> tuple[int, str]:
     ],
 )
 def test_settings_that_do_not_go_together_end_with_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Seeding leaves these behind.
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    code, output = run("--data", __file__, *words) if "--data" not in words else run(*words)
+    code, output = run("--data", __file__, *argv) if "--data" not in argv else run(*argv)
     assert code == 2
     assert output.startswith(f"swiftmoe train: {message}")
 
@@ -48,11 +48,11 @@ def test_too_small_a_file_ends_with_one_line(tmp_path: Path) -> None:
     assert output.startswith("swiftmoe train: the text of 19 bytes is too small for sequences of 128 bytes")
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--lr", "-1"], ["--strategy", "dynamic"], ["--step", "3"]])
-def test_an_option_out_of_range_is_refused(words: list[str]) -> None:
-    code, output = run(*words)
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--lr", "-1"], ["--strategy", "dynamic"], ["--step", "3"]])
+def test_an_option_out_of_range_is_refused(argv: list[str]) -> None:
+    code, output = run(*argv)
     assert code == 2
-    assert words[0] in output
+    assert argv[0] in output
 
 
 def test_help_names_every_option() -> None:
@@ -78,12 +78,12 @@ def trace_file(folder: Path, name: str = "trace.npz", **arrays: Any) -> str:
     return str(folder / name)
 
 
-def plan(*words: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *words])
+def plan(*argv: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *argv])
 
 
-def report(*words: str) -> Any:
-    return CliRunner().invoke(app, ["report", *words])
+def report(*argv: str) -> Any:
+    return CliRunner().invoke(app, ["report", *argv])
 
 
 def assert_one_line(result: Any, start: str) -> None:
@@ -111,58 +111,58 @@ def test_a_plan_is_a_table_with_one_row_a_policy(tmp_path: Path) -> None:
 def test_a_plan_as_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
     result = plan(trace_file(tmp_path), "--capacity-factor", "1", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
-    found = json.loads(result.stdout)
-    assert list(found["policies"]) == ["balanced", "packed", "symi", "static"]
-    assert (found["ranks"], found["slots_per_rank"], found["capacity_factor"], found["lag"]) == (2, 3, 1.0, 1)
-    # Static: [0 0 1 | 1 2 3], budgets of 4 a slot. Expert 0 has 16 choices, then 4; expert 1 the others. Of 16 and 4
-    # 8 and 4 are computed, of 4 and 16 4 and 8; the cold ones have 2 each.
-    assert found["policies"]["static"]["dropped"] == 8 / 24
+    actual = json.loads(result.stdout)
+    assert list(actual["policies"]) == ["balanced", "packed", "symi", "static"]
+    assert (actual["ranks"], actual["slots_per_rank"], actual["capacity_factor"], actual["lag"]) == (2, 3, 1.0, 1)
+    # Static: [0 0 1 | 1 2 3], budgets of 4 a slot. Experts 0 and 1 have 16 and 4 assignments, then 4 and 16, of which 8
+    # and 4, then 4 and 8 are computed; the cold experts have 2 each.
+    assert actual["policies"]["static"]["dropped"] == 8 / 24
 
 
 def test_a_plan_of_all_policies_has_them_all_in_full_at_any_width(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    words = ("--policies", "all", "--link-gbps", "100", "--tflops", "100")
-    result = plan(trace_file(tmp_path), *words)
+    argv = ("--policies", "all", "--link-gbps", "100", "--tflops", "100")
+    result = plan(trace_file(tmp_path), *argv)
     assert result.exit_code == 0
     assert "…" not in result.stdout
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
-    assert list(json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)["policies"]) == list(CANDIDATES)
+    assert list(json.loads(plan(trace_file(tmp_path), *argv, "--json").stdout)["policies"]) == list(CANDIDATES)
     for name in CANDIDATES:
         assert rows[name][-1] == "ms"
     assert "paper's step" in result.stdout
 
 
 def test_options_of_a_plan_reach_it(tmp_path: Path) -> None:
-    words = ["--ranks", "4", "--slots", "2", "--capacity-factor", "1.5", "--capacity-per", "rank", "--lag", "2"]
-    words += ["--policies", " symi , lpt", "--experts-bytes", "10", "--state-bytes", "7"]
-    found = json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)
-    assert (found["ranks"], found["slots_per_rank"], found["capacity_factor"], found["lag"]) == (4, 2, 1.5, 2)
-    assert found["expert_bytes"] == 10
-    assert {name: values["capacity_per"] for name, values in found["policies"].items()} == {
+    argv = ["--ranks", "4", "--slots", "2", "--capacity-factor", "1.5", "--capacity-per", "rank", "--lag", "2"]
+    argv += ["--policies", " symi , lpt", "--experts-bytes", "10", "--state-bytes", "7"]
+    actual = json.loads(plan(trace_file(tmp_path), *argv, "--json").stdout)
+    assert (actual["ranks"], actual["slots_per_rank"], actual["capacity_factor"], actual["lag"]) == (4, 2, 1.5, 2)
+    assert actual["expert_bytes"] == 10
+    assert {name: values["capacity_per"] for name, values in actual["policies"].items()} == {
         "symi": "rank",
         "lpt": "rank",
     }
-    assert found["policies"]["symi"]["step_seconds"] is None
-    assert found["policies"]["lpt"]["bytes_state_moved"] == round(found["policies"]["lpt"]["replicas_moved"] * 17)
+    assert actual["policies"]["symi"]["step_seconds"] is None
+    assert actual["policies"]["lpt"]["bytes_state_moved"] == round(actual["policies"]["lpt"]["replicas_moved"] * 17)
 
 
 @pytest.mark.parametrize("cadence", ["2", "auto"])
 def test_a_plan_may_be_made_now_and_then(tmp_path: Path, cadence: str) -> None:
-    words = [trace_file(tmp_path), "--policies", "symi", "--json"]
-    often = json.loads(plan(*words).stdout)["policies"]["symi"]["replicas_moved"]
-    seldom = json.loads(plan(*words, "--replace-every", cadence).stdout)["policies"]["symi"]["replicas_moved"]
+    argv = [trace_file(tmp_path), "--policies", "symi", "--json"]
+    often = json.loads(plan(*argv).stdout)["policies"]["symi"]["replicas_moved"]
+    seldom = json.loads(plan(*argv, "--replace-every", cadence).stdout)["policies"]["symi"]["replicas_moved"]
     assert (seldom < often) if cadence == "2" else (seldom <= often)
 
 
-@pytest.mark.parametrize("words", [(), ("--capacity-factor", "0")])
+@pytest.mark.parametrize("argv", [(), ("--capacity-factor", "0")])
 def test_a_plan_without_a_capacity_factor_drops_nothing_though_the_run_did(
-    tmp_path: Path, words: tuple[str, ...]
+    tmp_path: Path, argv: tuple[str, ...]
 ) -> None:
-    found = json.loads(plan(trace_file(tmp_path), *words, "--json").stdout)
-    assert found["capacity_factor"] is None
-    assert [values["dropped"] for values in found["policies"].values()] == [0, 0, 0, 0]
+    actual = json.loads(plan(trace_file(tmp_path), *argv, "--json").stdout)
+    assert actual["capacity_factor"] is None
+    assert [values["dropped"] for values in actual["policies"].values()] == [0, 0, 0, 0]
 
 
 BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
@@ -188,8 +188,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_ARRAYS)
 def test_a_bad_trace_ends_with_one_line(tmp_path: Path, case: str, command: str) -> None:
     arrays, message = BAD_ARRAYS[case]
-    words = [] if command == "plan" else ["--out", str(tmp_path / "page.html")]
-    result = CliRunner().invoke(app, [command, trace_file(tmp_path, **arrays), *words])
+    argv = [] if command == "plan" else ["--out", str(tmp_path / "page.html")]
+    result = CliRunner().invoke(app, [command, trace_file(tmp_path, **arrays), *argv])
     assert_one_line(result, f"swiftmoe {command}: ")
     assert message in result.stderr
     assert not (tmp_path / "page.html").exists()
@@ -223,7 +223,7 @@ def test_no_file_and_no_trace_in_a_folder_end_with_one_line(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--policies", "best"], "policy must be one of"),
         (["--policies", ""], "name at least one policy of balanced"),
@@ -237,18 +237,18 @@ def test_no_file_and_no_trace_in_a_folder_end_with_one_line(tmp_path: Path) -> N
     ],
 )
 def test_options_of_a_plan_that_do_not_go_together_end_with_one_line(
-    words: list[str], message: str, tmp_path: Path
+    argv: list[str], message: str, tmp_path: Path
 ) -> None:
-    result = plan(trace_file(tmp_path), *words)
+    result = plan(trace_file(tmp_path), *argv)
     assert_one_line(result, "swiftmoe plan: ")
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("words", [["--ranks", "0"], ["--slots", "0"], ["--lag", "-1"], ["--experts-bytes", "0"]])
-def test_a_plans_option_out_of_range_is_refused(words: list[str], tmp_path: Path) -> None:
-    result = plan(trace_file(tmp_path), *words)
+@pytest.mark.parametrize("argv", [["--ranks", "0"], ["--slots", "0"], ["--lag", "-1"], ["--experts-bytes", "0"]])
+def test_a_plans_option_out_of_range_is_refused(argv: list[str], tmp_path: Path) -> None:
+    result = plan(trace_file(tmp_path), *argv)
     assert result.exit_code == 2
-    assert words[0] in result.stderr
+    assert argv[0] in result.stderr
 
 
 def test_a_trace_that_does_not_tell_its_ranks_needs_them(tmp_path: Path) -> None:
@@ -287,9 +287,9 @@ def test_a_report_of_a_run_folder_shows_the_run_first(tmp_path: Path, monkeypatc
 def test_a_report_takes_megatrons_folder_as_a_plan_does(tmp_path: Path) -> None:
     line = {"step": 0, "layer": 0, "rank": 0, "num_tokens": 2, "topk": 1, "top_indices": [[0], [1]]}
     (tmp_path / "router_trace_rank0.jsonl").write_text(json.dumps(line) + "\n")
-    words = [str(tmp_path), "--ranks", "2", "--slots", "2"]
-    assert plan(*words).exit_code == 0
-    assert report(*words, "--out", str(tmp_path / "page.html")).exit_code == 0
+    argv = [str(tmp_path), "--ranks", "2", "--slots", "2"]
+    assert plan(*argv).exit_code == 0
+    assert report(*argv, "--out", str(tmp_path / "page.html")).exit_code == 0
 
 
 def test_a_page_that_cannot_be_written_ends_with_one_line(tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from swiftmoe_lightning.cli import app
 from tests.analysis.cases import METADATA, recording
 
 
-def run(*words: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [*map(str, words)])
+def run(*argv: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [*map(str, argv)])
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.output
 
 
-def refusal(*words: str | Path) -> str:
-    code, output = run(*words)
+def refusal(*argv: str | Path) -> str:
+    code, output = run(*argv)
     assert code == 2
-    assert output.startswith(f"swiftmoe {words[0]}: ")
+    assert output.startswith(f"swiftmoe {argv[0]}: ")
     assert output.count("\n") == 1
     return output
 

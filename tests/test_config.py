@@ -42,8 +42,8 @@ def test_default_slots_hold_every_expert_and_some_replicas(num_experts, world_si
     if world_size == 1 or num_experts == 1:
         assert slots == num_experts
         return
-    wanted = max(math.ceil(5 * num_experts / (4 * world_size)), math.ceil(num_experts / world_size) + 1)
-    assert slots == min(wanted, num_experts)
+    default_slots = max(math.ceil(5 * num_experts / (4 * world_size)), math.ceil(num_experts / world_size) + 1)
+    assert slots == min(default_slots, num_experts)
     assert slots * world_size > num_experts
 
 

@@ -13,8 +13,8 @@ from swiftmoe_lightning.cli import app
 from swiftmoe_lightning.ops import backend
 
 
-def run(*words: str, width: str = "400") -> str:
-    result = CliRunner().invoke(app, ["doctor", *words], env={"COLUMNS": width})
+def run(*argv: str, width: str = "400") -> str:
+    result = CliRunner().invoke(app, ["doctor", *argv], env={"COLUMNS": width})
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -40,14 +40,14 @@ def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_json_has_versions_devices_and_operations() -> None:
-    found = json.loads(run("--json"))
-    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    actual = json.loads(run("--json"))
+    assert actual["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"python", "triton", "lightning", "accelerate", "transformers", "swiftmoe-lightning"} < set(
-        found["versions"]
+        actual["versions"]
     )
-    assert found["devices"][0]["device"] == "cpu"
-    assert "gloo" in found["process_group_backends"]
-    on_cpu = [entry for entry in found["operations"] if entry["device"] == "cpu"]
+    assert actual["devices"][0]["device"] == "cpu"
+    assert "gloo" in actual["process_group_backends"]
+    on_cpu = [entry for entry in actual["operations"] if entry["device"] == "cpu"]
     assert len(on_cpu) == 3 * 4
     assert {entry["dtype"] for entry in on_cpu} == {"float32", "bfloat16", "float16", "float64"}
     assert {entry["backend"] for entry in on_cpu} == {"torch"}
@@ -75,9 +75,9 @@ def test_tables_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_two_gpus")
 def test_each_gpu_has_its_own_backends() -> None:
     pytest.importorskip("triton")
-    found = json.loads(run("--json"))
-    assert [device["name"] for device in found["devices"][1:]] == ["NVIDIA New", "NVIDIA Old"]
-    operation_of = {(e["device"], e["operation"].split(" (")[0], e["dtype"]): e for e in found["operations"]}
+    actual = json.loads(run("--json"))
+    assert [device["name"] for device in actual["devices"][1:]] == ["NVIDIA New", "NVIDIA Old"]
+    operation_of = {(e["device"], e["operation"].split(" (")[0], e["dtype"]): e for e in actual["operations"]}
     assert operation_of["cuda:0", "layer, fine experts", "bfloat16"]["backend"] == "triton"
     assert operation_of["cuda:0", "layer, coarse experts", "bfloat16"]["backend"] == "torch"
     assert operation_of["cuda:0", "layer, coarse experts", "float32"]["backend"] == "triton"

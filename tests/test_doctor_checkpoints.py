@@ -21,8 +21,8 @@ from swiftmoe_lightning.engine.checkpoint import save_directory
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def doctor(path: Path | str, status: int, *words: str) -> list[str]:
-    result = CliRunner().invoke(app, ["doctor", str(path), *words])
+def doctor(path: Path | str, status: int, *argv: str) -> list[str]:
+    result = CliRunner().invoke(app, ["doctor", str(path), *argv])
     assert result.exit_code == status, result.output
     assert "Traceback" not in result.output
     return result.output.splitlines()
@@ -89,9 +89,9 @@ def test_a_directory_is_a_line_a_file(directory: Path) -> None:
     lines = [line.removeprefix(f"{directory}/") for line in doctor(directory, 0)]
     assert [line.split(",")[0] for line in lines] == ["meta.pt", ".metadata", "__0_0.distcp"]
     assert all(line.endswith("bytes: ok") for line in lines)
-    found = json.loads("\n".join(doctor(directory, 0, "--json")))
-    assert [finding["state"] for finding in found] == ["ok", "ok", "ok"]
-    assert found[2]["size"] == (directory / "__0_0.distcp").stat().st_size
+    actual = json.loads("\n".join(doctor(directory, 0, "--json")))
+    assert [finding["state"] for finding in actual] == ["ok", "ok", "ok"]
+    assert actual[2]["size"] == (directory / "__0_0.distcp").stat().st_size
 
 
 def weights_of(directory: Path) -> bytes:
@@ -135,16 +135,16 @@ def test_damage_of_the_meta_file_leaves_the_index_unverified(directory: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("meta.pt", "meta.pt: unfinished (it is written last"),
         (".metadata", ".metadata: missing (it says what is where in the shards)"),
         ("__0_0.distcp", "__0_0.distcp: missing (.metadata has"),
     ],
 )
-def test_what_a_directory_lacks_is_named(name: str, said: str, directory: Path) -> None:
+def test_what_a_directory_lacks_is_named(name: str, message: str, directory: Path) -> None:
     (directory / name).unlink()
-    assert any(said in line for line in doctor(directory, 1))
+    assert any(message in line for line in doctor(directory, 1))
 
 
 def test_an_index_that_executes_something_is_not_executed(directory: Path, tmp_path: Path) -> None:

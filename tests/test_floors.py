@@ -135,18 +135,18 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def faults(room: str, source: str) -> list[str]:
     """What a file in `room` imports against the rules."""
-    found = []
+    actual = []
     for name in imports(ast.parse(source)):
         if name.startswith("swiftmoe_lightning."):
             other = name.split(".")[1]
             if other in FLOOR_OF and FLOOR_OF[other] >= FLOOR_OF[room] and other != room:
-                found.append(f"{room} (floor {FLOOR_OF[room]}) imports {name} (floor {FLOOR_OF[other]})")
+                actual.append(f"{room} (floor {FLOOR_OF[room]}) imports {name} (floor {FLOOR_OF[other]})")
         for library, homes in HOMES.items():
             if (name == library or name.startswith(f"{library}.")) and room not in homes:
-                found.append(f"{library} is at home in {sorted(homes)}, not in {room}")
+                actual.append(f"{library} is at home in {sorted(homes)}, not in {room}")
         if name.split(".")[0] == "torch" and room in WITHOUT_TORCH:
-            found.append(f"{room} must work without torch")
-    return found
+            actual.append(f"{room} must work without torch")
+    return actual
 
 
 def room_of(path: Path) -> str:
@@ -189,14 +189,14 @@ def eager_optionals(path: Path, source: str) -> set[str]:
     files that alone may import theirs."""
     within = [name for name, (home, _) in LATE.items() if path.is_relative_to(home)]
     allowed = {library for name in within for library in LATE[name][1]}
-    found = set()
+    actual = set()
     for statement in ast.parse(source).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             names = set(imports(statement))
-            found |= {name for name in names if name.split(".")[0] in OPTIONAL - allowed}
+            actual |= {name for name in names if name.split(".")[0] in OPTIONAL - allowed}
             for late in LATE.keys() - within:
-                found |= {name for name in names if f"{name}.".startswith(f"{late}.")}
-    return found
+                actual |= {name for name in names if f"{name}.".startswith(f"{late}.")}
+    return actual
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -32,7 +32,7 @@ def test_what_is_missing_is_named_with_the_fix() -> None:
         ("strategies", "lightning.pytorch.overrides.distributed", "_sync_module_states"),
     ],
 )
-def test_each_list_is_checked_when_its_home_is_imported(
+def test_each_list_is_checked_when_its_folder_is_imported(
     module: str, owner: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private = importlib.import_module(f"swiftmoe_lightning.{module}.private")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from swiftmoe_lightning.placement import Forecast
 from tests import hf_models, works_with
-from tests.helpers import script_environment
+from tests.helpers import run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,10 +42,7 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
     on_cpu = BLOCKS[0].replace('accelerator="auto"', 'accelerator="cpu", max_epochs=1, logger=False')
     assert on_cpu != BLOCKS[0]
     (tmp_path / "script.py").write_text(on_cpu + FIT)
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=script_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(sys.executable, "script.py", cwd=tmp_path)
 
 
 def test_the_plain_loop_runs() -> None:
@@ -64,10 +60,10 @@ def test_the_hugging_face_block_converts_and_saves(tmp_path: Path) -> None:
     import swiftmoe_lightning as sml
 
     hf_models.build("olmoe").save_pretrained(tmp_path / "model")
-    here = BLOCKS[2].replace("allenai/OLMoE-1B-7B-0924", str(tmp_path / "model"))
-    here = here.replace('"trained"', repr(str(tmp_path / "trained")))
+    code = BLOCKS[2].replace("allenai/OLMoE-1B-7B-0924", str(tmp_path / "model"))
+    code = code.replace('"trained"', repr(str(tmp_path / "trained")))
     names: dict[str, Any] = {"sml": sml}
-    exec(compile(here, "README.md", "exec"), names)
+    exec(compile(code, "README.md", "exec"), names)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     ids = hf_models.tokens(0)
     torch.testing.assert_close(loaded(input_ids=ids).logits, names["model"](input_ids=ids).logits)

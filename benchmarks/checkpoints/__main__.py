@@ -5,9 +5,9 @@ load_file       the same two: with checksums over without
 load_directory  with checksums over without
 check_gb_per_s  GB/s of a file's check alone
 
-Each ratio is our seconds over theirs, taken in turns in one process with one thread: below 1 we are faster. The files
-lie in a temporary folder of the current folder, 0.5 GB unless sizes are given. Writes benchmarks/results/NAME.json, and
-prints the ratios.
+Each ratio is our seconds over theirs, measured alternately in one process with one thread: below 1 we are faster. The
+files lie in a temporary folder of the current folder, 0.5 GB unless sizes are given. Writes
+benchmarks/results/NAME.json, and prints the ratios.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from benchmarks.common.command_line import add_settings, command_line, setting, settings_of
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.interleaved import interleaved, seconds_of
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import paired_ratio, spread
-from benchmarks.common.turns import in_turns, seconds_of
 from swiftmoe_lightning import MoE
 from swiftmoe_lightning.engine import safe_reader
 from swiftmoe_lightning.engine.checkpoint import load_model, save_directory
@@ -40,7 +40,7 @@ _GIGA: Final = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model, whose expert weights are float32, and how often each thing is measured."""
+    """Sizes of the model, whose expert weights are float32, and the number of measurements."""
 
     layers: int = setting(4, "MoE layers")
     dim: int = setting(1024, "model dim")
@@ -50,13 +50,13 @@ class Sizes:
 
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> dict[str, Any]:
-    """Seconds of both, taken in turns, and the ratio of ours to theirs."""
-    ours_s, theirs_s = in_turns(lambda: seconds_of(ours), lambda: seconds_of(theirs), pairs, _WARM_UP)
+    """Seconds of both, measured alternately, and the ratio of ours to theirs."""
+    ours_s, theirs_s = interleaved(lambda: seconds_of(ours), lambda: seconds_of(theirs), pairs, _WARM_UP)
     return {"ours_s": spread(ours_s), "theirs_s": spread(theirs_s), "ratio": paired_ratio(ours_s, theirs_s)}
 
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """All of the docstring above, and the file's size."""
+    """All that this module's docstring lists, and the file's size."""
     module = nn.ModuleList(MoE(sizes.dim, sizes.hidden_dim, sizes.experts) for _ in range(sizes.layers))
     state = {"state_dict": dict(module.state_dict())}
     ours, theirs, file, directory = WholeFileIO(), TorchCheckpointIO(), folder / "run.ckpt", folder / "directory.ckpt"
@@ -83,7 +83,7 @@ def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """The results for people."""
+    """Print the results as a table."""
     print(f"{results['gigabytes']:.3f} GB")
     print(f"{'':15} {'ours, s':>9} {'theirs, s':>9} {'ratio':>6} {'its 95 % interval':>18}")
     for name in ("save_file", "load_file", "load_directory"):
@@ -93,19 +93,19 @@ def print_table(results: dict[str, Any]) -> None:
     print(f"a file's check alone: {results['check_gb_per_s']['median']:.2f} GB/s")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("checkpoints", __doc__)
     add_settings(parser, Sizes)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     sizes = settings_of(arguments, Sizes)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         results = {"sizes": asdict(sizes), **measure(Path(folder), sizes)}
     print_table(results)
-    print(f"written to {write_result(arguments.name, certificate, results)}")
+    print(f"written to {write_result(arguments.name, provenance, results)}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What two benchmarks share: the command line, measuring in turns, spreads, and where a number comes from."""
+"""What several benchmarks share: the command line, interleaved measurements, spreads, and provenance."""

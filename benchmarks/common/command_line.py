@@ -1,4 +1,4 @@
-"""The command line that all benchmarks have: their own words as help, and integers that say how much to measure."""
+"""The command line of every benchmark: its docstring as help, and integers that say how much to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A number's birth certificate: on what, from which commit and by which command it was measured."""
+"""Where a result comes from: the commit, the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 _LIBRARIES: Final = ("torch", "numpy", "triton", "lightning", "transformers", "liger-kernel", "scattermoe", "sonic-moe")
 
 
-def birth_certificate() -> dict[str, Any]:
-    """Commit, date, device, versions and command, JSON-able. Take it before measuring, in the process that was started.
+def collect_provenance() -> dict[str, Any]:
+    """Commit, date, device, versions and command, JSON-able. Call it before measuring, in the process that was started.
 
-    tree_is_clean: whether the files are those of the commit; results do not count. In a copy without git's records the
+    tree_is_clean: whether the files, results excepted, are those of the commit. In a copy without git's records the
     commit is None, and the tree not clean.
     """
     return {
@@ -39,11 +39,14 @@ def birth_certificate() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json, one object: the certificate, then the results. Returns its path."""
+def write_result(name: str, provenance: dict[str, Any], results: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json, one object: `provenance` as "certificate", then the results.
+
+    Returns its path.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"certificate": certificate, **results}, indent=2) + "\n")
+    path.write_text(json.dumps({"certificate": provenance, **results}, indent=2) + "\n")
     return path
 
 

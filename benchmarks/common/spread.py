@@ -1,4 +1,4 @@
-"""Medians with their spread: a number without one is not a measurement."""
+"""Medians with their spread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """How many times `baseline` `values` are, when both were measured in turns: value, baseline, baseline, value, ...
+    """`values` over `baseline`, which were measured alternately: value, baseline, baseline, value, ...
 
     Two neighbours of each make one pair, so that being first costs both alike. Returns the spread of the pairs'
     ratios, and in "low" and "high" where their median lies with 95 % confidence (bootstrap over pairs, always with

@@ -1,8 +1,8 @@
 """Milliseconds of an experts module on a CPU: `experts_implementation="swiftmoe"` against transformers' "grouped_mm".
 
-One Qwen3-MoE experts module, one routing, one thread: forward and backward, the two implementations in turns. `ratio`
-is our milliseconds over theirs: below 1 we are faster. `relative_difference` is the norm of the difference of both
-outputs over the norm of theirs. Writes benchmarks/results/NAME.json, and prints a line for each size.
+One Qwen3-MoE experts module, one routing, one thread: forward and backward, the two implementations alternately.
+`ratio` is our milliseconds over theirs: below 1 we are faster. `relative_difference` is the norm of the difference of
+both outputs over the norm of theirs. Writes benchmarks/results/NAME.json, and prints a line for each size.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.interleaved import interleaved
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import paired_ratio, spread
-from benchmarks.common.turns import in_turns
 from swiftmoe_lightning import register_hf_experts
 
 _WARM_UP: Final = 8
@@ -82,7 +82,7 @@ def measure(shape: Shape, pairs: int) -> dict[str, Any]:
     (_, ours), (_, theirs) = (step(experts, name, inputs) for name in ("swiftmoe", "grouped_mm"))
     difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
     assert difference < (1e-2 if dtype == torch.bfloat16 else 1e-5), difference
-    ours_ms, theirs_ms = in_turns(
+    ours_ms, theirs_ms = interleaved(
         lambda: step(experts, "swiftmoe", inputs)[0], lambda: step(experts, "grouped_mm", inputs)[0], pairs, _WARM_UP
     )
     return {
@@ -94,26 +94,26 @@ def measure(shape: Shape, pairs: int) -> dict[str, Any]:
 
 
 def print_layer(layer: dict[str, Any]) -> None:
-    """One line for people."""
+    """Print one line."""
     sizes = ", ".join(f"{name} {layer[name]}" for name in ("tokens", "dim", "hidden_dim", "experts", "top_k", "dtype"))
     ours, theirs = (layer["ms"][name]["median"] for name in ("swiftmoe", "grouped_mm"))
     ratio = "{median:.2f} ({low:.2f}..{high:.2f})".format(**layer["ratio"])
     print(f"{sizes}: swiftmoe {ours:.2f} ms, grouped_mm {theirs:.2f} ms, ratio {ratio}", flush=True)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("cpu_layer", __doc__)
     parser.add_argument("--pairs", type=int, default=60, help="of a ratio: two measurements of ours over two of theirs")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     register_hf_experts()
     layers = []
     for shape in SHAPES:
         layers.append(measure(shape, arguments.pairs))
         print_layer(layers[-1])
-    print(f"written to {write_result(arguments.name, certificate, {'layers': layers})}")
+    print(f"written to {write_result(arguments.name, provenance, {'layers': layers})}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What runs in the GPU benchmark: our layer on each path, and peers, as far as they are installed.
+"""What runs in the GPU benchmark: our layer on each backend, and the peers that are installed.
 
-All get the same inputs; none gets a router's work done before. T tokens, D model dim, E experts, K top-k, R = T * K.
+All get the same inputs, and each does all the work behind the router itself.
+T tokens, D model dim, E experts, K top-k, R = T * K.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ class Candidate:
 
     Attributes:
         run: (shape, x [T, D], expert ids [T, K] int64, scores [T, K] float32, weights) -> [T, D].
-        prepare: weights as it wants to have them, before the clock starts.
-        restore: gradients of those as gradients of the ones that were given.
-        refuses: a reason not to run a shape, or None.
-        is_ours: must meet our own tolerance.
+        prepare: brings the weights into its layout, before the clock starts.
+        restore: brings gradients of that layout back into the layout of the weights that were given.
+        refuses: shape -> the reason not to run it, or None.
+        is_ours: whether it must meet our own, tighter tolerance.
     """
 
     run: Callable[[Shape, Tensor, Tensor, Tensor, Weights], Tensor]
@@ -45,7 +46,7 @@ def ours_fused(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: We
 
 
 def ours_grouped(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """Our operations around `F.grouped_mm`: what `expert_layer` does where it does not fuse."""
+    """Our operations around `F.grouped_mm`, as `expert_layer` runs where it does not fuse."""
     by_expert = sort_assignments(ids, shape.experts)
     y_RD = expert_mlp(permute(x, by_expert), weights, by_expert.ends_G, shape.activation)
     return combine(y_RD, scores, by_expert)
@@ -54,11 +55,11 @@ def ours_grouped(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: 
 def on_triton(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same with every operation on Triton. Only around forward: the fused layer's backward is Triton's anyway."""
 
-    def forced(*inputs: Any) -> Tensor:
+    def on_triton_alone(*inputs: Any) -> Tensor:
         with backend.force_backend("triton"):
             return run(*inputs)
 
-    return forced
+    return on_triton_alone
 
 
 def candidates() -> tuple[dict[str, Candidate], dict[str, str]]:
@@ -76,6 +77,6 @@ def candidates() -> tuple[dict[str, Candidate], dict[str, str]]:
     for name, load in {"Liger": peers.liger, "ScatterMoE": peers.scattermoe, "SonicMoE": peers.sonicmoe}.items():
         try:
             installed[name] = Candidate(load(), refuses=peers.gated_only)
-        except Exception as error:  # whatever a package of others raises where it does not fit this machine
+        except Exception as error:  # a peer's package may raise anything on a machine that it does not fit
             missing[name] = f"{type(error).__name__}: {error}"
     return installed, missing

@@ -1,4 +1,4 @@
-"""Is it right? Every tile configuration that ships, and whole layers as they are timed, against float64.
+"""Errors against float64: of every tile configuration that ships, and of whole layers as they are timed.
 
 T tokens, D model dim, F hidden dim, E experts, K top-k.
 """
@@ -27,7 +27,7 @@ class Check:
     """One run of our layer against float64.
 
     Attributes:
-        tiles: the name in `ops.triton.tiles` that must be chosen, or "" for the grouped path.
+        tiles: the name in `ops.triton.tiles` that must be chosen, or "" for the layer around `F.grouped_mm`.
         dtype: "tf32" is float32 under `torch.set_float32_matmul_precision("high")`.
     """
 
@@ -38,7 +38,7 @@ class Check:
 
 
 def checks(tiny: bool) -> list[Check]:
-    """All of them; tiny, on sizes for Triton's interpreter."""
+    """All checks; if tiny, on sizes for Triton's interpreter."""
     # Features that no tile divides, more rows than a tile, slots that end within one; few rows a slot, and many.
     few = Shape("few rows", *((40, 40, 24, 5, 2) if tiny else (300, 392, 200, 12, 3)))
     many = Shape("many rows", *((100, 40, 24, 2, 2) if tiny else (1111, 392, 200, 5, 3)))
@@ -80,7 +80,7 @@ def run_check(check: Check, device: str) -> dict[str, Any]:
             case = make_case(check.shape, check.routing, device, dtype)
             first, second = (outputs_and_gradients(case, run, case.weights) for _ in range(2))
         errors = errors_of(first, reference(case, range(check.shape.experts)))
-    except Exception as error:  # a kernel that does not compile is what a check is to find
+    except Exception as error:  # a kernel that does not compile is a failed check
         return failed | {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost_gpu": lost_gpu(device)}
     same_bits = all(torch.equal(first[name], second[name]) for name in first)
     tolerance = (INTERPRETED_TOLERANCE if device == "cpu" else TOLERANCE)[check.dtype]
@@ -101,8 +101,8 @@ def lost_gpu(device: str) -> bool:
 
 def warm_up(shape: Shape, names: Collection[str], device: str = "cuda") -> None:
     """Compile on a GPU, into caches on disk, what `names` need for a layer of this shape, with as few rows and experts
-    as take the same kernels. Who is not installed, or refuses the shape, is passed over."""
-    # Triton compiles anew for numbers that are no longer, or newly, multiples of 16: keep what they are.
+    as take the same kernels. Candidates that are not installed, or refuse the shape, are passed over."""
+    # Triton specializes on whether a number is a multiple of 16, so that stays as in the full shape.
     experts = 16 if shape.experts % 16 == 0 else 8
     few = shape.tokens * shape.top_k < 96 * shape.experts
     tokens = (1024 if few else 2048) // shape.top_k
@@ -164,7 +164,7 @@ def reference(case: Case, kept_experts: Collection[int]) -> dict[str, Tensor]:
         hidden = activated(x @ weights[0].T, case.shape.activation)
         y = (hidden @ weights[1].T) * scores.unsqueeze(-1)
         dx, dscores, *dweights = torch.autograd.grad(y, inputs, case.grad[token].double())
-        # K different experts for each token: no two rows of an expert go to one.
+        # A token's K experts differ, so no two rows of one expert add to the same token.
         out_TD[token] += y.detach()
         dx_TD[token] += dx
         dscores_TK[token, k] = dscores

@@ -1,4 +1,4 @@
-"""A clock for work on a GPU, a budget of time, and whole layers on it, candidate beside candidate.
+"""A GPU clock, a budget of seconds, and the times of whole layers, candidate beside candidate.
 
 T tokens, D model dim, E experts, K top-k.
 """
@@ -13,38 +13,38 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from benchmarks.common.interleaved import seconds_of
 from benchmarks.common.spread import spread
-from benchmarks.common.turns import seconds_of
 from benchmarks.gpu.candidates import Candidate
 from benchmarks.gpu.check import TOLERANCE, errors_of, lost_gpu, outputs_and_gradients, reference
 from benchmarks.gpu.shapes import Case, Shape, make_case
 
 ROUNDS: Final = 3
-# Of a round, for each candidate and pass.
+# Length of a round, for each candidate and pass.
 _ROUND_MS: Final = 60.0
 _MOST_IN_A_ROUND: Final = 20
 # More than a GPU's L2 holds.
 _FLUSHED_BYTES: Final = 2**28
-# What is off by more than this is not timed; others round bfloat16 more often than we do.
+# A candidate with a larger relative error is not timed; others round bfloat16 more often than we do.
 _WRONG: Final = 2e-2
 _WRONG_OURS: Final = TOLERANCE["bfloat16"]
 
 
 class Budget:
-    """Seconds for everything, from now on."""
+    """Seconds for the whole run, counted from its making."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds; below 0 when they are over."""
+        """Seconds that are left; negative when they are over."""
         return self._end - time.monotonic()
 
 
 class Clock:
     """Milliseconds on a GPU by its events, with its L2 cache flushed in between; on a CPU, for tests, by the wall.
 
-    What the host needs to launch a call's kernels is in it where the GPU is faster than that: for few tokens.
+    Where the GPU is faster than the host launches its kernels (few tokens), the launches are what is measured.
     """
 
     def __init__(self, device: str) -> None:
@@ -53,7 +53,7 @@ class Clock:
         self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device) if is_gpu else None
 
     def times(self, call: Callable[[], object], count: int) -> list[float]:
-        """Of `count` calls, one after the other."""
+        """Milliseconds of each of `count` calls, one after the other."""
         if self._flushed is None:
             return [1e3 * seconds_of(call) for _ in range(count)]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
@@ -87,13 +87,13 @@ def measure_layer(
     that they are timed with; then they run in turns, so that a GPU that grows warm or slow does so for all.
 
     Args:
-        begin: called with the candidate that runs from now on.
+        begin: called with each candidate's name before it runs.
     """
     case = make_case(shape, routing, clock.device, torch.bfloat16)
     results, passes = _check(case, candidates, clock, budget, begin)
     times: dict[tuple[str, str], list[float]] = {}
     counts: dict[tuple[str, str], int] = {}
-    # The first round counts and warms up.
+    # The first round warms up, and finds how many calls make a round.
     for in_round in range(1 + ROUNDS):
         for name, calls in list(passes.items()):
             begin(name)
@@ -103,7 +103,7 @@ def measure_layer(
                         counts[name, kind] = clock.count_of(call)
                     else:
                         times.setdefault((name, kind), []).extend(clock.times(call, counts[name, kind]))
-            except Exception as error:  # as for want of memory
+            except Exception as error:  # for one, out of memory
                 results[name] = _failure(error, clock)
                 del passes[name]
     flops = {"forward": shape.flops_forward, "forward_backward": 3 * shape.flops_forward}
@@ -134,21 +134,21 @@ def _check(
         try:
             weights = candidate.prepare(case.weights)
             errors = errors_of(outputs_and_gradients(case, candidate.run, weights, candidate.restore), expected, kept)
-            # Not "any above": nan is above nothing.
+            # `not all(<=)` rather than `any(>)`: a nan fails it.
             if not all(error <= (_WRONG_OURS if candidate.is_ours else _WRONG) for error in errors.values()):
                 results[name] = {"skipped": "wrong", "errors": errors}
                 continue
             calls = _passes(case, candidate, weights)
             results[name] = {"errors": errors} | _on_gpu(calls["forward"], calls["forward_backward"], clock)
             passes[name] = calls
-        except Exception as error:  # one that does not run here must not stop the others
+        except Exception as error:  # a candidate that does not run here must not stop the others
             results[name] = _failure(error, clock)
         gc.collect()
     return results, passes
 
 
 def _failure(error: Exception, clock: Clock) -> dict[str, Any]:
-    """Why it is skipped. Raises the error where it took the GPU with it: nobody after it would come out right."""
+    """Why the candidate is skipped. Raises the error if it lost the GPU, on which no later candidate could run."""
     if lost_gpu(clock.device):
         raise error
     return {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -175,7 +175,8 @@ def _on_gpu(forward: Callable[[], object], forward_backward: Callable[[], object
     held, all gradients included. Both beside weights and inputs. waits: whether the host waits for the GPU."""
     if clock.device == "cpu":
         return {"bytes_saved": None, "peak_bytes": None, "waits": None}
-    # The first call after a compilation may hold what later ones do not, and cycles what an earlier one left.
+    # A first call after a compilation may hold memory that later ones do not, and reference cycles keep an earlier
+    # call's memory.
     forward_backward()
     gc.collect()
     before = torch.cuda.memory_allocated()

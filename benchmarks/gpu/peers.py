@@ -36,7 +36,7 @@ def eager_loop(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: We
 
 
 def hf_grouped_mm(shape: Shape, x: Tensor, ids: Tensor, scores: Tensor, weights: Weights) -> Tensor:
-    """transformers' default: its own function where that is installed, else the same in its order."""
+    """transformers' default: its own function where that is installed, else the same operations in the same order."""
     scores = scores.to(x.dtype)
     try:
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -135,14 +135,14 @@ def liger() -> Callable[..., Tensor]:
 
 
 def _tune_less(module: str) -> None:
-    """Of Triton's autotuners and of those that are made after them."""
+    """Let the autotuners of `module`, present and to come, try the likely configurations alone."""
     for kernel in vars(importlib.import_module(module)).values():
         if type(kernel).__name__ == "Autotuner" and len(kernel.configs) > 1:
             kernel.configs = [config for config in kernel.configs if _is_likely(config)] or kernel.configs
 
 
 def _is_likely(config: Any) -> bool:
-    """Of Liger's and SonicMoE's configurations: wide tiles, deep pipelines."""
+    """Whether a configuration of Liger's or SonicMoE's has wide tiles and a deep pipeline."""
     sizes = config.kwargs
     if "config" in sizes:
         gemm = sizes["config"]
@@ -173,9 +173,9 @@ def scattermoe() -> Callable[..., Tensor]:
 
 
 def sonicmoe() -> Callable[..., Tensor]:
-    """SonicMoE by its entry for a routing that is given, as transformers calls it, tuned over the likely ones of its
+    """SonicMoE by its entry point for a given routing, as transformers calls it, tuned over the likely ones of its
     own configurations: it would compile dozens for each of six products and shape."""
-    # It compiles so few faster by itself than in workers, each of which has to import torch first.
+    # So few compile faster in this process than in workers, each of which has to import torch first.
     os.environ.setdefault("QUACK_COMPILE_WORKERS", "1")
     activations = importlib.import_module("sonicmoe.enums").ActivationType
     function = importlib.import_module("sonicmoe.functional").moe_general_routing_inputs

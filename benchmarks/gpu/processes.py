@@ -1,4 +1,4 @@
-"""Work in processes of its own: one that crashes, hangs or loses its GPU takes nothing else with it."""
+"""Tasks in processes of their own, so that one that crashes, hangs or loses its GPU does not stop the others."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def listen(task: Callable[[Send], object], seconds: float, silence: float, recei
     end = time.monotonic() + seconds
     try:
         while True:
-            left = max(end - time.monotonic(), 0.0)
-            if not receiver.poll(min(left, silence)):
-                return LATE if left <= silence else f"it sent nothing for {silence:.0f} seconds"
+            remaining = max(end - time.monotonic(), 0.0)
+            if not receiver.poll(min(remaining, silence)):
+                return LATE if remaining <= silence else f"it sent nothing for {silence:.0f} seconds"
             ended, message = receiver.recv()
             if ended:
                 return None if message is None else str(message)
@@ -66,11 +66,11 @@ def results_of(tasks: Sequence[Callable[[], Any]], workers: int, seconds: float)
 
 
 def _result_of(end: float, task: Callable[[], Any]) -> tuple[Any, str | None]:
-    left = end - time.monotonic()
-    if left <= 0:
+    remaining = end - time.monotonic()
+    if remaining <= 0:
         return None, LATE
     results: list[Any] = []
-    reason = listen(partial(_send_result, task), left, left, results.append)
+    reason = listen(partial(_send_result, task), remaining, remaining, results.append)
     return (None, reason) if reason is not None else (results[0], None)
 
 

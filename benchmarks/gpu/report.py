@@ -1,4 +1,4 @@
-"""The GPU benchmark's results as lines for people, printed as they come."""
+"""The GPU benchmark's results as lines on the terminal, printed as they come."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from benchmarks.gpu.report import print_ceilings, print_layer, print_stages
 from benchmarks.gpu.shapes import ROUTINGS, Shape
 from benchmarks.gpu.worker import Part, work
 
-# A candidate that does nothing that can be seen for so long, as in a kernel that never ends, is given up.
+# A candidate that reports nothing for so long (a kernel may never end) is given up.
 _SILENT_SECONDS: Final = 100.0
-# Package -> whose kernels, compiled in one process, another finds in a cache on disk. SonicMoE's are for all shapes.
+# Packages whose kernels, compiled in one process, another reads from a cache on disk. SonicMoE's are for all shapes.
 _COMPILED: Final = {
     "liger_kernel": ("Liger",),
     "scattermoe": ("ScatterMoE",),
@@ -54,7 +54,7 @@ def check_all(
     ]
     results, again = [], []
     for group, (answer, _) in zip(together.values(), answers[len(compiled) :], strict=True):
-        # The first one to fail so takes the GPU, or the process, from those that come after.
+        # The first such failure takes the GPU, or the process, from the checks that come after it.
         if answer is None:
             again += group
             continue
@@ -67,14 +67,15 @@ def check_all(
 
 
 class TimedRun:
-    """What is timed, part after part, in a worker process. Where that is lost, another goes on without whoever ran."""
+    """The timed parts, one after the other, in a worker process. If that dies, another goes on without the candidate
+    that ran in it."""
 
     def __init__(
         self,
         shapes: Sequence[str],
         failed: Sequence[dict[str, Any]],
         results: dict[str, Any],
-        certificate: dict[str, Any],
+        provenance: dict[str, Any],
     ) -> None:
         """Begin with nothing measured.
 
@@ -82,9 +83,9 @@ class TimedRun:
             shapes: names, in the order to measure.
             failed: checks that are wrong: what they are about is not timed.
             results: with "name" and "not_measured". Filled, and written after every part, since a run may be cut off.
-            certificate: where they come from.
+            provenance: of `collect_provenance`, written with the results.
         """
-        self.results, self.certificate = results, certificate
+        self.results, self.provenance = results, provenance
         wrong = {OURS_FUSED if check["tiles"] else OURS_GROUPED for check in failed if check["dtype"] == "bfloat16"}
         results["missing"] = dict.fromkeys(sorted(wrong), "wrong: see correctness")
         results |= {"ceilings": {}, "stages": {}, "layers": {}}
@@ -104,7 +105,7 @@ class TimedRun:
             reason = listen(task, max(budget.left(), 0.0), _SILENT_SECONDS, self._receive)
             part, candidate = self.running
             if reason is None or reason == LATE or part is None:
-                self.results["not_measured"] += [f"{left}: {reason or 'nothing was sent of it'}" for left in self.parts]
+                self.results["not_measured"] += [f"{part}: {reason or 'nothing was sent of it'}" for part in self.parts]
                 return
             if candidate:
                 self.results["missing"][candidate] = f"{part}: {reason}"
@@ -132,7 +133,7 @@ class TimedRun:
 
     def _end(self, part: Part) -> None:
         self.parts.remove(part)
-        write_result(self.results["name"], self.certificate, self.results)
+        write_result(self.results["name"], self.provenance, self.results)
 
     def _keep(self, part: Part, measured: dict[str, Any]) -> None:
         if part.kind == "ceilings":

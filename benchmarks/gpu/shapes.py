@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def flops_forward(self) -> int:
-        """Of the experts' products, 2 for a multiply-add, the router not counted; a backward has twice as many."""
+        """Operations of the experts' products, 2 for a multiply-add, without the router; backward has twice as many."""
         matrices = 3 if self.activation == "swiglu" else 2
         return 2 * matrices * self.tokens * self.top_k * self.dim * self.hidden_dim
 
@@ -84,7 +84,7 @@ def make_case(shape: Shape, routing: str, device: str, dtype: torch.dtype, seed:
 
 
 def activated(z: Tensor, activation: str) -> Tensor:
-    """The activation, as torch users write it."""
+    """The activation, written with torch's functions."""
     if activation == "swiglu":
         gate, up = z.chunk(2, dim=-1)
         return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""What the GPU can do at most, and how near to it each kernel of the layer comes.
+"""The GPU's ceilings (copy, cuBLAS), and the share of them that each kernel of the layer reaches.
 
 T tokens, R = T * K rows, D model dim, F hidden dim, O features of the first matrix, s = E slots.
 """
@@ -65,7 +65,7 @@ def _memory_stages(shape: Shape, clock: Clock) -> dict[str, tuple[Callable[[], o
     a_RF = activate(z_RO, shape.activation)
     rows, tokens = y_RD.nbytes + 4 * num_rows, case.x.nbytes + 4 * num_rows
     return {
-        "sort_choices": (lambda: sort_assignments(case.ids, shape.experts), (8 + 4 + 4) * num_rows),
+        "sort": (lambda: sort_assignments(case.ids, shape.experts), (8 + 4 + 4) * num_rows),
         "permute": (lambda: permute(case.x, by_expert), rows + tokens),
         "combine": (lambda: combine(y_RD, case.scores, by_expert), rows + tokens),
         "activate": (lambda: activate(z_RO, shape.activation), z_RO.nbytes + a_RF.nbytes),

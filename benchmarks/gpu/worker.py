@@ -15,7 +15,7 @@ from benchmarks.gpu.processes import LATE, Send
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.stages import ceilings, measure_stages
 
-# A part is not begun with less.
+# With less time left, no part is begun.
 _LEAST_SECONDS: Final = 15.0
 
 
@@ -41,7 +41,7 @@ def work(parts: Sequence[Part], left_out: Collection[str], copy: float | None, s
     """Measure part after part, and send ("missing", {candidate: why}), ("begins", part, candidate or ""),
     ("measured", part, results), ("failed", part, why).
 
-    A part that fails, as for want of memory, is sent as such, and the others go on; with the GPU lost, nothing does.
+    A part that fails, for one out of memory, is sent as failed, and the others go on, unless the GPU is lost.
 
     Args:
         left_out: candidates not to run.

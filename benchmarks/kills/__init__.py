@@ -1,1 +1,1 @@
-"""Runs that are killed and go on."""
+"""Runs that are killed and resume."""

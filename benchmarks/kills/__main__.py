@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from tests.helpers import run_ranks
 from tests.strategies.killed_run import WHERE, draw, num_lost_steps, run_and_kill, train
 from tests.strategies.sigterm_runs import losses
@@ -65,7 +65,7 @@ def finish(run: Path, kind: str, expected: dict[int, float]) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """The results for people."""
+    """Print the results as a table."""
     columns = [*(f"while {name}" for name in WHERE), "in a save", "hung", "outlived, s"]
     print(f"\n{'checkpoints':12} {'kills':>6} " + " ".join(f"{name:>14}" for name in columns))
     for kind in KINDS:
@@ -81,22 +81,22 @@ def print_table(results: dict[str, Any]) -> None:
         print(f"{kind:12} {len(runs):6} {lost:33} {max(run['largest_loss_error'] for run in runs):24.1e}")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("kills", __doc__)
     parser.add_argument("--kills", type=int, default=50, help="in all, half of them with each kind of checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.kills < 2:
         parser.error(f"--kills must be 2 or more, one for each kind of checkpoint, got {arguments.kills}")
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     halves = (arguments.kills - arguments.kills // 2, arguments.kills // 2)
     with TemporaryDirectory() as folder:
         results = {
             kind: kill_runs(Path(folder), kind, half, arguments.seed) for kind, half in zip(KINDS, halves, strict=True)
         }
     print_table(results)
-    print(f"written to {write_result(arguments.name, certificate, results)}")
+    print(f"written to {write_result(arguments.name, provenance, results)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.placement.measures import compare_policies, switch_domains, time_planning
 from benchmarks.placement.tables import draw_frontier, write_tables
 from swiftmoe_lightning.analysis import read_trace
@@ -27,7 +27,7 @@ from swiftmoe_lightning.analysis import read_trace
 _PLANNING_SECONDS: Final = 3.0
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("placement", __doc__)
     parser.add_argument("traces", nargs="+", type=Path, help="traces recorded step by step")
@@ -36,8 +36,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--planning-seconds", type=float, default=_PLANNING_SECONDS, help="for each planning time, at ten calls or more"
     )
-    arguments = parser.parse_args(words)
-    certificate = birth_certificate()
+    arguments = parser.parse_args(argv)
+    provenance = collect_provenance()
     results: dict[str, Any] = {
         "ranks": arguments.ranks,
         "planning": time_planning(arguments.planning_seconds),
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     if arguments.domains:
         results["domain_switch"] = switch_domains(read_trace(arguments.domains).popularity_ULE)
-    path = write_result(arguments.name, certificate, results)
+    path = write_result(arguments.name, provenance, results)
     tables = write_tables(results, path.with_suffix(".md"))
     picture = draw_frontier(results, path.with_name(f"{arguments.name}_frontier.png"))
     print(f"written to {path}, {tables.name} and {picture.name}")

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.common.interleaved import seconds_of
 from benchmarks.common.spread import spread
-from benchmarks.common.turns import seconds_of
 from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, make_plan, read_trace
 from swiftmoe_lightning.placement import Capacity, Forecast, Placement, make_policy, plan_dispatch
 
@@ -34,7 +34,7 @@ _KEYS: Final = (
     "capacity_per",
 )
 _FEWEST_CALLS, _MOST_CALLS = 10, 2000
-# (policy, token split, what the capacity is of), as in `swiftmoe plan`.
+# (policy, token split, capacity_per), as in `swiftmoe plan`.
 _RULES: Final = (("balanced", "balanced", "rank"), ("packed", "balanced", "rank"), ("symi", "uniform", "slot"))
 # (ranks, slots of a rank)
 _MACHINES: Final = ((8, 12), (16, 6), (8, 9))

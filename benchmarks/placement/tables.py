@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, and a shape each: told apart without colours, too.
+# Okabe and Ito's colours, and a marker each, so that policies can be told apart without colours.
 _LOOKS: Final = {
     "balanced": ("#0072b2", "o"),
     "packed": ("#56b4e9", "s"),

@@ -8,7 +8,7 @@ update        the optimizer's step on sharded parameters, over stock AdamW on pl
 update_fused  the same with fused=True
 phases_ms     milliseconds of one step by phase
 
-Each ratio is of wall time, and of CPU time summed over ranks, of two that run in turns in the same processes. Writes
+Each ratio is of wall time, and of CPU time summed over ranks, of two that run alternately in the same processes. Writes
 benchmarks/results/NAME.json, and prints a table with the targets.
 """
 
@@ -19,18 +19,18 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from benchmarks.common.command_line import add_settings, command_line, settings_of
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.step.measures import Effort, measure
 from benchmarks.step.workload import Sizes
 from tests.helpers import run_ranks
 
-# What ranks run comes from other modules: processes do not import `__main__` of a package.
-# Of a collective: the others wait in one while rank 0 times the update alone.
+# Ranks run functions of other modules: started processes do not import the `__main__` of a package.
+# Of a collective: the other ranks wait in one while rank 0 times the update alone.
 _TIMEOUT_S: Final = 3600
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """The results for people."""
+    """Print the results as a table."""
     print(f"\n{'ratio':40} {'median':>7} {'its 95 % interval':>18} {'10..90 % of pairs':>18}  target")
     for label, key, target in (
         ("step, adapting / fixed", "adapting", "<= 1.02"),
@@ -59,19 +59,19 @@ def print_table(results: dict[str, Any]) -> None:
         print(f"phases, ms, {role}: " + ", ".join(f"{name} {ms['median']:.1f}" for name, ms in phases.items()))
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("step", __doc__)
     add_settings(parser, Effort, Sizes)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     sizes, effort = settings_of(arguments, Sizes), settings_of(arguments, Effort)
     if sizes.dim % effort.ranks or sizes.hidden_dim % effort.ranks or effort.ranks < 2:
         parser.error(f"--ranks must be 2 or more and divide --dim and --hidden-dim, got {effort.ranks}")
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     measured = run_ranks(measure, effort.ranks, sizes, effort, timeout_s=_TIMEOUT_S)[0]
     results = {"sizes": asdict(sizes), "effort": asdict(effort), **measured}
     print_table(results)
-    print(f"written to {write_result(arguments.name, certificate, results)}")
+    print(f"written to {write_result(arguments.name, provenance, results)}")
 
 
 if __name__ == "__main__":

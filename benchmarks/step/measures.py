@@ -1,6 +1,6 @@
 """What the step benchmark measures, on every rank: the cost of adapting, bytes, the update, phases of a step.
 
-P hosted (rank, expert) pairs, W ranks, G bytes of one expert.
+P (rank, expert) pairs, W ranks, G bytes of one expert.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WARM_UP_STEPS: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How often things are measured."""
+    """How many measurements to make."""
 
     ranks: int = setting(4, "gloo processes")
     rounds: int = setting(6, "times that the two runs swap roles")
@@ -39,7 +39,7 @@ class Effort:
 
 
 def measure(sizes: Sizes, effort: Effort) -> dict[str, Any]:
-    """Everything, as the result's keys. On each rank; rank 0's is the result."""
+    """All measurements, by the result's keys. Every rank calls it; rank 0's is the result."""
     loops = TrainingLoop(sizes), TrainingLoop(sizes)
     return {
         **compare_placements(loops, effort.rounds, effort.pairs, effort.steps),
@@ -73,7 +73,7 @@ class Blocks:
                 loop.wait_for_weights()
             wall.append(time.perf_counter() - start[0])
             cpu.append(time.process_time() - start[1])
-            # Between the clocks' readings: looking at the loads is no part of a step.
+            # Outside the clocks' readings: reading the loads is no part of a step.
             loads = reader.read().values()
             self.imbalance.append(float(np.mean([load.imbalance for load in loads])))
             self.moved.append(sum(load.num_moved for load in loads))
@@ -96,8 +96,8 @@ def compare_placements(loops: tuple[TrainingLoop, TrainingLoop], rounds: int, pa
     """The cost of a new placement in every step, over keeping one that was made once from the same popularity.
 
     In each round both first adapt for a few steps, then one stops: it keeps a placement as good as the other's. In
-    the next round they swap roles. Blocks of `steps` steps take turns. The control is the same with both fixed: how
-    far its ratio is from 1 is how well the machine can tell. A collective.
+    the next round they swap roles. Blocks of `steps` steps alternate. The control is the same with both fixed: the
+    distance of its ratio from 1 is the error of this machine's measurement. A collective.
     """
     results: dict[str, Any] = {}
     for name, adapts in (("adapting", True), ("control", False)):
@@ -111,8 +111,8 @@ def compare_placements(loops: tuple[TrainingLoop, TrainingLoop], rounds: int, pa
                 loop.set_adapting(every_step=adapts_on)
                 loop.step()
                 loop.wait_for_weights()
-            turns = (run, roles[0]), (baseline, roles[1])
-            for blocks, loop in (*turns, *turns[::-1]) * pairs:
+            order = (run, roles[0]), (baseline, roles[1])
+            for blocks, loop in (*order, *order[::-1]) * pairs:
                 blocks.run(loop, steps)
         results[name] = {
             "wall_ratio": paired_ratio(slowest(run.wall), slowest(baseline.wall)),
@@ -145,15 +145,15 @@ def check_bytes(loop: TrainingLoop, steps: int) -> dict[str, Any]:
             sent = engine.traffic[phase] - before[phase]
             planned = size * sum(plan(p, row_elements).elements_sent(rank) for p in placements[phase])
             assert sent == planned, (phase, rank, sent, planned)
-            hosted = sum(p.num_pairs for p in placements[phase])
+            num_pairs = sum(p.num_pairs for p in placements[phase])
             counted.append(float(sent))
-            formula.append(size * elements * hosted * (world_size - 1) / world_size)
+            formula.append(size * elements * num_pairs * (world_size - 1) / world_size)
     all_ranks = total(counted)
     assert all_ranks == formula, (all_ranks, formula)
     return {
         "steps_checked": steps,
         "elements_per_expert": elements,
-        "hosted_pairs": hosted,
+        "num_pairs": num_pairs,
         "collect_all_ranks": all_ranks[-2],
         "distribute_all_ranks": all_ranks[-1],
         "formula_all_ranks": formula[-1],
@@ -174,10 +174,10 @@ def time_update(sizes: Sizes, fused: bool | None, repeats: int) -> dict[str, Any
     stock = torch.optim.AdamW(plain, lr=1e-4, fused=fused)
     prepared_ms: list[tuple[float, float]] = []
     stock_ms: list[tuple[float, float]] = []
-    # The update has no communication: one rank can run it alone, and the others leave it the machine.
+    # The update has no communication, so one rank can run it while the others leave the machine idle.
     with patch.object(loop.engine, "after_update", lambda *_: None):
-        turns = (loop.optimizer, prepared_ms), (stock, stock_ms)
-        for optimizer, times in (*turns, *turns[::-1]) * (_WARM_UP_STEPS + repeats):
+        order = (loop.optimizer, prepared_ms), (stock, stock_ms)
+        for optimizer, times in (*order, *order[::-1]) * (_WARM_UP_STEPS + repeats):
             if dist.get_rank() == 0:
                 start = time.perf_counter(), time.thread_time()
                 optimizer.step()

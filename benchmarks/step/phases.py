@@ -1,4 +1,4 @@
-"""Where the time of a step goes, phase by phase."""
+"""The time of a step, phase by phase."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from benchmarks.common.command_line import setting
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model and of each rank's batch."""
+    """Sizes of the model and of each rank's batch."""
 
     layers: int = setting(4, "MoE layers")
     dim: int = setting(128, "model dim")
@@ -31,7 +31,7 @@ class Sizes:
 class SkewedRouter(nn.Module):
     """Draws experts at random: a quarter of them are four times as popular as the others, in every step.
 
-    So any placement fits every step equally well, but for noise; and routers of one seed choose alike for ever,
+    So any placement fits every step equally well, but for noise, and routers of one seed always choose alike,
     whatever their models learn. Weights are learned, so that the router has gradients, as real ones do.
     """
 
@@ -83,7 +83,7 @@ class TrainingLoop:
         self._x_TD = torch.randn(sizes.tokens, sizes.dim, generator=torch.Generator().manual_seed(rank))
 
     def set_adapting(self, every_step: bool) -> None:
-        """Make a new placement in every step, or keep the one there is."""
+        """Make a new placement in every step, or keep the present one."""
         replace_every = 1 if every_step else 2**62
         self.engine.config = replace(self.engine.config, replace_every=replace_every)
 

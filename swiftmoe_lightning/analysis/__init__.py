@@ -1,4 +1,4 @@
-"""What placement policies would have done with a recorded trace. Numpy only, no processes."""
+"""Replays of placement policies on recorded traces, their costs, and reports. Numpy only, no processes."""
 
 from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
 from swiftmoe_lightning.analysis.cost import Machine

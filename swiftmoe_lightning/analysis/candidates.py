@@ -20,9 +20,10 @@ class Candidate:
         make: (world_size, slots_per_rank) -> the policy.
         split: its token split.
         capacity_per: what has a budget where there is a capacity: a "rank" or a "slot".
-        is_oracle: plans a step from the step itself, whatever the lag.
-        moves_state: a rank where an expert is new gets its whole optimizer state, which lives beside the weights.
-        label: one or two words to set it apart.
+        is_oracle: whether a step is planned from the step itself, whatever the lag.
+        moves_state: whether optimizer state lives beside the weights, so that a rank where an expert is new gets all of
+            the expert's.
+        label: one or two words that describe it in tables.
     """
 
     make: Callable[[int, int], PlacementPolicy]

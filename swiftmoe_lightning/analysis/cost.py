@@ -1,7 +1,7 @@
 """Bytes and seconds of a step's phases: ours, and the paper's (SYMI, arXiv 2504.19925, section 3 and appendix).
 
-W ranks (the paper's N), E experts, s slots of a rank, S = W * s, P (rank, expert) pairs, d of one rank.
-G: bytes of one expert's gradient, and of its weights, which are as many here.
+W ranks (the paper's N), E experts, s slots of a rank, S = W * s, P (rank, expert) pairs, d pairs of one rank.
+G: bytes of one expert's gradient. Its weights are taken to have as many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from swiftmoe_lightning.config import check_whole
 from swiftmoe_lightning.placement import Placement
 
-# Sums over all experts and ranks stay finite and exact enough.
+# Below it, sums over all experts and ranks stay finite, and precise enough.
 _MOST_BYTES: Final = 2**50
 
 
@@ -104,15 +104,15 @@ def paper_bytes(num_pairs: float, num_experts: int, machine: Machine) -> float:
 def busiest_phase(placement: Placement) -> float:
     """The most that a rank sends or receives in one of the two phases, in units of G.
 
-    A rank with d experts sends their shards to the W - 1 others, and gets its own of the P - d pairs elsewhere:
-    max(d (W - 1), P - d) / W. Distribute is the same the other way round.
+    In collect, a rank with d pairs sends their gradients' shards to the W - 1 other ranks, and receives its own shard
+    of the P - d pairs of others: max(d (W - 1), P - d) / W. Distribute is the same with the directions swapped.
     """
     num_pairs_W, num_ranks = placement.num_pairs_W, placement.world_size
     return float(np.maximum(num_pairs_W * (num_ranks - 1), num_pairs_W.sum() - num_pairs_W).max() / num_ranks)
 
 
 def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine) -> float | None:
-    """One layer's part of a step, phases one after the other: nothing overlaps, latencies count as nothing.
+    """One layer's part of a step, phase after phase: without overlap, and without latencies.
 
     Args:
         max_load: assignments of the busiest rank.

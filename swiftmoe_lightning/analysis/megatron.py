@@ -1,4 +1,4 @@
-"""Router traces of Megatron-Core -> `Trace`. U steps, W ranks, L layers, E experts.
+"""Reads router traces of Megatron-Core into a `Trace`. U steps, W ranks, L layers, E experts.
 
 `--moe-routing-trace-path FOLDER` makes every rank write `FOLDER/router_trace_rank{N}.jsonl`, one line for each router
 call (megatron/core/transformer/moe/router_trace.py in https://github.com/NVIDIA/Megatron-LM):
@@ -24,15 +24,21 @@ from swiftmoe_lightning.config import check_whole
 
 FILES_OF_A_FOLDER: Final = "router_trace_rank*.jsonl"
 _REQUIRED: Final = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
-# Of one router call. More in one line is no trace, and must not be read to its end.
+# Bytes of a line, which is one router call. A longer one is no trace, and is not read to its end.
 _LONGEST_LINE: Final = 2**28
-# No model has so many; a damaged id must not ask for a table of that size.
+# More than any model has. A larger id is damaged, and would make a table of its size.
 _MOST_EXPERTS: Final = 2**16
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One router call. where: its file and line. layer: (is not the decoder's, block, its MTP head or -1, number)."""
+    """One router call.
+
+    Attributes:
+        where: its file and line.
+        layer: (whether it is outside the decoder, block, MTP head or -1, number).
+        num_experts: E, where the line says it.
+    """
 
     where: str
     step: int
@@ -51,18 +57,18 @@ class _Call:
 def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trace:
     """The counts of all calls in these files, which may be of one rank or of several.
 
-    Fields used: `step`, `layer`, `rank`, `top_indices` ([num_tokens, topk] expert ids), `num_tokens` and `topk` (they
-    must fit it); and, where they are there, `block` and `mtp_idx`, which tell the heads' layers from the decoder's, and
-    `logit_shape`, whose last entry is E. Calls of one step and layer, its micro-batches, add up. A rank that did not
-    call a layer in a step has zeros there. Source ranks are those found, in order (`metadata["ranks"]`); layers are
-    named "3", or "mtp.0.1" for the multi-token prediction's.
+    Fields used: `step`, `layer`, `rank`, `top_indices` ([num_tokens, topk] expert ids), `num_tokens` and `topk`; and,
+    where a line has them, `block` and `mtp_idx`, which tell the layers of multi-token prediction (MTP) from the
+    decoder's, and `logit_shape`, whose last entry is E. Calls of one step and layer (its micro-batches) add up. A rank
+    that did not call a layer in a step has zeros for it. Source ranks are those of the lines, in order
+    (`metadata["ranks"]`); layers are named "3", or "mtp.0.1" in MTP.
 
     The lines are of router calls, so recomputed activations count every token twice. In versions that write `block`,
     each pipeline stage numbers its layers from 0, so that the files of different stages must be read apart.
 
     Args:
         paths: the files.
-        num_experts: E. None takes it from `logit_shape`; without that, it is the highest id found plus 1.
+        num_experts: E. None takes it from `logit_shape`; without that, it is the highest id plus 1.
 
     Raises:
         ValueError: with file and line, for what is not such a line, or does not agree with the lines before it; for a
@@ -78,7 +84,7 @@ def read_megatron(paths: Sequence[Path], num_experts: int | None = None) -> Trac
     names = {call.layer: call.layer_name for call in calls}
     layers = sorted(names)
     shape = (len(steps), len(ranks), len(layers), num_experts)
-    # A few damaged numbers in each place make a table of all their combinations.
+    # A few damaged numbers in several fields would make a table of all their combinations.
     check_bytes(f"counts of the shape {shape}", 8 * math.prod(shape))
     row_of, source_of, layer_of = _positions(steps), _positions(ranks), _positions(layers)
     counts_UWLE = np.zeros(shape, dtype=np.int64)
@@ -154,7 +160,7 @@ def _parse(line: bytes, where: str) -> _Call:
 
 def _whole(record: dict[str, Any], name: str) -> int:
     value = record[name]
-    # Up to what numpy's integers hold.
+    # 2**63: the limit of numpy's integers.
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise _LineError(f"{name} must be a whole number of 0 or more, got {_short(value)}. Trace the run again.")
     return value

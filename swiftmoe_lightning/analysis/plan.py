@@ -1,4 +1,4 @@
-"""What policies would have made of a trace: numbers to choose by. U steps, L layers, E experts, W ranks."""
+"""Policies compared on a trace: what each would have dropped, sent and moved. U steps, L layers, E experts, W ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_SLOTS: Final = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What is asked of the policies.
+    """How the policies are run.
 
     Attributes:
         policies: names of `CANDIDATES`.
@@ -42,7 +42,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_whole(0, lag=self.lag)
-        # It is a run's setting, and checked as such.
+        # A run has the same setting, with the same check.
         SwiftMoEConfig(replace_every=self.replace_every)  # type: ignore[arg-type]
         if not self.policies:
             raise ValueError(f"name at least one policy of {', '.join(CANDIDATES)}.")
@@ -80,8 +80,8 @@ class Outcome:
         bytes_weights: distributing weights.
         bytes_paper: both phases, the paper's way, with the same placements.
         bytes_state_moved: optimizer state and weights of experts that are new on a rank, if the candidate moves them.
-        seconds: modelled, of a step; None without speeds.
-        seconds_paper: the same, phases at the paper's bound.
+        seconds: modelled seconds of a step; None without speeds.
+        seconds_paper: the same, with both phases at the paper's bound.
     """
 
     candidate: Candidate
@@ -102,7 +102,7 @@ class Plan:
     Attributes:
         trace: what was replayed.
         machine: on which ranks.
-        options: what was asked.
+        options: how the policies were run.
         outcomes: by policy.
         bounds: the least share "dropped", and max / mean load ("imbalance"), of any placement that knows the step.
     """
@@ -141,7 +141,7 @@ def make_plan(
     Args:
         trace: the assignments.
         machine: the ranks to replay it on.
-        options: what is asked.
+        options: how the policies are run.
         report: called with a policy's name before it is run.
 
     Raises:
@@ -149,7 +149,7 @@ def make_plan(
     """
     _check_size(trace, machine)
     popularity_ULE = trace.popularity_ULE
-    # The bounds come first: they say at once when the slots are too few.
+    # The bounds come first: they raise at once when the slots are too few.
     bounds = _bounds(popularity_ULE, machine, options.capacity_factor)
     outcomes = {}
     for name in options.policies:
@@ -172,7 +172,7 @@ def _check_size(trace: Trace, machine: Machine) -> None:
 def _outcome(candidate: Candidate, rules: Rules, replayed: Replay, machine: Machine, num_experts: int) -> Outcome:
     num_steps, num_layers = replayed.num_pairs_UL.shape
     num_pairs = replayed.num_pairs_UL.sum() / num_steps
-    # Both phases of a step have the same placement but for the step between; means over a run hardly differ.
+    # Distribute uses the next step's placement. Over a whole run the two means hardly differ, so one serves both.
     phase = round(phase_bytes(num_pairs, machine))
     moved_UL = replayed.moved_UL if candidate.moves_state else np.zeros_like(replayed.moved_UL)
     state = moved_UL.sum() / num_steps * (machine.moved_state_bytes + machine.expert_bytes)
@@ -216,7 +216,7 @@ def _bounds(popularity_ULE: np.ndarray, machine: Machine, capacity_factor: float
             budgets = [Capacity(capacity_factor, per).budget(total, uniform) for per in ("rank", "slot")]
             budget = max(budgets[0], budgets[1] * machine.slots_per_rank)
             dropped += total * drop_bounds(popularity_E, uniform, 0, budget, "rank").by_cause["prediction"]
-    # Where tokens are dropped, loads can be as even as one likes.
+    # With a capacity, dropping tokens can make loads as even as one likes.
     least = 1.0 if capacity_factor is not None else float(np.mean(imbalance))
     return {"dropped": dropped / float(popularity_ULE.sum()), "imbalance": least}
 

@@ -1,4 +1,4 @@
-"""Files of token counts -> `Trace`. U steps, W ranks, L layers, E experts."""
+"""Reads files of token counts into a `Trace`. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _READABLE: Final = (
     "an .npz or .parquet file of PlacementRecorder, an .npz file with an array `counts`, or Megatron's "
     f"{FILES_OF_A_FOLDER} or their folder"
 )
-# No trace needs more; a claim of more is damage, or an attack, and is refused before memory is asked for.
+# More than any trace needs. A file that claims more is refused before memory is allocated.
 _MOST_ROWS: Final = 2**27
 _HEADERS: Final = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 # What zipfile, zlib and numpy raise for damaged archives; RuntimeError is one that zipfile has no method for.
@@ -36,7 +36,7 @@ _DAMAGE: Final = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeErro
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace in a file. What kind of file it is, its first bytes tell.
+    """The trace in a file, whose kind is told by its first bytes.
 
     .npz: `counts` [steps, layers, experts] or [steps, ranks, layers, experts]; and, where they are there, `step`,
         `metadata` (a JSON object, its `layers` naming the layers), and the arrays of `Trace.recorded`. Others are
@@ -76,7 +76,7 @@ def _read(path: Path) -> Trace:
             return read_megatron(files)
         raise ValueError(f"it is a folder without {FILES_OF_A_FOLDER}. Give {_READABLE}.")
     if not path.is_file():
-        # A pipe or a device may never end.
+        # Reading a pipe or a device may never end.
         raise ValueError(f"it is no regular file, but a pipe, socket or device. Give {_READABLE}.")
     with path.open("rb") as file:
         start = file.read(64)
@@ -176,7 +176,7 @@ def _metadata(text: str | bytes) -> dict[str, Any]:
 def _read_parquet(path: Path) -> Trace:
     pa, pq = import_parquet()
     try:
-        # Not `read_table`: it takes folders like layer=3/ on the way for further columns.
+        # Not `read_table`: it turns folders of the path like layer=3/ into columns.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema, metadata_of_schema = file.schema_arrow, file.schema_arrow.metadata or {}
             needed = parquet_schema(pa)

@@ -1,4 +1,4 @@
-"""A policy, run on a trace: where experts would have been, and what loads the ranks would have had.
+"""A policy run on a trace: the placements that it would have made, and the loads of the ranks.
 
 U steps, L layers, E experts, W ranks, P (rank, expert) pairs.
 """
@@ -131,7 +131,7 @@ def _spread(steps: np.ndarray) -> set[int]:
 
 
 class _Run:
-    """Steps as training has them: run with a placement, be told of the step, place for a later one."""
+    """The steps of a training run, one by one: split the tokens by the placement, then place for a later step."""
 
     def __init__(self, policy: PlacementPolicy, rules: Rules, num_layers: int, num_experts: int) -> None:
         self._policy, self._rules = policy, rules
@@ -139,7 +139,7 @@ class _Run:
         self._placer = Placer(lambda _: policy, skip_when_balanced=rules.interval == "auto")
         self._placements = list(self._placer.planned(dict.fromkeys(self._names, num_experts)).values())
         self._unseen: deque[list[ExpertLoad]] = deque()
-        # By layer: what it saw since it was placed.
+        # By layer: the loads since its last placement.
         self._since: list[list[ExpertLoad]] = [[] for _ in self._names]
 
     def step(self, popularity_LE: np.ndarray) -> list[ExpertLoad]:
@@ -147,10 +147,10 @@ class _Run:
         if self._rules.lag == 0:
             self._placements = list(self._policy.place(Forecast.of(popularity_LE, spread=0.0)))
         elif len(self._unseen) == self._rules.lag:
-            self._see(self._unseen.popleft())
+            self._place_after(self._unseen.popleft())
         loads = []
         for popularity_E, placement in zip(popularity_LE, self._placements, strict=True):
-            # Who sends what does not matter to loads, so one source will do.
+            # Loads do not depend on the source ranks, so one source has all assignments.
             counts_1E = popularity_E[None]
             plan = plan_dispatch(counts_1E, placement, self._rules.split, self._rules.capacity)
             loads.append(ExpertLoad.of(counts_1E, plan, placement))
@@ -158,25 +158,27 @@ class _Run:
             self._unseen.append(loads)
         return loads
 
-    def _see(self, loads: list[ExpertLoad]) -> None:
+    def _place_after(self, loads: list[ExpertLoad]) -> None:
         interval = self._rules.interval if isinstance(self._rules.interval, int) else 1
-        seen = {}
+        load_by_name = {}
         for layer, load in enumerate(loads):
             since = self._since[layer]
-            # As in training, a layer that a step did not use has nothing to go by, and does not count the step.
+            # As in training, a step that did not use the layer does not count towards the interval.
             if load.num_assignments:
                 since.append(load)
             is_due = len(since) == interval
-            seen[self._names[layer]] = reduce(add, since) if is_due else ExpertLoad.zero(self._placements[layer])
+            load_by_name[self._names[layer]] = (
+                reduce(add, since) if is_due else ExpertLoad.zero(self._placements[layer])
+            )
             if is_due:
                 since.clear()
-        # All layers or none: some policies remember them as one table.
-        if any(load.num_assignments for load in seen.values()):
-            placements = self._placer.next_placements(seen)
+        # All layers at once, since some policies keep one table of them all.
+        if any(load.num_assignments for load in load_by_name.values()):
+            placements = self._placer.next_placements(load_by_name)
             self._placements = [
-                # A layer that is to stay as it is keeps its placement of now: with a lag, not that of the step it saw.
+                # A layer that is left alone keeps its current placement, which with a lag is not that of its load.
                 current
-                if self._rules.interval == "auto" and placements[name] is seen[name].placement
+                if self._rules.interval == "auto" and placements[name] is load_by_name[name].placement
                 else placements[name]
                 for name, current in zip(self._names, self._placements, strict=True)
             ]

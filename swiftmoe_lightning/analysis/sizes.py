@@ -1,4 +1,4 @@
-"""What a trace was recorded with, where the user does not say otherwise."""
+"""Ranks, slots and capacity to plan for: the user's, or else those that the trace was recorded with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from swiftmoe_lightning.analysis.trace import Trace
 from swiftmoe_lightning.config import check_whole
 
-# Ranks, and slots of a rank.
+# Limit of ranks, and of slots of a rank.
 _MOST: Final = 2**16
 
 
@@ -30,7 +30,7 @@ class Sizes:
     def of(
         cls, trace: Trace, num_ranks: int | None, slots_per_rank: int | None, capacity_factor: float | None
     ) -> Sizes:
-        """What is given, else what the trace's own run had.
+        """The sizes that are given, and of the trace's own run where they are not.
 
         Args:
             trace: its metadata says what its run had.
@@ -43,11 +43,11 @@ class Sizes:
                 the trace's metadata is damaged.
         """
 
-        def known(name: str, given: int | None, key: str) -> int:
-            value = trace.metadata.get(key) if given is None else given
+        def resolve(name: str, option: int | None, key: str) -> int:
+            value = trace.metadata.get(key) if option is None else option
             if value is None:
                 raise ValueError(f"the trace does not say how many {name} to plan for. Add --{name}.")
-            source = name if given is not None else f"{key} of the trace's metadata"
+            source = name if option is not None else f"{key} of the trace's metadata"
             check_whole(**{source: value})
             if value > _MOST:
                 raise ValueError(f"{source} must be at most {_MOST}, got {value}. Give the run's own with --{name}.")
@@ -57,5 +57,7 @@ class Sizes:
         if isinstance(factor, bool) or not isinstance(factor, int | float | None):
             raise ValueError(f"capacity_factor of the trace's metadata must be a number, got {factor!r}. Record again.")
         return cls(
-            known("ranks", num_ranks, "world_size"), known("slots", slots_per_rank, "slots_per_rank"), factor or None
+            resolve("ranks", num_ranks, "world_size"),
+            resolve("slots", slots_per_rank, "slots_per_rank"),
+            factor or None,
         )

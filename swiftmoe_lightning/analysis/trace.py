@@ -1,4 +1,4 @@
-"""Token counts of a run, step by step: what all plans are made from.
+"""Token counts of a run, step by step: the input of every replay.
 
 U steps, W source ranks, L layers, E experts. An assignment is one token's choice of one expert.
 """
@@ -13,14 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 
-# What a recording may hold besides counts, and its axes.
+# Arrays that a recording may have besides the counts, and their axes.
 RECORDED_AXES: Final[Mapping[str, str]] = MappingProxyType(
     {"replicas": "ULE", "loads": "ULW", "dropped": "UL", "moved": "UL"}
 )
 _AXES: Final = {"U": "steps", "W": "ranks", "L": "layers", "E": "experts"}
-# Budgets and shares of counts stay within int64 below it, and counts are exact in float64.
-_MOST_CHOICES: Final = 2**50
-# No trace needs more; a claim of more is damage, or an attack, and is refused before memory is asked for.
+# Below it, budgets and shares of counts fit int64, and counts are whole numbers of float64.
+_MOST_ASSIGNMENTS: Final = 2**50
+# More than any trace needs. A file that claims more is refused before memory is allocated.
 _MOST_BYTES: Final = 2**32
 
 
@@ -145,7 +145,7 @@ class Trace:
         axes, values = RECORDED_AXES[name], np.asarray(values)
         sizes: dict[str, int | None] = dict(zip("UWLE", self.counts_UWLE.shape, strict=True))
         if self.num_sources == 1:
-            # Ranks of the run, of which the counts do not tell.
+            # The counts do not tell the number of the run's ranks.
             sizes["W"] = None
         needed_shape = [sizes[axis] for axis in axes]
         fits = values.ndim == len(needed_shape) and all(
@@ -186,7 +186,7 @@ def _whole_numbers(name: str, values: np.ndarray) -> np.ndarray:
         _refuse(name, values, ~np.isfinite(values), "Leave out the steps that broke.")
         _refuse(name, values, values != np.floor(values), "Give numbers of assignments, not shares.")
     _refuse(name, values, values < 0, "Give numbers of assignments.")
-    if values.sum(dtype=np.float64) > _MOST_CHOICES:
+    if values.sum(dtype=np.float64) > _MOST_ASSIGNMENTS:
         raise ValueError(f"{name} must add up to no more than 2**50, got {values.max()} at the most. Are they counts?")
     return values.astype(np.int64, copy=False)
 

@@ -55,7 +55,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
         metadata: JSON-able.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An open file: given a name, numpy would add .npz to one that ends otherwise.
+    # Numpy adds .npz to a name that ends otherwise, but not to an open file.
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     pa, pq = import_parquet()
     counts_UWLE = arrays["counts"]
     is_row_UWLE = counts_UWLE != 0
-    # A step without tokens was a step all the same.
+    # A step without tokens gets one row with count 0, so that it is not lost.
     is_row_UWLE[:, 0, 0, 0] |= ~is_row_UWLE.any((1, 2, 3))
     row, rank, layer, expert = np.nonzero(is_row_UWLE)
     ids = {"layer": layer, "rank": rank, "expert": expert}
@@ -90,12 +90,12 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     metadata_of_schema = {METADATA_KEY: json.dumps(metadata), SHAPE_KEY: json.dumps(counts_UWLE.shape)}
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(columns, schema=parquet_schema(pa).with_metadata(metadata_of_schema))
-    # Checksums, so that a damaged file is not taken for other counts.
+    # With checksums, a damaged file is an error and not a file of other counts.
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def parquet_schema(pa: Any) -> Any:
-    """The table's columns, none of which has gaps.
+    """The table's columns, none of which is nullable.
 
     Args:
         pa: the pyarrow module.

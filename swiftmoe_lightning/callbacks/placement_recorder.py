@@ -1,4 +1,4 @@
-"""Keeps what every MoE layer was given in every step, in one file. U steps, W ranks, L layers, E experts."""
+"""Records the loads and placements of every MoE layer and step in one file. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PlacementRecorder(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # Now, since neither a bad path nor a missing library must be found out at the end of the training.
+        # A bad path or a missing library is an error now, not at the end of the training.
         check_writable(self.path)
         self._write_file = writer_for(self.path)
         self._reader: LoadReader | None = None
@@ -64,7 +64,7 @@ class PlacementRecorder(Callback):
                 "the same num_experts, or use ExpertPopularityMonitor."
             )
         self._rows, self._step = [], trainer.global_step
-        # The numbers are the same on all ranks: one of them keeps them.
+        # All ranks read the same numbers, so rank 0 alone keeps them.
         self._reader = reader if trainer.is_global_zero else None
 
     @override

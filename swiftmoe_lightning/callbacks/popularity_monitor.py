@@ -1,4 +1,4 @@
-"""Logs what the experts of every MoE layer were given. E experts of a layer."""
+"""Logs the popularity, replicas and drops of every MoE layer. E experts of a layer."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ExpertPopularityMonitor(Callback):
 
 
 def _totals(loads: Iterable[LayerLoad]) -> dict[str, float]:
-    """The five totals over these loads, of any layers and steps; none of no loads."""
+    """The five totals over these loads, of any layers and steps; empty without loads."""
     loads = list(loads)
     if not loads:
         return {}
@@ -126,9 +126,11 @@ def _totals(loads: Iterable[LayerLoad]) -> dict[str, float]:
 
 
 class _Window:
-    """What is to be logged next.
+    """The loads since the last log.
 
-    layers: names of the layers that have keys of their own; detailed: those whose single experts have.
+    Args:
+        layers: names of the layers that have keys of their own.
+        detailed: names of the layers whose experts have keys of their own.
     """
 
     def __init__(self, layers: list[str], detailed: list[str]) -> None:

@@ -24,7 +24,7 @@ NUM_BYTES: Final = 256
 
 
 def rotate(heads_BHTC: Tensor) -> Tensor:
-    """[B, H, T, C], channel pairs turned by their position, so that scores see distances (RoPE, arXiv 2104.09864).
+    """[B, H, T, C], channel pairs rotated by their position: scores depend on distances (RoPE, arXiv 2104.09864).
 
     Args:
         heads_BHTC: queries or keys; C is even, and channel c is paired with c + C/2.
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         parts_BTD = self.qkv_proj(x_BTD).chunk(3, dim=-1)
         q_BHTC, k_BHTC, v_BHTC = (part_BTD.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part_BTD in parts_BTD)
-        # Normalised, scores stay small at any learning rate.
+        # Normalized queries and keys keep scores small at any learning rate.
         q_BHTC, k_BHTC = (rotate(F.rms_norm(x_BHTC, (HEAD_DIM,))) for x_BHTC in (q_BHTC, k_BHTC))
         mixed_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
         out_BTD: Tensor = self.out_proj(mixed_BHTC.transpose(1, 2).flatten(2))
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts, each normalised before and added to the stream.
+    """Attention, then experts, each behind an RMSNorm and in a residual.
 
     Args:
         dim: D, a multiple of `HEAD_DIM`.
@@ -72,7 +72,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = nn.RMSNorm(dim), Attention(dim)
         self.moe_norm, self.moe = nn.RMSNorm(dim), MoE(dim, **moe_options)
-        # Every block begins by adding nothing: the routers then see the bytes, and not each other's first guesses.
+        # At first attention adds nothing, so that the routers see the bytes and not the noise of earlier blocks.
         nn.init.zeros_(self.attention.out_proj.weight)
         nn.init.zeros_(self.moe.experts.expert_parameters()["down_proj"])
 
@@ -110,12 +110,12 @@ class GPT(nn.Module):
 class LanguageModel(L.LightningModule):
     """Trains a `GPT` with AdamW. Batches are [B, T + 1] int64 bytes.
 
-    Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation computes every assignment, also
-    where training has a capacity: it asks what was learnt, not where the experts happen to live.
+    Logs `train/loss` and `val/loss`, cross-entropy in nats a byte. Validation drops nothing, also where training has a
+    capacity, so that its loss does not depend on the placement.
 
     Args:
         model: what is trained.
-        lr: the highest learning rate; it rises to it over a tenth of `num_steps`, and falls to zero by the end.
+        lr: the highest learning rate, reached after a tenth of `num_steps`; it falls to zero by the end.
         num_steps: optimizer steps of the whole training.
     """
 
@@ -160,7 +160,7 @@ class LanguageModel(L.LightningModule):
 
 @contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert of `model` computes all assignments it is given."""
+    """Inside the block, no expert of `model` drops assignments."""
     capacities = {m: m.capacity for m in model.modules() if isinstance(m, Experts)}
     try:
         for experts in capacities:

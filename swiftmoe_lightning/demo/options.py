@@ -1,4 +1,4 @@
-"""What a demo run may be told. Standard library only, so that `swiftmoe --help` need not wait for torch."""
+"""Options of the demo. Standard library only, so that `swiftmoe --help` need not import torch."""
 
 from __future__ import annotations
 

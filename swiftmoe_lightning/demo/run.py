@@ -55,29 +55,29 @@ class Ranks:
         return self.per_node * self.num_nodes
 
     @classmethod
-    def find(cls, wanted: int | None) -> Ranks:
-        """`wanted` ranks, or all there are. Under torchrun, its own.
+    def find(cls, requested: int | None) -> Ranks:
+        """The ranks to run on.
 
         Args:
-            wanted: None takes torchrun's, or one a GPU, or 4 on the CPU.
+            requested: how many; None takes torchrun's, or one a GPU, or 4 on the CPU.
 
         Raises:
-            ValueError: when there are not as many as wanted.
+            ValueError: for another number than torchrun started, or more than there are GPUs.
         """
         num_gpus = torch.cuda.device_count()
         accelerator = "cuda" if num_gpus else "cpu"
         if TorchElasticEnvironment.detect():
             total, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-            if wanted not in (None, total):
-                raise ValueError(f"--ranks is {wanted}, but torchrun started {total}. Leave --ranks out.")
+            if requested not in (None, total):
+                raise ValueError(f"--ranks is {requested}, but torchrun started {total}. Leave --ranks out.")
             return cls(accelerator, per_node, total // per_node)
-        if num_gpus and (wanted or 0) > num_gpus:
-            raise ValueError(f"--ranks is {wanted}, but there are {num_gpus} GPUs. Use --ranks {num_gpus} or fewer.")
-        return cls(accelerator, wanted or num_gpus or _CPU_RANKS)
+        if num_gpus and (requested or 0) > num_gpus:
+            raise ValueError(f"--ranks is {requested}, but there are {num_gpus} GPUs. Use --ranks {num_gpus} or fewer.")
+        return cls(accelerator, requested or num_gpus or _CPU_RANKS)
 
 
 class StepTimer(Callback):
-    """Seconds of every training step, without loading its batch.
+    """Measures the seconds of every training step, without loading its batch.
 
     Attributes:
         seconds: one entry a batch.
@@ -97,10 +97,10 @@ class StepTimer(Callback):
 
 
 class Demo:
-    """One run. Everything that can be wrong with the options is found here, before a process is started.
+    """One run. Wrong options are errors here, before a process is started.
 
     Args:
-        options: what was asked for.
+        options: of the run.
 
     Raises:
         ValueError: for options that the text or the ranks do not allow, with what to do in the message.
@@ -164,7 +164,7 @@ class Demo:
 
     def _make_trainer(self, callbacks: list[Callback]) -> L.Trainer:
         options, ranks = self.options, self.ranks
-        _hush()
+        _silence_lightning()
         logger = CSVLogger(options.folder, name="", version="")
         logger.log_hyperparams({k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()})
         return L.Trainer(
@@ -177,8 +177,9 @@ class Demo:
             ),
             precision="bf16-mixed" if ranks.accelerator == "cuda" else "32-true",
             max_epochs=1,
-            # Whole intervals, so that the last validation follows the last step; -1: the first comes before any.
+            # The interval divides the steps, so that the last validation follows the last step.
             val_check_interval=options.steps // math.gcd(options.steps, _VALIDATIONS),
+            # A whole validation before the first step.
             num_sanity_val_steps=-1,
             gradient_clip_val=1.0,
             log_every_n_steps=min(10, options.steps),
@@ -199,13 +200,13 @@ class Demo:
                 files.insert(0, "picture.png")
             except ImportError as missing:
                 console.print(f"No picture: {missing}", markup=False)
-        # A name need not be Unicode, and must not break a run that has ended well.
+        # A folder's name need not be Unicode, which must not fail a run that is done.
         shown = os.fsencode(folder).decode(errors="replace")
         console.print(f"Files: {shown}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
-def _hush() -> None:
-    """Leave out what Lightning says of hardware, workers and folders: the demo has chosen those."""
+def _silence_lightning() -> None:
+    """Silence Lightning's advice on hardware, workers and folders, which the demo has chosen."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -14,10 +14,10 @@ from swiftmoe_lightning.placement import imbalance
 def summary_table(
     title: str, recording: Mapping[str, np.ndarray], val_losses: list[float], step_seconds: list[float]
 ) -> Table:
-    """What a run reached.
+    """A run's drops, imbalance, losses and step times as a table.
 
     Args:
-        title: stands over the table.
+        title: the table's.
         recording: arrays of `PlacementRecorder`.
         val_losses: nats a byte, first to last.
         step_seconds: one each step.

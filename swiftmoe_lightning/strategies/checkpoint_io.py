@@ -17,14 +17,14 @@ from swiftmoe_lightning.engine.checkpoint_files import check_file, save_whole
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Local files are whole or not there, and what was damaged on disk does not load. Remote ones are Lightning's."""
+    """Writes local files whole or not at all, and refuses damaged ones. Remote files are left to Lightning."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the whole file or nothing.
 
         Raises:
-            OSError: when it cannot be written: what was there is still there, and nothing else.
+            OSError: when it cannot be written. An earlier file of the name stays, and nothing is left of the new one.
         """
         file = _local(path)
         if file is None or storage_options is not None:
@@ -39,7 +39,7 @@ class WholeFileIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: when nothing is there.
-            ValueError: when it is damaged or of no such kind, naming the record.
+            ValueError: when it is damaged, naming the record, or no checkpoint file.
         """
         file = _local(path)
         if not get_filesystem(path).exists(path):
@@ -51,7 +51,7 @@ class WholeFileIO(TorchCheckpointIO):
 
 
 class WholeFileMixin:
-    """A strategy of Lightning's whose default `checkpoint_io` is `WholeFileIO`, also inside one that only wraps."""
+    """For strategies of Lightning: makes `WholeFileIO` the default `checkpoint_io`, also inside a wrapping plugin."""
 
     _checkpoint_io: CheckpointIO | None
 
@@ -61,7 +61,7 @@ class WholeFileMixin:
         if self._checkpoint_io is None:
             self._checkpoint_io = WholeFileIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # This setter fills a wrapper that has none, and leaves one that it has.
+            # The setter of a wrapper does nothing where the wrapper has an inner plugin already.
             self._checkpoint_io.checkpoint_io = WholeFileIO()
         return self._checkpoint_io
 

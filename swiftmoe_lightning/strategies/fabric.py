@@ -32,7 +32,7 @@ STATE_KEY: Final = "swiftmoe_engines"
 class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
-    The loop stays as it is under "ddp": `setup` (optimizers may be made before it), `setup_module` and
+    The loop stays as under "ddp": `setup` (optimizers may be made before it), `setup_module` and
     `setup_optimizers`, `backward`, `no_backward_sync`, `clip_gradients`, `save` and `load` (files hold whole experts,
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
@@ -72,7 +72,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         refuse_start_method(self._start_method)
         self._backward_sync_control = _SyncControl()
         self._engines: list[SwiftMoEEngine] = []
-        # For each engine, the names of the parameters before it: an optimizer may still hold those.
+        # For each engine, the names of the whole parameters that it replaced: an optimizer may still have those.
         self._names: list[WeakIdKeyDictionary] = []
 
     @property
@@ -99,7 +99,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         else:
             engine.attach(module)
         device_ids = self._determine_ddp_device_ids()
-        # As DDPStrategy does for CUDA graphs.
+        # A stream of its own, as in DDPStrategy, for CUDA graphs.
         context = nullcontext() if device_ids is None else torch.cuda.stream(torch.cuda.Stream())
         with context:
             return engine.data_parallel(module, device_ids=device_ids, **self._ddp_kwargs)
@@ -112,9 +112,9 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         sharded_by_id = {id(p): is_sharded(p) for group in optimizer.param_groups for p in group["params"]}
         holds_experts: dict[SwiftMoEEngine, bool] = {}
         for engine in self._engines:
-            own = [sharded_by_id.pop(id(p)) for p in engine.module.parameters() if id(p) in sharded_by_id]
-            if own:
-                holds_experts[engine] = any(own)
+            are_sharded = [sharded_by_id.pop(id(p)) for p in engine.module.parameters() if id(p) in sharded_by_id]
+            if are_sharded:
+                holds_experts[engine] = any(are_sharded)
         if sharded_by_id:
             raise ValueError(
                 f"{len(sharded_by_id)} parameters of the optimizer belong to no model that has been set up. "
@@ -125,13 +125,14 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
                 "the optimizer holds experts of several models. Make one optimizer for each of the models."
             )
         for engine, has_experts in holds_experts.items():
-            # An optimizer with experts may hold the dense parameters of a second model besides.
+            # An optimizer with one model's experts may have dense parameters of another model as well: the engine of
+            # the experts prepares it.
             if has_experts or not any(holds_experts.values()):
                 engine.prepare_optimizer(optimizer)
         return optimizer
 
     def _share_scaler(self, engine: SwiftMoEEngine) -> None:
-        """Let ranks skip a step together, though each sees the gradients of its own rows. The user's plugin stays."""
+        """Let ranks skip a step together though each sees its own rows' gradients. The user's plugin is not changed."""
         plugin = self.precision
         if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not engine.layers:
             return
@@ -208,7 +209,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
 
 
 class _SyncControl(_BackwardSyncControl):
-    """On one device, where nothing wraps the model, there is nothing to block."""
+    """DDP's, but on one device, where DDP does not wrap the model, it does nothing."""
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:

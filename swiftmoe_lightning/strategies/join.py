@@ -1,4 +1,4 @@
-"""Loops in which ranks have different numbers of batches: evaluation goes on to the end, training is refused."""
+"""Ranks with different numbers of batches: evaluation runs to its end, training is refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing_extensions import override
 
 
 class JoinCallback(Callback):
-    """A rank that is out of evaluation batches serves the others' expert layers until all are.
+    """Lets a rank without more evaluation batches serve the other ranks' expert layers until all are done.
 
-    A training epoch in which ranks have differently many batches is an error on every rank, before it begins. Where
-    they are not known, it is one at its end, at the latest when the process group's timeout is over: Lightning's own
-    broadcast before every batch may come first.
+    A training epoch in which ranks have different numbers of batches is an error on every rank, before it begins.
+    Where the numbers are not known, it is an error at the end of the shortest rank's epoch, or, if Lightning's own
+    broadcast before a batch comes first, when the process group times out.
 
     Ranks join once a loop: after the last batch, before metrics are reduced; at the end of the epoch if the last
     batch was not known to be it; and after the run if this rank had no batch at all.
@@ -25,7 +25,7 @@ class JoinCallback(Callback):
 
     @classmethod
     def add_to(cls, trainer: Trainer) -> None:
-        """Make it the first callback, so that it comes before any that talks to the other ranks."""
+        """Add it as the first callback, before any that communicates."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, cls) for callback in callbacks):
             callbacks.insert(0, cls())

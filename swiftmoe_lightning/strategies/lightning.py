@@ -41,7 +41,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
             `SwiftMoEConfig`.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
-            of one plain file. Either kind loads, whatever this is.
+            of one plain file. Both kinds load, whatever it is set to.
         **ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
 
     Raises:
@@ -109,7 +109,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     @override
     def model_to_device(self) -> None:
         super().model_to_device()
-        # Again: configure_model may have added layers, and the precision plugin may have cast sharded parameters.
+        # The second call: configure_model may have added layers, and the precision plugin may have cast parameters.
         self._attach()
 
     @override
@@ -120,7 +120,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         elif any(p.requires_grad and not is_sharded(p) for p in self.lightning_module.parameters()):
             super().configure_ddp()
         else:
-            # DDP refuses a module of which it has nothing to reduce.
+            # DDP refuses a module without gradients to reduce.
             _sync_module_states(self.lightning_module)
 
     @override
@@ -134,7 +134,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
             self.engine.prepare_optimizer(optimizer)
 
     def _attach(self) -> None:
-        """Spread the module's experts, all that are there by now. Repeatable."""
+        """Spread the experts that the module has by now. Repeatable."""
         module = self.lightning_module
         assert module is not None
         if self._engine is None or self._engine.module is not module:
@@ -182,12 +182,12 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
 
     @property
     def _module(self) -> LightningModule:
-        # Evaluation goes round DDP: its buffer broadcasts in every forward would need equally many batches.
+        # Evaluation calls the module without DDP, whose buffer broadcasts in every forward need equally many batches.
         assert self.lightning_module is not None
         return self.lightning_module
 
     def _enter(self, evaluating: bool) -> None:
-        """EMA and the like write parameters between training and evaluation: slots are fetched again at each change."""
+        """Fetch the slots again at each change between training and evaluation, where EMA and others write weights."""
         if self._evaluating is not None and self._evaluating != evaluating:
             self.engine.mark_stale()
         if self.engine.dense is not None:
@@ -210,7 +210,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
                 "checkpoints (save_distributed_checkpoint=False)."
             )
         optimizers = self.optimizers if "optimizer_states" in checkpoint else []
-        # Lightning only asks whether states are there; their values are read when their owners exist.
+        # Of the states Lightning looks only at the keys here; their values are loaded once their owners exist.
         meta = {k: type(v)() if k in ("state_dict", "optimizer_states") else v for k, v in checkpoint.items()}
         checkpoints.save_directory(self.broadcast(filepath), self._module, optimizers, meta)
 
@@ -263,7 +263,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         if self._engine is None or self._engine.group is None:
             super().teardown()
             return
-        # As ModelParallelStrategy: parameters stay on their mesh's device, or they could not be gathered after fit.
+        # As in ModelParallelStrategy, parameters stay on their mesh's device, so that they can be gathered after fit.
         if self._layer_sync and self.model is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
             self._layer_sync.revert(self._module)
         self.model = self._module

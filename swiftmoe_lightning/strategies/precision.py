@@ -1,4 +1,4 @@
-"""A precision plugin for gradients that are cut over the ranks, made of the Trainer's own or the user's."""
+"""A precision plugin for gradients that are cut over the ranks, derived from the Trainer's or the user's plugin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swiftmoe_lightning.engine import SwiftMoEEngine
 
 
 class ShardedPrecision(Precision):
-    """Clips gradients of which each rank holds a part. A plugin's own clipping, if it has any, goes before.
+    """Clips gradients of which each rank has a part. Clipping that the user's plugin overrides takes precedence.
 
     Attributes:
         engine: of the module whose gradients they are.
@@ -24,7 +24,7 @@ class ShardedPrecision(Precision):
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         if not self.engine.layers and self.engine.dense is None:
-            # Nothing is cut: as under DDP, to the bit.
+            # Nothing is sharded: this is what DDP does, to the bit.
             super().clip_grad_by_norm(optimizer, clip_val)
         else:
             self.engine.clip_grad_norm_(clip_val, parameters=self.main_params(optimizer))
@@ -35,15 +35,14 @@ class ShardedPrecision(Precision):
 
 
 def shard_precision(plugin: Precision, engine: SwiftMoEEngine) -> ShardedPrecision:
-    """A plugin that does what `plugin` does, on gradients of which each rank holds a part.
+    """A plugin like `plugin`, for gradients of which each rank has a part.
 
     Args:
-        plugin: stays as it is. One that this function returned goes on with another engine, and is returned.
+        plugin: it is not changed, unless this function made it: then it is returned, with the new engine.
         engine: of the module that is trained.
 
     Returns:
-        A copy of `plugin`, of a class between its own and Lightning's `Precision`. Ranks skip a step together, where a
-        scaler scales.
+        A copy of `plugin`, whose class derives from that of `plugin`. With a scaler, ranks skip a step together.
     """
     if isinstance(plugin, ShardedPrecision):
         sharded = plugin
@@ -57,8 +56,8 @@ def shard_precision(plugin: Precision, engine: SwiftMoEEngine) -> ShardedPrecisi
 
 
 def _sharded_class(kind: type[Precision]) -> type[ShardedPrecision]:
-    """A subclass of `kind` and `ShardedPrecision`, under the name of `kind`: by it Lightning finds what a checkpoint
-    holds of the plugin, which so goes on under other strategies."""
+    """A subclass of `kind` and `ShardedPrecision`, named as `kind`: Lightning saves a plugin's state under the name of
+    its class, and other strategies are to find it there."""
     bases = (ShardedPrecision,) if kind is Precision else (kind, ShardedPrecision)
     return types.new_class(
         kind.__name__,

@@ -1,4 +1,4 @@
-"""What of Lightning is not public and is needed here."""
+"""Names of Lightning that are not public and that are needed here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from swiftmoe_lightning.private_names import check_names
 check_names(
     "lightning",
     {
-        # How a module is wrapped, and broadcast where there is nothing to wrap.
+        # To wrap a module, or to broadcast the parameters of one that DDP does not wrap.
         strategies.DDPStrategy: ["_setup_model"],
         distributed: ["_sync_module_states"],
         fabric_strategies.DDPStrategy: ["_determine_ddp_device_ids", "_convert_stateful_objects_in_state"],
         fabric_strategy: ["_BackwardSyncControl"],
-        # When a signal may stop a run.
+        # To stop a run at a signal.
         _SignalConnector: ["_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"],
         _TrainingEpochLoop: ["_should_accumulate", "_num_ready_batches_reached", "_should_check_val_fx"],
     },

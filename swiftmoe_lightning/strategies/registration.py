@@ -1,4 +1,4 @@
-"""`strategy="swiftmoe"`, for the Trainer and the Fabric that know our base classes, and an answer for who does not."""
+"""Registers `strategy="swiftmoe"` with the Trainer and Fabric, and an error with the fix with `pytorch_lightning`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy
 
 
 class _WrongPackage:
-    """What `pytorch_lightning` finds under our name: its classes are not those of `lightning`."""
+    """Raises under `pytorch_lightning`, whose classes are not those of `lightning`."""
 
     def __init__(self, **_: Any) -> None:
         raise TypeError(

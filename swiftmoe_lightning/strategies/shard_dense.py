@@ -14,10 +14,10 @@ _STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step"
 
 
 def shard_dense(trainer: Trainer, engine: SwiftMoEEngine) -> None:
-    """Cut the dense part of the trainer's module over the ranks, and let its steps stand for its forward. Repeatable.
+    """Cut the dense part of the trainer's module over the ranks, and treat its steps like its forward. Repeatable.
 
     Raises:
-        ValueError: for callbacks that have copied the module before.
+        ValueError: for callbacks that have copied the module already.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -28,6 +28,6 @@ def shard_dense(trainer: Trainer, engine: SwiftMoEEngine) -> None:
             )
     engine.shard_dense()
     for step in _STEPS:
-        # FSDP2 gathers the outermost weights for these, as for forward: they may use them directly.
+        # FSDP2 then gathers the root's weights for these steps as it does for forward, so that they can use them.
         if step not in vars(engine.module):
             register_fsdp_forward_method(engine.module, step)

@@ -1,4 +1,4 @@
-"""What signals do to a run: SIGTERM (preemption, `docker stop`, `kill`), and the one by which SLURM asks to requeue."""
+"""Stops a run at SIGTERM (preemption, `docker stop`, `kill`), or at the signal by which SLURM asks to requeue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swiftmoe_lightning.engine import SwiftMoEEngine
 
 
 def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
-    """Let a signal stop all ranks after the same training batch; in evaluation, SIGTERM does at once.
+    """Let a signal stop all ranks after the same training batch. In evaluation SIGTERM stops a rank at once.
 
     Lightning (2.6) broadcasts from inside its SIGTERM handler, and saves from inside SLURM's, wherever the signal finds
     each rank; between the exchanges of expert layers those are collectives which the other ranks do not expect. Here
@@ -34,7 +34,7 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
 def note_agreed_stop(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     """After a training batch's forward: tell Lightning's loop, which stops at the end of the batch.
 
-    Validation that follows the batch is run first: it would stop in its midst, where ranks may have no more batches.
+    If validation follows the batch, it runs first. A stop inside it would find ranks at different batches.
     """
     loop = trainer.fit_loop
     if engine.stops and _may_stop(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
@@ -44,8 +44,8 @@ def note_agreed_stop(trainer: Trainer, engine: SwiftMoEEngine) -> None:
 def _may_stop(trainer: Trainer) -> bool:
     """Whether a training batch may be the last.
 
-    Accumulated gradients would be lost: their optimizer step is waited for. What is saved after the last batch of an
-    epoch Lightning (2.6) resumes with one batch too many: there the run stops a batch later.
+    Not while gradients accumulate, which would be lost without their optimizer step; and not after the last batch of
+    an epoch, since Lightning (2.6) resumes from there with one batch too many.
     """
     loop = trainer.fit_loop.epoch_loop
     return not loop._should_accumulate() and not loop._num_ready_batches_reached()

@@ -1,10 +1,10 @@
-"""How a Lightning strategy may start its processes."""
+"""The ways in which a Lightning strategy may start its processes."""
 
 from __future__ import annotations
 
 
 def refuse_start_method(start_method: str) -> None:
-    """Refuse one that would have to bring expert shards back to the process that started the others.
+    """Refuse a start method that would have to return expert shards to the parent process.
 
     Raises:
         ValueError: for any but "popen".

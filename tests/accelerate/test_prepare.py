@@ -100,11 +100,11 @@ class Loop:
         return losses
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
-    assert found.keys() == expected.keys()
+def close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], value, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -121,28 +121,28 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_ranks_with_spread_experts_train_like_plain_accelerate_with_whole_ones(options: dict[str, Any]) -> None:
     expected = run_ranks(Loop(**options, ours=False), 2, init=False)
-    for found, plain in zip(run_ranks(Loop(**options), 2, init=False), expected, strict=True):
-        assert found["losses"] == pytest.approx(plain["losses"], rel=1e-9)
-        close(found["state"], plain["state"])
+    for actual, plain in zip(run_ranks(Loop(**options), 2, init=False), expected, strict=True):
+        assert actual["losses"] == pytest.approx(plain["losses"], rel=1e-9)
+        close(actual["state"], plain["state"])
 
 
 def test_four_ranks_train_like_one_process() -> None:
     (expected,) = run_ranks(Loop(ours=False, scheduled=False), 1)
-    for found in run_ranks(Loop(scheduled=False), 4, init=False):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-9)
-        close(found["state"], expected["state"])
+    for actual in run_ranks(Loop(scheduled=False), 4, init=False):
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+        close(actual["state"], expected["state"])
 
 
 def test_one_process_is_a_plain_run() -> None:
-    (expected,), (found,) = run_ranks(Loop(ours=False), 1), run_ranks(Loop(), 1)
-    close(found["state"], expected["state"])
+    (expected,), (actual,) = run_ranks(Loop(ours=False), 1), run_ranks(Loop(), 1)
+    close(actual["state"], expected["state"])
 
 
 def test_bf16_differs_from_plain_accelerate_by_rounding_only() -> None:
     expected = run_ranks(Loop(mixed_precision="bf16", ours=False), 2, init=False)[0]
-    for found in run_ranks(Loop(mixed_precision="bf16"), 2, init=False):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
-        close(found["state"], expected["state"], rtol=2e-2)
+    for actual in run_ranks(Loop(mixed_precision="bf16"), 2, init=False):
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+        close(actual["state"], expected["state"], rtol=2e-2)
 
 
 def test_fp16_scales_clips_and_skips_like_plain_accelerate() -> None:
@@ -150,10 +150,10 @@ def test_fp16_scales_clips_and_skips_like_plain_accelerate() -> None:
     expected = run_ranks(Loop(**options, ours=False), 2, init=False)[0]
     # Some steps were skipped, some were not.
     assert 1 < expected["scale"] < 2.0**20
-    for found in run_ranks(Loop(**options), 2, init=False):
-        assert found["scale"] == expected["scale"]
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
-        close(found["state"], expected["state"], rtol=1e-3)
+    for actual in run_ranks(Loop(**options), 2, init=False):
+        assert actual["scale"] == expected["scale"]
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        close(actual["state"], expected["state"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("saver", "loader"), [(True, False), (False, True), (True, True)])
@@ -163,18 +163,18 @@ def test_a_folder_of_save_state_goes_on_with_and_without_spread_experts(
     whole = run_ranks(Loop(ours=False), 2, init=False)[0]
     folder = str(tmp_path / "half")
     run_ranks(Loop(ours=saver, stop=3, save=folder), 2, init=False)
-    for found in run_ranks(Loop(ours=loader, skip=3, load=folder), 2, init=False):
-        assert found["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
-        close(found["state"], whole["state"])
+    for actual in run_ranks(Loop(ours=loader, skip=3, load=folder), 2, init=False):
+        assert actual["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
+        close(actual["state"], whole["state"])
 
 
 def test_a_folder_goes_on_at_another_number_of_processes(tmp_path: Path) -> None:
     (whole,) = run_ranks(Loop(ours=False, scheduled=False), 1)
     folder = str(tmp_path / "half")
     run_ranks(Loop(stop=3, save=folder, scheduled=False), 2, init=False)
-    for found in run_ranks(Loop(skip=3, load=folder, scheduled=False), 4, init=False):
-        assert found["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
-        close(found["state"], whole["state"])
+    for actual in run_ranks(Loop(skip=3, load=folder, scheduled=False), 4, init=False):
+        assert actual["losses"] == pytest.approx(whole["losses"][3:], rel=1e-9)
+        close(actual["state"], whole["state"])
 
 
 def options_of_ddp() -> tuple[bool, bool, str]:
@@ -194,8 +194,8 @@ def options_of_ddp() -> tuple[bool, bool, str]:
 
 
 def test_ddp_gets_the_options_and_the_hook_of_the_accelerator() -> None:
-    for found in run_ranks(options_of_ddp, 2, init=False):
-        assert found == (True, False, "fp16_compress_hook")
+    for actual in run_ranks(options_of_ddp, 2, init=False):
+        assert actual == (True, False, "fp16_compress_hook")
 
 
 class Record(GeneralTracker):
@@ -232,8 +232,8 @@ def track(ours: bool) -> list[dict[str, Any]]:
     if ours:
         # Plain DDP under gloo now and then hangs in it, when its reducer is freed after the process group.
         accelerator.end_training()
-    found: list[dict[str, Any]] = accelerator.trackers[0].tracker if accelerator.is_main_process else []
-    return found
+    actual: list[dict[str, Any]] = accelerator.trackers[0].tracker if accelerator.is_main_process else []
+    return actual
 
 
 def test_trackers_get_what_they_do_under_plain_accelerate() -> None:

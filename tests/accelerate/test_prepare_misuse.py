@@ -84,7 +84,7 @@ def test_misuse_is_named_on_every_rank(misuse: Callable[[], None], message: str)
 
 
 @pytest.mark.parametrize(
-    ("kind", "axes", "found"),
+    ("kind", "axes", "parallelism_name"),
     [
         ("DEEPSPEED", (), "DEEPSPEED"),
         ("FSDP", (), "FSDP"),
@@ -93,13 +93,13 @@ def test_misuse_is_named_on_every_rank(misuse: Callable[[], None], message: str)
         ("MULTI_GPU", ("cp", "sp"), "cp and sp"),
     ],
 )
-def test_another_parallelism_of_accelerates_is_refused(kind: str, axes: tuple[str, ...], found: str) -> None:
+def test_another_parallelism_of_accelerates_is_refused(kind: str, axes: tuple[str, ...], parallelism_name: str) -> None:
     """A stand-in for the accelerator, which could be set up so on GPUs alone."""
     parallelism = SimpleNamespace(**{f"{axis}_enabled": True for axis in axes})
     accelerator: Any = SimpleNamespace(
         num_processes=1, distributed_type=DistributedType[kind], parallelism_config=parallelism
     )
-    with pytest.raises(ValueError, match=f"Accelerate is set up for {found}, which cannot be combined"):
+    with pytest.raises(ValueError, match=f"Accelerate is set up for {parallelism_name}, which cannot be combined"):
         check_processes(accelerator, "Accelerator", "Accelerator(cpu=True)")
 
 

@@ -31,7 +31,7 @@ def pair(numbers: tuple[int, int]) -> tuple[Accelerator, list[tuple[Any, Any]]]:
 
 
 def losses(accelerator: Accelerator, prepared: list[tuple[Any, Any]], steps: range) -> list[float]:
-    found = []
+    actual = []
     for step in steps:
         x = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         x = models.my_part(x, accelerator.process_index, accelerator.num_processes)
@@ -40,8 +40,8 @@ def losses(accelerator: Accelerator, prepared: list[tuple[Any, Any]], steps: ran
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            found.append(float(loss.detach()))
-    return found
+            actual.append(float(loss.detach()))
+    return actual
 
 
 def resume(folder: str, numbers: tuple[int, int]) -> tuple[list[float], list[float], bool]:
@@ -68,26 +68,26 @@ def test_two_models_go_on_from_one_folder(numbers: tuple[int, int], tmp_path: Pa
     assert {path.name for path in tmp_path.glob("swiftmoe*")} == {"swiftmoe.pt", "swiftmoe_1.pt"}
 
 
-def take_out(accelerator: Accelerator, taken: int) -> None:
+def take_out(accelerator: Accelerator, num_models: int) -> None:
     """Hooks as diffusers' scripts register them: models are written in a form of the user's own."""
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        for index in range(taken):
+        for index in range(num_models):
             weight = weights.pop()
             if accelerator.is_main_process:
                 torch.save(weight, Path(folder, f"mine{index}.pt"))
 
     def load(models: list[nn.Module], folder: str) -> None:
-        for index in range(taken):
+        for index in range(num_models):
             models.pop().load_state_dict(torch.load(Path(folder, f"mine{index}.pt"), weights_only=True))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def resume_with_hooks(folder: str, taken: int = 2) -> tuple[list[float], list[float]]:
+def resume_with_hooks(folder: str, num_models: int = 2) -> tuple[list[float], list[float]]:
     accelerator, prepared = pair((5, 7))
-    take_out(accelerator, taken)
+    take_out(accelerator, num_models)
     losses(accelerator, prepared, range(2))
     accelerator.save_state(folder)
     first = losses(accelerator, prepared, range(2, 4))

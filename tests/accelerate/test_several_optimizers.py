@@ -36,6 +36,6 @@ def test_every_optimizer_trains() -> None:
     (expected,) = run_ranks(train, 1)
     start = models.build(torch.float64).state_dict()
     assert all(not value.equal(start[name]) for name, value in expected.items())
-    for found in run_ranks(train, 2):
+    for actual in run_ranks(train, 2):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)

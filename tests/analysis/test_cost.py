@@ -93,8 +93,9 @@ def test_our_phases_never_send_more_than_the_papers(placement: Placement) -> Non
 
 
 def test_a_steps_seconds_are_compute_phases_tokens_and_moved_state() -> None:
-    # 40 choices of 300 operations at 1000 a second; 2 phases of 1.5 * 100 bytes, 40 choices 4 times of which half leave
-    # the rank, 10 bytes each; 3 experts' state of 800 and weights of 100, over two ranks; all at 10 bytes a second.
+    # 40 assignments of 300 operations at 1000 a second; 2 phases of 1.5 * 100 bytes; 40 assignments of 10 bytes, sent 4
+    # times, of which half leave the rank; 3 experts' state of 800 and weights of 100, over two ranks; all at 10 bytes a
+    # second.
     costs = machine(flops=1000.0, link_bytes=10.0, assignment_bytes=10)
     assert step_seconds(40, 1.5, 3, costs) == pytest.approx(12 + 30 + 80 + 135)
     assert step_seconds(40, 1.5, 0, costs) == pytest.approx(12 + 30 + 80)

@@ -1,4 +1,4 @@
-"""What a run did on its ranks is what the replay of its recording says."""
+"""A replay of a run's recording gives the loads, drops and placements of the run itself."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ class Three(Model):
 
 
 class Scripted(nn.Module):
-    """Says what it is told to: choices[step] are [T, K] expert ids of each rank's tokens."""
+    """A router with given results: ids[step] are [T, K] expert ids, the same for each rank's tokens."""
 
-    def __init__(self, choices: list[list[list[int]]]) -> None:
+    def __init__(self, ids: list[list[list[int]]]) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
-        self.choices, self.num_steps = choices, 0
+        self.ids, self.num_steps = ids, 0
 
     def forward(self, x_TD: Tensor) -> sml.RouterOutput:
-        ids_TK = torch.tensor(self.choices[self.num_steps % len(self.choices)])
+        ids_TK = torch.tensor(self.ids[self.num_steps % len(self.ids)])
         self.num_steps += self.training
         probs_TE = torch.full((len(x_TD), E), 1 / E)
         return sml.RouterOutput(ids_TK, self.scale.expand(ids_TK.shape), probs_TE, probs_TE)
 
 
-# Two experts have nearly all of a rank's twelve choices, two others in the next step.
+# Two experts have nearly all of a rank's twelve assignments, two others in the next step.
 JUMPING = [[[a, b]] * 5 + [[b, c]] for a, b, c in ((0, 3, 2), (1, 2, 0))]
-# Experts 0 and 1 are the hot ones always; of the others each gets twice as many as the rest in its turn.
+# Experts 0 and 1 are always hot; in each step another one of the rest has twice as many assignments as the others.
 TURNING = [[[0, 1], [0, 1], [0, a], [0, a], [1, b], [1, c]] for a, b, c in ((2, 3, 4), (3, 4, 2), (4, 2, 3))]
 
 
 class WithScript(Three):
-    """Its first layer's choices are written down."""
+    """The first layer routes by given expert ids."""
 
-    def __init__(self, choices: list[list[list[int]]], **moe_options: Any) -> None:
+    def __init__(self, ids: list[list[list[int]]], **moe_options: Any) -> None:
         super().__init__(**moe_options)
-        self.moe = sml.MoE(DIM, 10, E, router=Scripted(choices), **moe_options)
+        self.moe = sml.MoE(DIM, 10, E, router=Scripted(ids), **moe_options)
 
 
 class Alternates(Three):
-    """Its second layer sees the odd batches alone, and its third the first half of each epoch."""
+    """The second layer is used by odd batches alone, and the third by the first half of each epoch."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = self.moe(self.inner(batch[0])).square().mean()

@@ -12,7 +12,7 @@ from swiftmoe_lightning.analysis import read_megatron, read_trace
 
 
 def call(step: int, layer: int, top_indices: list[list[int]], rank: int = 0, **fields: Any) -> dict[str, Any]:
-    """One line, as Megatron's tracer writes it since it tells blocks apart."""
+    """One line, as Megatron's tracer writes it since it has the field `block`."""
     shape = np.shape(top_indices)
     return {
         "step": step,

@@ -86,8 +86,8 @@ def test_the_numbers_of_a_small_trace_are_found_by_hand() -> None:
     assert static["pairs"] == 2
     # G (D - D / W) = 10 * 1; the paper's way 10 * (2 D - E - D / W) + 10 * S (1 - 1 / W) = 10 + 20.
     assert (static["bytes_gradients"], static["bytes_weights"], static["bytes_paper"]) == (10, 10, 30)
-    # 4 choices of half a second, both times. Phases: half a gradient and half a weight, 10 bytes in all; tokens:
-    # 4 choices, 4 times, half of them, 8 bytes.
+    # 4 assignments of half a second, both times. Phases: half a gradient and half a weight, 10 bytes in all; tokens:
+    # 4 assignments, 4 times, half of them, 8 bytes.
     assert static["step_seconds"] == pytest.approx(2 + 1.0 + 0.8)
     # The paper's bound is s (W - 1) / W = 1 for each phase.
     assert static["step_seconds_paper"] == pytest.approx(2 + 2.0 + 0.8)

@@ -80,11 +80,11 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_line(
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
     WRITERS[kind](path, recording(), METADATA)
     content = bytearray(path.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
+    position = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
-        del content[at:]
+        del content[position:]
     else:
-        content[at] ^= data.draw(st.integers(1, 255))
+        content[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     result = outcome(path)
     if isinstance(result, str):

@@ -40,29 +40,29 @@ def run(lag: int = 1, split: str = "uniform", capacity: Capacity | None = None, 
 
 
 @pytest.mark.parametrize(
-    ("lag", "replicas", "wanted", "pairs", "moved"),
+    ("lag", "replicas", "wanted_loads", "pairs", "moved"),
     [
         # From the step itself: [0 0 | 0 1], [0 1 | 1 1], [0 0 | 0 1]. Expert 0's twelve: eight on rank 0's two slots;
         # then expert 1's fourteen: 4 (floored) on rank 0 and ten on rank 1.
         (0, [[3, 1], [1, 3], [3, 1]], [[8, 8], [6, 10], [6, 6]], [3, 3, 3], [0, 1, 1]),
-        # From the step before; of the first nothing is known: [0 1 | 0 1], [0 0 | 0 1], [0 1 | 1 1].
+        # From the step before; the first step has none: [0 1 | 0 1], [0 0 | 0 1], [0 1 | 1 1].
         (1, [[2, 2], [3, 1], [1, 3]], [[8, 8], [1, 15], [10, 2]], [4, 3, 3], [0, 0, 1]),
         # From the one before that: two steps with the first placement, then [0 0 | 0 1].
         (2, [[2, 2], [2, 2], [3, 1]], [[8, 8], [8, 8], [6, 6]], [4, 4, 3], [0, 0, 0]),
-        # Nothing is ever known.
+        # No step is planned from an earlier one.
         (3, [[2, 2], [2, 2], [2, 2]], [[8, 8], [8, 8], [5, 7]], [4, 4, 4], [0, 0, 0]),
     ],
 )
 def test_a_step_is_served_by_the_plan_from_lag_steps_before(
-    lag: int, replicas: list[Any], wanted: list[Any], pairs: list[int], moved: list[int]
+    lag: int, replicas: list[Any], wanted_loads: list[Any], pairs: list[int], moved: list[int]
 ) -> None:
     replayed = run(lag)
     assert replayed.replicas_ULE[:, 0].tolist() == replicas
-    assert replayed.wanted_ULW[:, 0].tolist() == replayed.load_ULW[:, 0].tolist() == wanted
+    assert replayed.wanted_ULW[:, 0].tolist() == replayed.load_ULW[:, 0].tolist() == wanted_loads
     assert replayed.num_pairs_UL[:, 0].tolist() == pairs
     assert replayed.moved_UL[:, 0].tolist() == moved
     assert replayed.dropped_UL.tolist() == [[0], [0], [0]]
-    assert replayed.imbalance_UL[:, 0].tolist() == [2 * max(row) / sum(row) for row in wanted]
+    assert replayed.imbalance_UL[:, 0].tolist() == [2 * max(row) / sum(row) for row in wanted_loads]
 
 
 def test_a_budget_for_each_rank_is_shared_by_its_slots() -> None:
@@ -98,15 +98,15 @@ def test_the_busiest_ranks_part_of_a_phase_is_kept_for_every_step() -> None:
 
 
 class Remembers(PlacementPolicy):
-    """Uniform replicas; keeps what it was asked."""
+    """Uniform replicas; records the popularity of each call."""
 
     def __init__(self, world_size: int, slots_per_rank: int) -> None:
         super().__init__(world_size, slots_per_rank)
-        self.asked: list[list[list[float]]] = []
+        self.calls: list[list[list[float]]] = []
 
     def place(self, forecast: Forecast) -> list[Placement]:
         popularity_LE = forecast.popularity_LE
-        self.asked.append(popularity_LE.tolist())
+        self.calls.append(popularity_LE.tolist())
         return [Placement.uniform(popularity_LE.shape[1], self.world_size, self.slots_per_rank)] * len(popularity_LE)
 
 
@@ -114,7 +114,7 @@ STEPS = np.array([[[1, 2], [9, 0]], [[3, 4], [0, 9]], [[5, 6], [8, 8]], [[7, 8],
 
 
 @pytest.mark.parametrize(
-    ("interval", "asked"),
+    ("interval", "calls"),
     [
         (1, [[[1, 2], [9, 0]], [[3, 4], [0, 9]], [[5, 6], [8, 8]], [[7, 8], [1, 1]]]),
         (2, [[[4, 6], [9, 9]], [[12, 14], [9, 9]]]),
@@ -122,14 +122,14 @@ STEPS = np.array([[[1, 2], [9, 0]], [[3, 4], [0, 9]], [[5, 6], [8, 8]], [[7, 8],
         (5, []),
     ],
 )
-def test_an_interval_of_n_places_by_the_sums_of_n_steps(interval: int, asked: list[Any]) -> None:
+def test_an_interval_of_n_places_by_the_sums_of_n_steps(interval: int, calls: list[Any]) -> None:
     policy = Remembers(2, 2)
     replay(STEPS, policy, Rules(interval=interval))
-    # At first nothing is known; the last step serves none.
-    assert policy.asked == [[[0, 0], [0, 0]], *asked]
+    # The first call is before any step; the last step is placed for no other.
+    assert policy.calls == [[[0, 0], [0, 0]], *calls]
 
 
-def test_auto_moves_for_fewer_hosts_or_for_uneven_loads_and_else_stays() -> None:
+def test_auto_moves_for_fewer_pairs_or_for_uneven_loads_and_else_stays() -> None:
     # At first [0 1 | 0 1], even for any loads. `Table` needs one pair less for the first step's: [0 0 | 0 1]. That is
     # even where expert 0 has nearly all, so it stays, though `Table` would take [0 1 | 1 1] for the second step; for
     # the third, of expert 1 alone, it is not: `Table` gets its way.
@@ -168,7 +168,7 @@ CAPACITIES = [None, Capacity(1.0), Capacity(0.7, "slot"), Capacity(1.5, "slot")]
     lag=st.integers(0, 3),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_policy_without_guard_is_replayed_as_the_plain_loop_would(
+def test_a_policy_without_the_uniform_fallback_is_replayed_as_the_plain_loop_would(
     name: str, history: tuple[np.ndarray, int, int], capacity: Capacity | None, split: str, lag: int
 ) -> None:
     popularity_ULE, world_size, slots_per_rank = history

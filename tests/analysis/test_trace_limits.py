@@ -1,4 +1,4 @@
-"""What a trace may claim: every limit is looked at before the work, so each of these ends at once and in one line."""
+"""Limits of traces: each is checked before the work, so that these files end at once and in one line."""
 
 from __future__ import annotations
 

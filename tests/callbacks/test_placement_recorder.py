@@ -124,7 +124,7 @@ def test_two_ranks_record_what_is_found_by_hand(tmp_path: Path) -> None:
     strategy = sml.SwiftMoEStrategy(placement="static", slots_per_rank=4)
     run_ranks(Fit(tmp_path / "trace.npz", 2, strategy, three_of_four), 2, init=False)
     recorded = load(tmp_path / "trace.npz")
-    # Slots [0 0 1 1 | 2 2 3 4]: of 24 tokens' 48 choices rank 0 is sent 36, and computes its budget, half of the 48.
+    # Slots [0 0 1 1 | 2 2 3 4]: of 24 tokens' 48 assignments rank 0 gets 36, and computes its budget, half of the 48.
     assert GLOBAL_BATCH == 24
     assert recorded["counts"].tolist() == [[[[9, 9, 3, 3, 0]], [[9, 9, 3, 3, 0]]]] * NUM_STEPS
     assert recorded["replicas"].tolist() == [[[2, 2, 2, 1, 1]]] * NUM_STEPS

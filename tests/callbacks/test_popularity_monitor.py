@@ -68,14 +68,14 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
     assert sorted(logged) == sorted(f"moe/{key}" for key in expected_keys)
     assert all(sorted(by_step) == [3, 6, 8] for by_step in logged.values())
 
-    choices = [3 * GLOBAL_BATCH * 2, 3 * GLOBAL_BATCH * 2, 2 * GLOBAL_BATCH * 2]
+    assignments = [3 * GLOBAL_BATCH * 2, 3 * GLOBAL_BATCH * 2, 2 * GLOBAL_BATCH * 2]
     dropped = list(logged["moe/num_dropped_tokens"].values())
     assert sum(dropped) == run_of_rank_0["num_dropped_tokens"] > 0
     survival = list(logged["moe/token_survival_rate"].values())
-    assert survival == pytest.approx([1 - d / n for d, n in zip(dropped, choices, strict=True)])
+    assert survival == pytest.approx([1 - d / n for d, n in zip(dropped, assignments, strict=True)])
     for e, popularity in enumerate(run_of_rank_0["popularity"]):
         shares = logged[f"moe/moe.experts/popularity/{e}"].values()
-        assert sum(s * n for s, n in zip(shares, choices, strict=True)) == pytest.approx(popularity)
+        assert sum(s * n for s, n in zip(shares, assignments, strict=True)) == pytest.approx(popularity)
     for step in (3, 6, 8):
         # 2 ranks of 4 slots: max(ceil(1.25 * 5 / 2), ceil(5 / 2) + 1).
         assert sum(logged[f"moe/moe.experts/replicas/{e}"][step] for e in range(5)) == 8

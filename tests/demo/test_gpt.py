@@ -82,8 +82,8 @@ def test_a_capacity_is_off_inside_dropless_and_on_again_after_it() -> None:
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(1, [1.0]), (20, [0.5, 0.95, 0.9, 0.85])])
 def test_the_learning_rate_rises_and_then_falls_to_zero(num_steps: int, expected: list[float]) -> None:
-    found = LanguageModel(model(), lr=1.0, num_steps=num_steps).configure_optimizers()
-    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    actual = LanguageModel(model(), lr=1.0, num_steps=num_steps).configure_optimizers()
+    optimizer, schedule = actual["optimizer"], actual["lr_scheduler"]["scheduler"]
     rates = []
     for _ in range(num_steps):
         rates.append(schedule.get_last_lr()[0])

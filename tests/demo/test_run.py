@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.run import Demo, Ranks
-from tests.helpers import run_ranks, script_environment
+from tests.helpers import run_ranks, run_script
 
 TINY = {"steps": 4, "layers": 2, "dim": 32, "hidden_dim": 16, "experts": 4, "seq_len": 16, "batch_size": 8}
 
@@ -41,16 +40,7 @@ def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(
     command: list[str], strategy: str, text: Path, tmp_path: Path
 ) -> None:
     options = arguments(**TINY, ranks=2, data=text, strategy=strategy)
-    result = subprocess.run(
-        [*command, "train", *options],
-        cwd=tmp_path,
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_script(*command, "train", *options, cwd=tmp_path)
     # One rank speaks, and its children do not.
     for line in (
         f"{strategy}: 4 steps on 2 ranks",

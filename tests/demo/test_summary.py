@@ -9,7 +9,7 @@ from swiftmoe_lightning.demo.summary import summary_table
 
 
 def test_the_table_equals_a_count_by_hand() -> None:
-    # 10 steps of one layer on two ranks: nine with 10 choices of which 2 are dropped, and a last, balanced one.
+    # 10 steps of one layer on two ranks: nine with 10 assignments of which 2 are dropped, and a last, balanced one.
     recording = {
         "counts": np.full((10, 2, 1, 5), 1),
         "loads": np.array([[[6, 2]]] * 9 + [[[5, 5]]]),

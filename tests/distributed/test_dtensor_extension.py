@@ -72,8 +72,8 @@ def draw(name: str) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_draw_is_that_of_one_process(name: str) -> None:
     (expected,) = run_ranks(draw, 1, name)
     for world_size in (2, 4):
-        for found in run_ranks(draw, world_size, name):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for actual in run_ranks(draw, world_size, name):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def reset_between_steps() -> Tensor:
@@ -166,8 +166,8 @@ def teach(by_data: bool) -> Tensor:
 @pytest.mark.parametrize("by_data", [True, False])
 def test_a_momentum_teacher_follows_as_in_one_process(by_data: bool) -> None:
     (expected,) = run_ranks(teach, 1, by_data)
-    for found in run_ranks(teach, 2, by_data):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for actual in run_ranks(teach, 2, by_data):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def give_nonsense_to_data() -> None:
@@ -219,9 +219,9 @@ def average_and_run() -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_an_average_that_is_spread_runs_as_in_one_process() -> None:
     ((expected, state),) = run_ranks(average_and_run, 1)
-    found = run_ranks(average_and_run, 2)
-    torch.testing.assert_close(torch.cat([out for out, _ in found]), expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found[0][1], state, rtol=1e-9, atol=1e-12)
+    actual = run_ranks(average_and_run, 2)
+    torch.testing.assert_close(torch.cat([out for out, _ in actual]), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual[0][1], state, rtol=1e-9, atol=1e-12)
 
 
 # -- penalties --------------------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def penalise(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_on_weights_trains_as_in_one_process(name: str) -> None:
     (expected,) = run_ranks(penalise, 1, name)
-    for found in run_ranks(penalise, 2, name):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for actual in run_ranks(penalise, 2, name):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ def test_a_penalty_on_weights_trains_as_in_one_process(name: str) -> None:
 def pickle_it(of: str) -> None:
     model = models.build()
     spread(model)
-    what = {"state": model.state_dict(), "module": model, "part": model[1].experts}
-    torch.save(what[of], io.BytesIO())
+    objects = {"state": model.state_dict(), "module": model, "part": model[1].experts}
+    torch.save(objects[of], io.BytesIO())
 
 
 def reduce_by_hand(of: str) -> None:

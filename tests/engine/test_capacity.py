@@ -1,4 +1,4 @@
-"""With a capacity, W real ranks drop the tokens that a loop over W imagined ranks in one process drops."""
+"""With a capacity, W real ranks drop the tokens that an emulation of W ranks in one process drops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokens(world_size: int) -> list[Tensor]:
 def emulate(
     moe: sml.MoE, parts: list[Tensor], placement: Placement, factor: float, per: str
 ) -> tuple[list[Tensor], int]:
-    """Each rank's output, by loops over ranks, choices and budgets; and how many choices were dropped."""
+    """Each rank's output, by loops over ranks, assignments and budgets; and how many assignments were dropped."""
     routed = [moe.router(part) for part in parts]
     counts_WE = np.zeros((len(parts), EXPERTS), dtype=np.int64)
     for rank, r in enumerate(routed):
@@ -45,7 +45,7 @@ def emulate(
     pairs = list(zip(placement.pair_rank_P.tolist(), placement.pair_expert_P.tolist(), strict=True))
     outputs, num_dropped = [], 0
     for rank, (part, r) in enumerate(zip(parts, routed, strict=True)):
-        # Pairs of an expert in the order of their expert ranks; an expert's choices in the order of their tokens.
+        # Pairs of an expert in the order of their expert ranks; an expert's assignments in the order of their tokens.
         room = {
             expert: [[plan.for_rank(rank).sent_P[d], d] for d, pair in enumerate(pairs) if pair[1] == expert]
             for expert in range(EXPERTS)
@@ -57,8 +57,8 @@ def emulate(
             place[0] -= 1
             by_budget[plan.budget_of_pair_P[place[1]]].append((-float(r.weights_TK[t, k].detach()), t, k))
         kept = torch.zeros(len(part), TOP_K, dtype=torch.bool)
-        for budget, choices in by_budget.items():
-            for _, t, k in sorted(choices)[: plan.for_rank(rank).kept_B[budget]]:
+        for budget, assignments in by_budget.items():
+            for _, t, k in sorted(assignments)[: plan.for_rank(rank).kept_B[budget]]:
                 kept[t, k] = True
         num_dropped += int((~kept).sum())
         weights = dict(moe.experts.named_parameters())
@@ -118,7 +118,7 @@ def test_one_rank_has_the_same_budgets() -> None:
     assert reader.read()["experts"].num_dropped_tokens == num_dropped == TOKENS * TOP_K // 2
 
 
-def test_a_dropped_choice_adds_zero_and_gets_no_gradient() -> None:
+def test_a_dropped_assignment_adds_zero_and_gets_no_gradient() -> None:
     moe = build(0.1, "slot")
     x = tokens(1)[0].requires_grad_()
     out = moe(x)

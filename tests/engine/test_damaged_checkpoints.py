@@ -1,4 +1,4 @@
-"""Checkpoints whose bytes were changed on disk do not load: torch writes checksums, and reads past them."""
+"""Checkpoints whose bytes were changed on disk do not load: torch writes checksums, and does not verify them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ MOMENTS = 60
 META = {"epoch": 3, "callbacks": {"best": torch.arange(7.0)}}
 
 
-def flip_a_bit(data: bytearray, at: int) -> None:
-    data[at] ^= 1 << at % 8
+def flip_a_bit(data: bytearray, position: int) -> None:
+    data[position] ^= 1 << position % 8
 
 
-def clear_a_sector(data: bytearray, at: int) -> None:
-    data[at : at + 512] = bytes(len(data[at : at + 512]))
+def clear_a_sector(data: bytearray, position: int) -> None:
+    data[position : position + 512] = bytes(len(data[position : position + 512]))
 
 
-def cut_off(data: bytearray, at: int) -> None:
-    del data[at:]
+def cut_off(data: bytearray, position: int) -> None:
+    del data[position:]
 
 
 def damaged(path: Path, damage: Callable[[bytearray, int], None], seed: int) -> Any:
@@ -81,14 +81,14 @@ def test_a_damaged_file_is_an_error_or_harmless(damage: Any, tmp_path: Path) -> 
     saved = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "names": ["a", 1, None]}
     path = tmp_path / "run.ckpt"
     save_whole(saved, path)
-    found = 0
+    actual = 0
     for place in damaged(path, damage, seed=1):
         try:
             assert equal(read_file(path), saved), place
         except ValueError as error:
             assert f"cannot read the checkpoint '{path}'" in str(error)  # noqa: PT017
-            found += 1
-    assert found > MOMENTS // 4
+            actual += 1
+    assert actual > MOMENTS // 4
     assert equal(read_file(path), saved)
 
 
@@ -109,14 +109,14 @@ def test_a_damaged_directory_is_an_error_or_harmless(name: str, damage: Any, tmp
     path = tmp_path / "run.ckpt"
     save_directory(path, module, [optimizer], META)
     expected = META, module.state_dict(), optimizer.state_dict()
-    found = 0
+    actual = 0
     for place in damaged(path / name, damage, seed=2):
         try:
             assert all(map(equal, load(path), expected)), place
         except ValueError as error:
             assert f"cannot read the checkpoint '{path}'" in str(error)  # noqa: PT017
-            found += 1
-    assert found > MOMENTS // 4
+            actual += 1
+    assert actual > MOMENTS // 4
     assert all(map(equal, load(path), expected))
 
 

@@ -1,4 +1,4 @@
-"""Engines over modules of every kind: on meta, bare, attached twice, with what cannot work."""
+"""Engines over modules of every kind: on meta, on one process, copied, adapted; and those that are refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def without_ranks() -> tuple[bool, Tensor]:
 
 
 def test_without_a_process_group_the_module_stays_a_plain_one() -> None:
-    is_same, found = without_ranks()
+    is_same, actual = without_ranks()
     assert is_same
     torch.manual_seed(0)
     model = sml.MoE(DIM, 4, E)
@@ -89,7 +89,7 @@ def test_without_a_process_group_the_module_stays_a_plain_one() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    torch.testing.assert_close(found, model(x).detach())
+    torch.testing.assert_close(actual, model(x).detach())
 
 
 def layers_of_two_sizes() -> dict[str, tuple[int, int]]:
@@ -165,16 +165,16 @@ def training_beside_evaluation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fn", "words"),
+    ("fn", "messages"),
     [
         (different_steps, ["rank 0 has no more batches", "rank 1 trains layer 'experts'"]),
         (other_layer, ["rank 0 trains layer '0.experts'", "rank 1 trains layer '1.experts'"]),
         (training_beside_evaluation, ["rank 0 trains layer 'experts'", "rank 1 evaluates layer 'experts'"]),
     ],
 )
-def test_ranks_in_different_calls_are_an_error_on_all_that_says_who_does_what(fn: Any, words: list[str]) -> None:
+def test_ranks_in_different_calls_are_an_error_on_all_that_says_who_does_what(fn: Any, messages: list[str]) -> None:
     for error in rank_errors(fn, 2):
-        assert all(word in error for word in words), error
+        assert all(message in error for message in messages), error
         assert "every rank must run the same MoE layers in the same order, as many times" in error
 
 

@@ -39,9 +39,9 @@ def train(fails: bool, wraps_again: bool = True) -> dict[str, Tensor]:
 
 def test_a_failed_backward_leaves_no_trace() -> None:
     expected = train(False)
-    for found in run_ranks(train, 2, True):
+    for actual in run_ranks(train, 2, True):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_without_a_new_wrapper_ddp_cannot_go_on_and_says_so() -> None:

@@ -37,7 +37,7 @@ class Blocks(nn.Module):
 
 
 def build(in_blocks: bool) -> nn.Module:
-    """Other values on each rank: only rank 0's may count."""
+    """A module with other values on each rank, of which only rank 0's count."""
     layers = models.build(torch.float64)
     with torch.no_grad():
         for parameter in layers.parameters():
@@ -74,9 +74,9 @@ def train(in_blocks: bool, stock_clip: bool, fused: bool) -> tuple[dict[str, Ten
                     model(dense.batch(step, 0, torch.float64)[0])
                 engine.join()
             module.train()
-    held = sum(p.to_local().numel() for p in module.parameters() if isinstance(p, DTensor))
+    num_elements = sum(p.to_local().numel() for p in module.parameters() if isinstance(p, DTensor))
     state = {name.removeprefix("blocks."): value for name, value in engine.full_state_dict().items()}
-    return state, held
+    return state, num_elements
 
 
 @pytest.mark.parametrize(("world_size", "in_blocks"), [(2, True), (2, False), (3, True), (4, True)])
@@ -89,8 +89,8 @@ def test_thirty_steps_equal_a_dense_single_process(
     for state, _ in outcomes:
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-11, atol=1e-12, msg=name)
-    # Nothing is held twice, dense or expert.
-    assert sum(held for _, held in outcomes) == sum(value.numel() for value in expected.values())
+    # Each element of the model is on one rank alone.
+    assert sum(num_elements for _, num_elements in outcomes) == sum(value.numel() for value in expected.values())
 
 
 def leave_training_first(evaluates: bool) -> None:
@@ -210,7 +210,7 @@ def test_the_cut_module_is_wrapped_and_gets_no_attributes_of_ours() -> None:
 
 
 def gathered_modules() -> list[str]:
-    """Lists in lists, a layer in two places, and what stands in no list."""
+    """Lists inside lists, a layer in two places, and layers outside any list."""
     layer = nn.Linear(4, 4)
     stages = nn.ModuleList([nn.ModuleList([layer, nn.Linear(4, 4)]), nn.ModuleList([layer])])
     module = nn.ModuleDict({"trunk": nn.Sequential(nn.Linear(4, 4), sml.MoE(4, 6, 2, 1)), "stages": stages})

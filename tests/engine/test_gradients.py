@@ -22,7 +22,7 @@ def backward(module: nn.Module, forward: nn.Module | None = None) -> None:
 
 
 def read_numbers() -> list[float]:
-    """What users' guards and logs read of the experts' gradients, as plain numbers."""
+    """What users' checks and logs read of the experts' gradients, as plain numbers."""
     module = models.build(torch.float64)
     engine = sml.SwiftMoEEngine(module)
     backward(module, engine.data_parallel())
@@ -40,8 +40,8 @@ def read_numbers() -> list[float]:
 def test_numbers_read_from_gradients_are_of_the_whole_tensor_on_every_rank() -> None:
     expected = read_numbers()
     assert expected[-4:] == [0, 1, 1, 0]
-    for found in run_ranks(read_numbers, 2):
-        assert found == pytest.approx(expected, rel=1e-9)
+    for actual in run_ranks(read_numbers, 2):
+        assert actual == pytest.approx(expected, rel=1e-9)
 
 
 def train_with_hooks(before: bool) -> dict[str, Tensor]:
@@ -72,9 +72,9 @@ def train_with_hooks(before: bool) -> dict[str, Tensor]:
 def test_hooks_on_experts_see_the_collected_gradient(before: bool) -> None:
     expected = train_with_hooks(before)
     assert len(expected["seen"]) == 1
-    for found in run_ranks(train_with_hooks, 2, before):
+    for actual in run_ranks(train_with_hooks, 2, before):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
 
 def run_back_after_a_step() -> None:
@@ -108,10 +108,10 @@ def norms(dtype: torch.dtype, scale: float, norm_types: list[float]) -> list[flo
     engine = sml.SwiftMoEEngine(module)
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, scale)
-    found = [float(engine.grad_norm(norm_type)) for norm_type in norm_types]
+    actual = [float(engine.grad_norm(norm_type)) for norm_type in norm_types]
     engine.clip_grad_value_(0.9 * scale)
     engine.clip_grad_norm_(1.0)
-    return [*found, float(engine.grad_norm())]
+    return [*actual, float(engine.grad_norm())]
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -124,5 +124,5 @@ def test_norms_of_any_order_and_dtype_where_ranks_own_nothing(
     scale, orders = 64.0, [1.0, 2.0, 3.0, math.inf]
     expected = [scale * num_elements ** (1 / order) for order in orders]
     clamped = 0.9 * expected[1]
-    for found in run_ranks(norms, world_size, dtype, scale, orders):
-        assert found == pytest.approx([*expected, clamped / (clamped + 1e-6)], rel=tolerance)
+    for actual in run_ranks(norms, world_size, dtype, scale, orders):
+        assert actual == pytest.approx([*expected, clamped / (clamped + 1e-6)], rel=tolerance)

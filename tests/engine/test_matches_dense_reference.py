@@ -64,7 +64,7 @@ def test_thirty_steps_with_a_new_placement_each_equal_a_dense_single_process(
 def one_step_gradients(tables: list[list[int]]) -> list[dict[str, Tensor]]:
     """Full gradients of one step under each of these placements of the first layer."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found = []
+    actual = []
     for table in tables:
         module = models.build()
         engine = sml.SwiftMoEEngine(module, sml.SwiftMoEConfig(slots_per_rank=len(table) // world_size))
@@ -75,8 +75,8 @@ def one_step_gradients(tables: list[list[int]]) -> list[dict[str, Tensor]]:
         F.mse_loss(model(x), target).backward()
         assert engine.layers[0].placement == placement
         gradients = {name: p.grad for name, p in module.named_parameters()}
-        found.append({n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in gradients.items()})
-    return found
+        actual.append({n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in gradients.items()})
+    return actual
 
 
 def tables_for(world_size: int, slots_per_rank: int) -> st.SearchStrategy[list[int]]:

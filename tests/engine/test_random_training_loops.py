@@ -1,4 +1,4 @@
-"""Training loops of any shape: whatever is run, skipped, discarded or thrown in between, 2 ranks equal one process."""
+"""Training loops of any shape: whatever they run, skip, discard or raise, 2 ranks equal one process."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ class Explode(torch.autograd.Function):
 
 
 def run_loops(loops: list[list[str]]) -> list[dict[str, Tensor]]:
-    found = []
+    actual = []
     for events in loops:
         loop = Loop()
         loop.run(events)
-        found.append(loop.state()["model"])
-    return found
+        actual.append(loop.state()["model"])
+    return actual
 
 
 BETWEEN = [
@@ -153,9 +153,11 @@ LOOPS = st.lists(STEPS, min_size=2, max_size=4).map(lambda steps: [event for ste
 
 def check(loops: list[list[str]]) -> None:
     expected = run_loops(loops)
-    for found in run_ranks(run_loops, 2, loops):
-        for events, state, right in zip(loops, found, expected, strict=True):
-            wrong = [n for n, value in right.items() if not torch.allclose(state[n], value, rtol=1e-9, atol=1e-11)]
+    for actual in run_ranks(run_loops, 2, loops):
+        for events, state, expected_state in zip(loops, actual, expected, strict=True):
+            wrong = [
+                n for n, value in expected_state.items() if not torch.allclose(state[n], value, rtol=1e-9, atol=1e-11)
+            ]
             assert not wrong, (events, wrong)
 
 

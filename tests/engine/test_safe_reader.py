@@ -1,4 +1,4 @@
-"""A directory that somebody else made executes nothing when it is read, and one that is damaged says so."""
+"""An untrusted directory executes nothing when it is read, and a damaged one is an error that says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which optimizers' steps move which layers: of several, of frozen parts, of parts that thaw."""
+"""Which layers an optimizer's step updates and places: with several optimizers, frozen parts, parts that thaw."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def train_around(frozen: tuple[str, ...], placement: object) -> tuple[list[list[
 
 @pytest.mark.parametrize("frozen", [("1.experts",), ("1.experts", "1.router")])
 def test_frozen_experts_go_where_their_tokens_are(frozen: tuple[str, ...]) -> None:
-    found = run_ranks(train_around, 2, frozen, models.RandomPolicy)
-    assert found[0][0] == found[1][0]
-    assert len({tuple(table) for table in found[0][0]}) > 1
-    assert all(traffic["distribute"] > 0 == traffic["collect"] for _, traffic in found)
+    actual = run_ranks(train_around, 2, frozen, models.RandomPolicy)
+    assert actual[0][0] == actual[1][0]
+    assert len({tuple(table) for table in actual[0][0]}) > 1
+    assert all(traffic["distribute"] > 0 == traffic["collect"] for _, traffic in actual)
 
 
 def test_frozen_experts_that_stay_are_not_sent() -> None:
@@ -105,9 +105,9 @@ def test_experts_that_thaw_during_training_are_trained(world_size: int) -> None:
     expected = thaw(1)
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(DIM, DIM), sml.MoE(DIM, 5, E)).double().state_dict()
-    for found in run_ranks(thaw, world_size, world_size):
+    for actual in run_ranks(thaw, world_size, world_size):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+            torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-12, msg=name)
             assert not torch.equal(value, start[name]), name
 
 
@@ -133,7 +133,7 @@ def write_by_hand(marks: bool) -> tuple[Tensor, Tensor]:
     return before.detach(), wrapped(x).detach()
 
 
-def test_an_optimizer_that_was_not_prepared_is_found_out() -> None:
+def test_a_step_of_an_optimizer_that_was_not_prepared_is_an_error() -> None:
     for error in rank_errors(train_unprepared, 2):
         assert "not by an optimizer that this engine prepared. Pass every optimizer through" in error
 

@@ -1,4 +1,4 @@
-"""The update on local shards: what optimizers see, what they may be, what they save."""
+"""The update on local shards: which optimizers work, how they clip, what they save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers import rank_errors, run_ranks
 
 
 class Impatient(torch.optim.Optimizer):
-    """An elementwise one that allocates where it is made and never again, as Adagrad of torch 2.11."""
+    """An elementwise optimizer whose state is allocated when it is made, as in torch 2.11's Adagrad."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -136,7 +136,7 @@ def norms(norm_type: float) -> tuple[float, list[Tensor]]:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
 def test_clipping_counts_every_element_once(norm_type: float) -> None:
     ((expected, expected_gradients),) = run_ranks(norms, 1, norm_type)
-    for found, gradients in run_ranks(norms, 3, norm_type):
-        assert found == pytest.approx(expected, rel=1e-10)
+    for actual, gradients in run_ranks(norms, 3, norm_type):
+        assert actual == pytest.approx(expected, rel=1e-10)
         for a, b in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -52,9 +52,9 @@ def count_bytes(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, i
     ],
 )
 def test_bytes_sent_are_the_plans(world_size: int, config: dict[str, Any], dtype: torch.dtype) -> None:
-    for found, expected in run_ranks(count_bytes, world_size, config, dtype):
-        assert found == expected
-        assert min(found.values()) > 0
+    for actual, expected in run_ranks(count_bytes, world_size, config, dtype):
+        assert actual == expected
+        assert min(actual.values()) > 0
 
 
 def step_every(replace_every: int) -> list[list[int]]:

@@ -41,7 +41,7 @@ def train(folder: str, limit: int, batch_size: int) -> dict[str, Any]:
 def test_a_batch_that_did_not_fit_leaves_no_trace(tmp_path: Path) -> None:
     retried = run_ranks(train, 2, str(tmp_path), 2, 4, init=False)
     fitting = run_ranks(train, 2, str(tmp_path), 2, 2, init=False)
-    for found, expected in zip(retried, fitting, strict=True):
-        assert found["loss"][-3:] == pytest.approx(expected["loss"][-3:], rel=1e-4)
+    for actual, expected in zip(retried, fitting, strict=True):
+        assert actual["loss"][-3:] == pytest.approx(expected["loss"][-3:], rel=1e-4)
         for name, value in expected["state"].items():
-            torch.testing.assert_close(found["state"][name], value, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(actual["state"][name], value, rtol=1e-4, atol=1e-4)

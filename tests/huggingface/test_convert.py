@@ -121,12 +121,12 @@ def fused_classes() -> list[str]:
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
-    found = []
+    actual = []
     for path in sorted((Path(spec.origin).parent / "models").glob("*/modeling_*.py")):
         for name, body in re.findall(r"^class (\w*Experts)\(nn\.Module\):\n((?:    .*\n|\n)+)", path.read_text(), re.M):
             if "down_proj = nn.Parameter" in body and "up_proj = nn.Parameter" in body and "gate_proj =" not in body:
-                found.append(f"{path.parent.name}.{path.stem}:{name}")
-    return found
+                actual.append(f"{path.parent.name}.{path.stem}:{name}")
+    return actual
 
 
 # What is left as it is, and why.
@@ -166,13 +166,13 @@ def compare(original: nn.Module, converted: nn.Module, repeated: bool = False) -
     else:
         inputs, others = [x_TD.requires_grad_(), weights_TK.requires_grad_()], [ids_TK]
     arguments = [inputs[0], *others, *inputs[1:]]
-    found, expected = converted(*arguments), original(*arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    actual, expected = converted(*arguments), original(*arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     probe = torch.randn(expected.shape)
     names = [name for name, _ in original.named_parameters()]
     gradients = [
         torch.autograd.grad(out, [*inputs, *(dict(m.named_parameters())[n] for n in names)], probe)
-        for m, out in ((converted, found), (original, expected))
+        for m, out in ((converted, actual), (original, expected))
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
@@ -430,9 +430,9 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     model = nn.ModuleDict({"experts": copy.deepcopy(original)})
     x, ids = torch.randn(7, DIM).bfloat16(), torch.randint(E, (7, 1))
     weights = torch.rand(7, 1)
-    found, expected = sml.convert(model)["experts"](x, ids, weights), original.float()(x.float(), ids, weights)
-    assert found.dtype == torch.bfloat16
-    assert F.mse_loss(found.float(), expected) < 1e-3 * expected.square().mean()
+    actual, expected = sml.convert(model)["experts"](x, ids, weights), original.float()(x.float(), ids, weights)
+    assert actual.dtype == torch.bfloat16
+    assert F.mse_loss(actual.float(), expected) < 1e-3 * expected.square().mean()
 
 
 def test_autocast_and_default_dtype_around_convert_do_not_matter() -> None:

@@ -41,8 +41,8 @@ class LanguageModel(L.LightningModule):
 def fit(world_size: int, strategy: Any, convert: bool) -> dict[str, Tensor]:
     model = LanguageModel(convert)
     sequences = [ids for step in range(STEPS) for ids in hf_models.tokens(step, SEQUENCES)]
-    mine = range(int(os.environ["RANK"]), len(sequences), world_size)
-    loader = DataLoader(sequences, batch_size=SEQUENCES // world_size, sampler=mine)  # type: ignore[arg-type]
+    indices = range(int(os.environ["RANK"]), len(sequences), world_size)
+    loader = DataLoader(sequences, batch_size=SEQUENCES // world_size, sampler=indices)  # type: ignore[arg-type]
     cases.trainer(world_size, strategy, max_epochs=1, gradient_clip_val=1.0).fit(model, loader)
     return cases.whole(model)
 

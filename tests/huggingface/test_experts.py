@@ -33,10 +33,10 @@ def results(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"logits": output.logits} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def both(family: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -49,13 +49,13 @@ def both(family: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor
 
     monkeypatch.setitem(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "swiftmoe", counted)
     monkeypatch.setitem(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._local_mapping, "swiftmoe", counted)
-    found = []
+    actual = []
     for name in ("swiftmoe", "eager"):
         model = hf_models.build(family)
         model.set_experts_implementation(name)
-        found.append(results(model, hf_models.tokens(0)))
+        actual.append(results(model, hf_models.tokens(0)))
     assert calls
-    return found[0], found[1]
+    return actual[0], actual[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,15 +120,15 @@ def test_assignments_to_experts_elsewhere_add_nothing(family: str, name: str) ->
     elsewhere_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(4)) < 0.4
     elsewhere_TK[0] = True
     with backend.force_backend(name):
-        found = [
+        actual = [
             gradients_of(experts, experts, (x_TD, ids, weights))
             for ids, weights in (
                 (ids_TK.masked_fill(elsewhere_TK, len(experts.down_proj)), weights_TK),
                 (ids_TK, weights_TK.masked_fill(elsewhere_TK, 0.0)),
             )
         ]
-    assert not found[0]["out"][0].any()
-    assert_equal(*found)
+    assert not actual[0]["out"][0].any()
+    assert_equal(*actual)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -146,8 +146,8 @@ def test_experts_compile_to_one_graph(family: str, name: str) -> None:
         for ids, stance in [(ids_TK, "default"), (elsewhere_TK[:7], "fail_on_recompile")]:
             inputs = (x_TD[: len(ids)], ids.clone(), weights_TK[: len(ids)].clone())
             with torch.compiler.set_stance(stance):
-                found = gradients_of(compiled, experts, inputs)
-            assert_equal(found, gradients_of(experts, experts, inputs))
+                actual = gradients_of(compiled, experts, inputs)
+            assert_equal(actual, gradients_of(experts, experts, inputs))
 
 
 def test_a_model_compiles_to_one_graph() -> None:
@@ -210,8 +210,8 @@ def test_importing_the_package_registers_it_where_transformers_is_loaded() -> No
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
         "print('swiftmoe' in ALL_EXPERTS_FUNCTIONS)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "True\n", process.stderr
 
 
 def test_without_transformers_5_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ pytest.importorskip("transformers")
 def assert_whole(folder: Path, state: dict[str, Tensor]) -> None:
     from transformers import AutoModelForCausalLM
 
-    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert found.keys() == state.keys()
+    actual = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert actual.keys() == state.keys()
     for name, value in state.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0)
 
 
 def save_with_an_engine(folder: str, *positional: Any) -> dict[str, Tensor]:

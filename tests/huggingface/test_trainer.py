@@ -104,13 +104,13 @@ def result(made: Any) -> dict[str, Any]:
     return {"state": {name: value.detach().clone() for name, value in state.items()}, **logs}
 
 
-def same(case: Any, found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
+def same(case: Any, actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
     for key in ("loss", "grad_norm", "eval_loss"):
-        assert found[key] == pytest.approx(expected[key], rel=tolerance, nan_ok=True), (case, key)
-    assert found["state"].keys() == expected["state"].keys()
+        assert actual[key] == pytest.approx(expected[key], rel=tolerance, nan_ok=True), (case, key)
+    assert actual["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
         torch.testing.assert_close(
-            found["state"][name],
+            actual["state"][name],
             value,
             rtol=tolerance,
             atol=tolerance,
@@ -165,16 +165,16 @@ def each_step(call: Any) -> Any:
 
 
 def test_two_ranks_train_evaluate_and_predict_like_the_plain_trainer_under_ddp(tmp_path: Path) -> None:
-    for found in run_ranks(train_with_and_without, 2, str(tmp_path), init=False, timeout_s=120):
-        for case, (plain, ours, num_placements) in found["outcomes"].items():
+    for actual in run_ranks(train_with_and_without, 2, str(tmp_path), init=False, timeout_s=120):
+        for case, (plain, ours, num_placements) in actual["outcomes"].items():
             # What 8 and 11 bits of a mantissa round.
             same(case, ours, plain, tolerance={"bf16": 2e-2, "fp16": 2e-3}.get(case, 1e-4))
             skipped = sum(not math.isfinite(norm) for norm in ours["grad_norm"])
             assert num_placements > (STEPS - skipped) // 2, case
             assert (skipped > 0) == (case == "fp16")
             assert len(plain["loss"]) >= STEPS
-        assert len(found["outcomes"]["evaluated in between"][0]["eval_loss"]) == STEPS // 2
-        plain, ours = found["predictions"]
+        assert len(actual["outcomes"]["evaluated in between"][0]["eval_loss"]) == STEPS // 2
+        plain, ours = actual["predictions"]
         assert plain.shape == (7, hf_models.LENGTH, hf_models.VOCABULARY)
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
 

@@ -92,8 +92,8 @@ def test_a_trainer_without_the_methods_that_are_overridden_is_refused(monkeypatc
 
 def test_importing_the_package_does_not_import_the_trainer() -> None:
     code = "import sys, swiftmoe_lightning; print('swiftmoe_lightning.huggingface.trainer' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "False"
 
 
 def test_deepspeed_is_refused_over_several_processes() -> None:

@@ -1,4 +1,4 @@
-"""State that casts leave alone, and choices that no router means."""
+"""Casts that leave a router's bias in float32, and expert ids that are refused."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def test_a_capacity_of_another_type_is_refused(capacity: Any) -> None:
         sml.Experts(2, 4, 4, capacity=capacity)
 
 
-def test_choices_of_other_ranks_experts_add_nothing() -> None:
+def test_assignments_to_other_ranks_experts_add_nothing() -> None:
     assert choose(torch.tensor([[-1], [3]])).count_nonzero() == 0

@@ -57,10 +57,10 @@ def test_outputs_and_gradients_equal_a_loop_over_tokens(activation: str, bias: b
                 nn.init.normal_(parameter)
     x = X.double().requires_grad_()
     parameters = [x, *moe.parameters()]
-    found, expected = moe(x), by_hand(moe, x)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    actual, expected = moe(x), by_hand(moe, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     probe = torch.randn(X.shape, dtype=torch.float64)
-    gradients = [torch.autograd.grad(out, parameters, probe) for out in (found, expected)]
+    gradients = [torch.autograd.grad(out, parameters, probe) for out in (actual, expected)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

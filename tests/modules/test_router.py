@@ -63,7 +63,7 @@ def test_scores_are_computed_in_float32_whatever_the_input() -> None:
     torch.testing.assert_close(out.logits_TE, F.linear(X_TD.bfloat16().float(), made.weight))
 
 
-def test_the_bias_moves_towards_cold_experts_and_changes_the_choice_but_not_the_weights() -> None:
+def test_the_bias_moves_towards_cold_experts_and_changes_the_chosen_experts_but_not_the_weights() -> None:
     made = router(score="sigmoid", bias_update_rate=0.5, renormalize=False)
     made.update_bias(np.array([10, 0, 5, 5, 5, 5]))
     assert made.expert_bias is not None

@@ -34,11 +34,11 @@ def decide(options: dict[str, Any], name: str) -> tuple[sml.RouterOutput, torch.
 def test_the_kernel_decides_and_learns_as_torch_does(options: dict[str, Any]) -> None:
     pytest.importorskip("triton")
     expected, losses, gradient = decide(options, "torch")
-    found, found_losses, found_gradient = decide(options, "triton")
+    actual, found_losses, found_gradient = decide(options, "triton")
     # Of one type on any device, and no [T, E] of shares was made.
-    assert found.probs_TE is expected.probs_TE is None
-    assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
-    torch.testing.assert_close(found.weights_TK, expected.weights_TK)
+    assert actual.probs_TE is expected.probs_TE is None
+    assert torch.equal(actual.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(actual.weights_TK, expected.weights_TK)
     torch.testing.assert_close(found_losses, losses)
     torch.testing.assert_close(found_gradient, gradient)
 

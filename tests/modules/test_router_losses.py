@@ -55,10 +55,10 @@ def train(kind: str, scale: float = 1.0) -> dict[str, Tensor]:
         auxiliary = sml.auxiliary_loss(model)
         (scale * (out.square().mean() + auxiliary + auxiliary)).backward()
         losses.append(auxiliary.detach())
-    found = {"losses": torch.stack(losses)}
+    actual = {"losses": torch.stack(losses)}
     if world_size > 1:
-        dist.all_reduce(found["losses"])
-        found["losses"] /= world_size
+        dist.all_reduce(actual["losses"])
+        actual["losses"] /= world_size
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
@@ -67,9 +67,9 @@ def train(kind: str, scale: float = 1.0) -> dict[str, Tensor]:
         elif world_size > 1:
             dist.all_reduce(gradient)
             gradient /= world_size
-        found[name] = gradient / scale
+        actual[name] = gradient / scale
     del engine
-    return found
+    return actual
 
 
 def by_hand() -> dict[str, Tensor]:
@@ -97,9 +97,9 @@ def by_hand() -> dict[str, Tensor]:
 def test_losses_and_gradients_do_not_depend_on_how_blocks_run(kind: str, world_size: int) -> None:
     expected = by_hand()
     assert float(expected["losses"].min()) > 1
-    for found in run_ranks(train, world_size, kind, 8.0):
+    for actual in run_ranks(train, world_size, kind, 8.0):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -111,8 +111,8 @@ def test_losses_that_nobody_asks_for_train_nothing(kind: str) -> None:
         block.aux_loss_coef = block.z_loss_coef = 0.0
     expected.zero_grad()
     expected(torch.ones(3, DIM, dtype=torch.float64), RUNS["plain"]).sum().backward()
-    for mine, right in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, right.grad, rtol=1e-9, atol=1e-12)
+    for parameter, reference in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_loss_by_itself_has_gradients_and_evaluation_has_none() -> None:

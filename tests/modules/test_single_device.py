@@ -1,4 +1,4 @@
-"""On one device the layer counts without asking the device, and looks when somebody reads."""
+"""On one device the layer counts without waiting for the device, until its load is read."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def test_ids_of_other_ranks_experts_are_unassigned_and_not_counted() -> None:
 def test_the_fused_layer_is_the_plain_one() -> None:
     pytest.importorskip("triton")
     layer, (x, ids, weights) = experts(), batch()
-    found = []
+    actual = []
     for name in ("torch", "triton"):
         layer.zero_grad()
         x_TD = x.clone().requires_grad_()
         with backend.force_backend(name):
             out = layer(x_TD, ids, weights)
             out.square().sum().backward()
-        found.append([out.detach(), x_TD.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
-    for plain, fused in zip(*found, strict=True):
+        actual.append([out.detach(), x_TD.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    for plain, fused in zip(*actual, strict=True):
         torch.testing.assert_close(fused, plain)
 
 
@@ -72,6 +72,6 @@ def test_counts_of_the_device_add_up() -> None:
     cursor = LoadCursor(lambda: load)
     load.add_on_device(torch.tensor([3, 1], dtype=torch.int32), torch.tensor(True))
     load.add_on_device(torch.tensor([0, 4], dtype=torch.int32), torch.tensor(True))
-    found = cursor.read()
-    assert found.counts_WE.tolist() == [[3, 5]]
-    assert (found.load_W.tolist(), found.num_dropped_tokens, found.imbalance) == ([8], 0, 1.0)
+    actual = cursor.read()
+    assert actual.counts_WE.tolist() == [[3, 5]]
+    assert (actual.load_W.tolist(), actual.num_dropped_tokens, actual.imbalance) == ([8], 0, 1.0)

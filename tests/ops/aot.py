@@ -68,7 +68,7 @@ class Report:
 
 
 def launched_by(call: Callable[[], object]) -> list[Build]:
-    """What `call` would launch, found by calling it without launching: its tensors may be on device "meta"."""
+    """The kernels that `call` launches, recorded and not run: its tensors may be on device "meta"."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -109,7 +109,7 @@ def compile_all(builds: Sequence[Build]) -> list[Report]:
     """One report for each build, or an error with the compiler's own words."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "tests.ops.aot"],
             input=json.dumps([asdict(build) for build in builds]),
             capture_output=True,
@@ -117,8 +117,8 @@ def compile_all(builds: Sequence[Build]) -> list[Report]:
             cwd=Path(__file__).parents[2],
             env=environment | {"TRITON_CACHE_DIR": cache},
         )
-    assert done.returncode == 0, done.stderr
-    return [Report(**report) for report in json.loads(done.stdout)]
+    assert process.returncode == 0, process.stderr
+    return [Report(**report) for report in json.loads(process.stdout)]
 
 
 def _compile(build: Build) -> Report:
@@ -149,8 +149,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", said)
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     return int(registers), int(stack)
 
 

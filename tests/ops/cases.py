@@ -17,11 +17,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     """Norm of the error over the norm of the result, one tolerance for a dtype, everywhere."""
-    found, tolerance, expected = found.detach().double(), TOLERANCE[found.dtype], expected.detach().double()
-    assert found.shape == expected.shape
-    error = float((found - expected).norm())
+    actual, tolerance, expected = actual.detach().double(), TOLERANCE[actual.dtype], expected.detach().double()
+    assert actual.shape == expected.shape
+    error = float((actual - expected).norm())
     assert error <= tolerance * float(expected.norm()), (error, float(expected.norm()))
 
 
@@ -80,10 +80,10 @@ def gradients(out, inputs):
     """Gradients of a fixed random projection of `out`, by name; what did not take part counts as zero."""
     generator = torch.Generator().manual_seed(17)
     seed = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
-    found = torch.autograd.grad(out, list(inputs.values()), seed, allow_unused=True)
+    actual = torch.autograd.grad(out, list(inputs.values()), seed, allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
-        for (name, value), grad in zip(inputs.items(), found, strict=True)
+        for (name, value), grad in zip(inputs.items(), actual, strict=True)
     }
 
 
@@ -131,19 +131,19 @@ def assert_triton_equals_eager(operation, values, *rest):
     values = {name: value.to(DEVICE) for name, value in values.items()}
     rest = tree_map_only(torch.Tensor, lambda r: r.to(DEVICE), rest)
     seed_dtype = next(iter(values.values())).dtype
-    found = []
+    actual = []
     for _ in range(2):
         inputs = {name: fenced(value).requires_grad_() for name, value in values.items()}
         with backend.force_backend("triton"), fenced_memory():
-            found.append(_outputs_and_gradients(operation, inputs, rest, seed_dtype))
+            actual.append(_outputs_and_gradients(operation, inputs, rest, seed_dtype))
     with backend.force_backend("torch"):
         expected = _outputs_and_gradients(operation, leaves(values, torch.float64), rest, seed_dtype)
-    for first, second, wanted in zip(*found, expected, strict=True):
+    for first, second, reference in zip(*actual, expected, strict=True):
         assert torch.equal(first, second)
         if first.is_floating_point():
-            assert_close(first, wanted)
+            assert_close(first, reference)
         else:
-            assert torch.equal(first, wanted)
+            assert torch.equal(first, reference)
 
 
 def _outputs_and_gradients(operation, inputs, rest, seed_dtype):

@@ -20,9 +20,9 @@ def values(num_rows, width, dtype=torch.float32):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_eager_version_equals_torchs_functions(activation):
     z_RF = values(9, 6, torch.float64).requires_grad_()
-    found, expected = activate(z_RF, activation), by_autograd(z_RF, activation)
-    assert_close(found, expected)
-    assert_close(gradients(found, {"z": z_RF})["z"], gradients(expected, {"z": z_RF})["z"])
+    actual, expected = activate(z_RF, activation), by_autograd(z_RF, activation)
+    assert_close(actual, expected)
+    assert_close(gradients(actual, {"z": z_RF})["z"], gradients(expected, {"z": z_RF})["z"])
     assert torch.autograd.gradcheck(lambda z: activate(z, activation), z_RF)
 
 

@@ -38,8 +38,8 @@ def test_a_gpu_runs_triton_where_it_can_and_says_why_not(gpu, monkeypatch):
     assert mixed == backend.Backend("torch", "float64 runs the torch reference: the Triton kernels compute in float32.")
     backend._backend_on.cache_clear()
     gpu(7, 5)
-    found = backend.choose_backend(device, torch.float32)
-    assert found == backend.Backend(
+    actual = backend.choose_backend(device, torch.float32)
+    assert actual == backend.Backend(
         "torch", "NVIDIA X has compute capability 7.5: the Triton kernels need 8.0 or more."
     )
     backend._backend_on.cache_clear()
@@ -70,6 +70,6 @@ def test_a_backend_that_is_forced_ends_with_its_block():
 def test_a_small_table_picks_the_layers_backend_on_a_gpu(dtype, rows_per_slot, hidden_dim, top_k, expected):
     gpu = backend.Backend("triton", "Triton kernels on a test.")
     with mock.patch.object(backend, "_backend_on", return_value=gpu):
-        found = backend.choose_layer_backend(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
-    assert found.name == expected
-    assert found.reason.endswith(".")
+        actual = backend.choose_layer_backend(torch.device("cuda"), dtype, rows_per_slot, hidden_dim, top_k)
+    assert actual.name == expected
+    assert actual.reason.endswith(".")

@@ -68,15 +68,15 @@ def loop_moe(values, assignment_R, slot_R, activation):
 
 def run(operation, values):
     """Outputs and gradients of `operation(inputs, weights)`, twice, to the same bits, in memory fenced by nan."""
-    found = []
+    actual = []
     for _ in range(2):
         inputs = {name: fenced(value.to(DEVICE)).requires_grad_() for name, value in values.items()}
         with fenced_memory():
             out = operation(inputs)
-            found.append({"out": out} | gradients(out, inputs))
-    for name, first in found[0].items():
-        assert torch.equal(first, found[1][name]), name
-    return found[0]
+            actual.append({"out": out} | gradients(out, inputs))
+    for name, first in actual[0].items():
+        assert torch.equal(first, actual[1][name]), name
+    return actual[0]
 
 
 def assert_moe_equals_the_loop(sizes, activation, bias, dtype, kept="all", slots="some", tail=0):
@@ -149,11 +149,11 @@ def test_rows_of_tokens_come_out_in_the_order_of_the_slots(integer):
     del values["scores"]
     assignment_R, rows_TK, counts_s, ends_s = on_device(assignments)
     same = SortedAssignments(assignment_R.to(integer), rows_TK.to(integer), counts_s, ends_s)
-    found = run(lambda v: fused_expert_rows(v["x"], same, weights_of(v), "swiglu"), values)
+    actual = run(lambda v: fused_expert_rows(v["x"], same, weights_of(v), "swiglu"), values)
     slow = leaves(values, torch.float64)
     expected = loop_mlp(slow["x"][assignments.assignment_R // 3], slow, slot_R, "swiglu")
     for name, value in ({"out": expected} | gradients(expected, slow)).items():
-        assert_close(found[name].cpu(), value)
+        assert_close(actual[name].cpu(), value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,16 +171,16 @@ def test_unassigned_rows_are_not_read_and_come_out_and_back_as_zero(counts, dtyp
     by_slot = sort_assignments(slot_T.unsqueeze(1), len(counts))
     with fenced_memory():
         out = fused_expert_rows(fast["x"], by_slot, weights_of(fast), "gelu")
-        found = torch.autograd.grad(out, list(fast.values()), torch.cat([seed_RD, nan]).to(DEVICE))
+        actual = torch.autograd.grad(out, list(fast.values()), torch.cat([seed_RD, nan]).to(DEVICE))
     expected = loop_mlp(slow["x"], slow, slot_R, "gelu")
-    wanted = torch.autograd.grad(expected, list(slow.values()), seed_RD.double(), allow_unused=True)
-    found = dict(zip(fast, found, strict=True))
+    expected_grads = torch.autograd.grad(expected, list(slow.values()), seed_RD.double(), allow_unused=True)
+    actual = dict(zip(fast, actual, strict=True))
     assert not out[num_rows:].any()
-    assert not found["x"][num_rows:].any()
-    found["x"] = found["x"][:num_rows]
+    assert not actual["x"][num_rows:].any()
+    actual["x"] = actual["x"][:num_rows]
     assert_close(out[:num_rows].cpu(), expected)
-    for (name, value), want in zip(slow.items(), wanted, strict=True):
-        assert_close(found[name].cpu(), torch.zeros_like(value) if want is None else want)
+    for (name, value), want in zip(slow.items(), expected_grads, strict=True):
+        assert_close(actual[name].cpu(), torch.zeros_like(value) if want is None else want)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -194,9 +194,9 @@ def test_poison_in_one_slots_rows_or_weights_shows_there_and_nowhere_else(activa
     # Rows 0-1 (poisoned) belong to slot 0, rows 2-4 to slot 1, row 5 to slot 2, whose weights are poisoned.
     out = fused_expert_layer(x_TD.requires_grad_(), scores_TK, by_slot, weights, activation)
     out.sum().backward()
-    for found in (out, x_TD.grad, scores_TK.grad):
-        assert found[:2].isnan().all()
-        assert found[2:5].isfinite().all()
+    for actual in (out, x_TD.grad, scores_TK.grad):
+        assert actual[:2].isnan().all()
+        assert actual[2:5].isfinite().all()
     for name, weight in weights.items():
         # The last bias gets the outputs' gradient alone.
         assert weight.grad[0].isnan().any() == (name != "down_proj_bias")
@@ -280,12 +280,12 @@ def test_more_than_two_billion_elements_do_not_overflow():
     by_slot = sort_assignments(slot_TK, 2)
     out = fused_expert_layer(inputs["x"], inputs["scores"], by_slot, weights_of(inputs), "swiglu")
     # Squared, so that a score's gradient is no sum of terms that cancel.
-    found = torch.autograd.grad(out[-3:].square().sum(), [inputs["x"], inputs["scores"]])
+    actual = torch.autograd.grad(out[-3:].square().sum(), [inputs["x"], inputs["scores"]])
     slow = leaves(
         {name: value[-3:] if name in ("x", "scores") else value for name, value in values.items()}, torch.float64
     )
     expected = loop_moe(slow, torch.arange(3), [1, 1, 1], "swiglu")
-    wanted = torch.autograd.grad(expected.square().sum(), [slow["x"], slow["scores"]])
+    expected_grads = torch.autograd.grad(expected.square().sum(), [slow["x"], slow["scores"]])
     assert_close(out[-3:].cpu(), expected)
-    for gradient, want in zip(found, wanted, strict=True):
+    for gradient, want in zip(actual, expected_grads, strict=True):
         assert_close(gradient[-3:].cpu().to(torch.bfloat16), want)

@@ -22,9 +22,9 @@ def run_both(counts, dim, hidden_dim, activation, bias, dtype):
     return (out, gradients(out, fast)), (expected, gradients(expected, slow))
 
 
-def assert_equal_runs(found, expected):
-    assert_close(found[0], expected[0])
-    for name, gradient in found[1].items():
+def assert_equal_runs(actual, expected):
+    assert_close(actual[0], expected[0])
+    for name, gradient in actual[1].items():
         assert_close(gradient, expected[1][name])
 
 
@@ -77,8 +77,8 @@ def test_eager_gradients_pass_gradcheck_and_equal_the_written_ones(ends):
     assert torch.autograd.gradcheck(lambda x, w: grouped.eager_grouped_linear(x, w, ends_s), inputs)
     grad_RO = torch.randn(3, 2, dtype=torch.float64)
     expected = torch.autograd.grad(grouped.eager_grouped_linear(*inputs, ends_s), inputs, grad_RO)
-    for found, gradient in zip(grouped.eager_grouped_linear_backward(grad_RO, *inputs, ends_s), expected, strict=True):
-        assert_close(found, gradient)
+    for actual, gradient in zip(grouped.eager_grouped_linear_backward(grad_RO, *inputs, ends_s), expected, strict=True):
+        assert_close(actual, gradient)
 
 
 def compiled(function):
@@ -93,17 +93,17 @@ def compiled(function):
 def test_rows_that_are_unassigned_change_nothing(wrap, dtype, sizes):
     values = {"x": torch.randn(4, sizes[0]).to(dtype)} | make_weights(3, *sizes, "swiglu", True, dtype)
     ends_s = torch.tensor([1, 1, 4], dtype=torch.int32)
-    found, expected = leaves(values), leaves(values)
+    actual, expected = leaves(values), leaves(values)
 
     def with_more_rows(x_RD, **weights):
         out = expert_mlp(torch.cat([x_RD, x_RD.new_full((3, x_RD.shape[1]), float("nan"))]), weights, ends_s, "swiglu")
         # As combine does: it reads none of them, and gives them a gradient of zero.
         return torch.where(torch.arange(7).unsqueeze(1) < 4, out, 0.0)[:4]
 
-    kept = wrap(with_more_rows)(found["x"], **{k: v for k, v in found.items() if k != "x"})
+    kept = wrap(with_more_rows)(actual["x"], **{k: v for k, v in actual.items() if k != "x"})
     whole = expert_mlp(expected["x"], {k: v for k, v in expected.items() if k != "x"}, ends_s, "swiglu")
     assert_close(kept, whole)
-    found_gradients = gradients(kept, found)
+    found_gradients = gradients(kept, actual)
     for name, gradient in gradients(whole, expected).items():
         assert_close(found_gradients[name], gradient)
 
@@ -121,9 +121,9 @@ def test_poison_in_one_experts_rows_or_weights_shows_there_and_nowhere_else(size
     # Rows 0-1 (poisoned) belong to slot 0, rows 2-4 to slot 1, row 5 to slot 2, whose weights are poisoned.
     out = expert_mlp(x_RD, weights, torch.tensor([2, 5, 6], dtype=torch.int32), activation)
     out.sum().backward()
-    for found in (out, x_RD.grad):
-        assert found[:2].isnan().all()
-        assert found[2:5].isfinite().all()
+    for actual in (out, x_RD.grad):
+        assert actual[:2].isnan().all()
+        assert actual[2:5].isfinite().all()
     for name, weight in weights.items():
         # The last bias gets the outputs' gradient alone.
         assert weight.grad[0].isnan().any() == (name != "down_proj_bias")
@@ -132,7 +132,7 @@ def test_poison_in_one_experts_rows_or_weights_shows_there_and_nowhere_else(size
 
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 8)], ids=["eager", "grouped"])
 def test_slots_without_rows_get_zero_gradients(sizes):
-    (_, found), _ = run_both([0, 4, 0], *sizes, "swiglu", True, torch.float32)
+    (_, actual), _ = run_both([0, 4, 0], *sizes, "swiglu", True, torch.float32)
     for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
-        assert not found[name][[0, 2]].any()
-        assert found[name][1].any()
+        assert not actual[name][[0, 2]].any()
+        assert actual[name][1].any()

@@ -50,10 +50,10 @@ def test_the_layer_and_its_gradients_equal_a_loop_over_assignments(name, activat
     fast = leaves(inputs)
     with backend.force_backend(name):
         out = run_layer(fast, ids_TK, 3, activation)
-        found = gradients(out, fast)
+        actual = gradients(out, fast)
     assert_close(out.cpu(), expected)
     for key, gradient in gradients(expected, slow).items():
-        assert_close(found[key].cpu(), gradient)
+        assert_close(actual[key].cpu(), gradient)
 
 
 def test_rows_come_by_slot_and_those_that_are_unassigned_are_left_out_on_a_cpu():
@@ -123,8 +123,8 @@ def test_backward_lets_go_of_z_before_the_inputs_gradient_comes_unless_the_graph
     first = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
     again = torch.autograd.grad(out.sum(), inputs)
     assert is_gone == [False, True]
-    for found, wanted in zip(again, first, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(again, first, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_the_fused_layer_compiles_in_one_graph_and_refuses_a_second_derivative():
@@ -134,10 +134,10 @@ def test_the_fused_layer_compiles_in_one_graph_and_refuses_a_second_derivative()
         eager, compiled = leaves(inputs), leaves(inputs)
         expected = run_layer(eager, ids_TK, 3, "swiglu")
         layer_graph = torch.compile(run_layer, backend="aot_eager", fullgraph=True)
-        found = layer_graph(compiled, ids_TK, 3, "swiglu")
-        assert torch.equal(found, expected)
-        wanted, got = gradients(expected, eager), gradients(found, compiled)
-        assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
+        actual = layer_graph(compiled, ids_TK, 3, "swiglu")
+        assert torch.equal(actual, expected)
+        expected_grads, grads = gradients(expected, eager), gradients(actual, compiled)
+        assert all(torch.equal(grads[name], gradient) for name, gradient in expected_grads.items())
         (first,) = torch.autograd.grad(run_layer(eager, ids_TK, 3, "swiglu").sum(), [eager["x"]], create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative"):
             first.sum().backward()

@@ -60,7 +60,9 @@ def test_every_operator_keeps_torchs_contract(name):
 
 
 def test_every_operator_is_checked():
-    modules = [importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__)]
+    modules = [
+        importlib.import_module(f"{ops.__name__}.{module.name}") for module in pkgutil.iter_modules(ops.__path__)
+    ]
     names = {
         value._qualname.split("::")[1]
         for module in modules
@@ -90,8 +92,10 @@ def run(function):
 
 @pytest.mark.usefixtures("each_backend")
 def test_a_layer_compiles_to_one_graph():
-    for found, expected in zip(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), run(layer), strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(
+        run(torch.compile(layer, fullgraph=True, backend="aot_eager")), run(layer), strict=True
+    ):
+        assert_close(actual, expected)
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -105,10 +109,10 @@ def test_sizes_that_change_do_not_recompile_the_graph():
 
 @pytest.mark.usefixtures("each_backend")
 def test_a_checkpointed_layer_has_the_same_bits():
-    for found, expected in zip(
+    for actual, expected in zip(
         run(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False)), run(layer), strict=True
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu

@@ -46,9 +46,9 @@ def test_route_equals_autograd_in_values_and_gradients(score, renormalize, with_
     _, routed = run()
     assert torch.equal(routed.expert_ids_TK, ids_TK)
     for output in range(3):
-        found, expected = run()[0][output], route_by_autograd(x_TE, bias_E, top_k, score, renormalize)[1 + output]
-        assert_close(found, expected)
-        assert_close(gradients(found, {"x": x_TE})["x"], gradients(expected, {"x": x_TE})["x"])
+        actual, expected = run()[0][output], route_by_autograd(x_TE, bias_E, top_k, score, renormalize)[1 + output]
+        assert_close(actual, expected)
+        assert_close(gradients(actual, {"x": x_TE})["x"], gradients(expected, {"x": x_TE})["x"])
 
 
 # T tokens, E experts, K top-k; more than one block of tokens in the last.

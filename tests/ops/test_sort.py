@@ -8,12 +8,12 @@ from tests.ops.cases import DEVICE, fenced_memory
 @pytest.mark.usefixtures("each_backend")
 def test_assignments_are_sorted_by_group_and_keep_their_order_inside_one():
     # Group 1 is empty; 7 and -1 are unassigned.
-    found = sort_assignments(torch.tensor([[2, 0], [7, 2], [-1, 0]]), 3)
-    assert found.assignment_R.tolist() == [1, 5, 0, 3, -1, -1]
-    assert found.rows_TK.tolist() == [[2, 0], [-1, 3], [-1, 1]]
-    assert found.counts_G.tolist() == [2, 0, 2]
-    assert found.ends_G.tolist() == [2, 2, 4]
-    assert all(t.dtype == torch.int32 for t in found)
+    actual = sort_assignments(torch.tensor([[2, 0], [7, 2], [-1, 0]]), 3)
+    assert actual.assignment_R.tolist() == [1, 5, 0, 3, -1, -1]
+    assert actual.rows_TK.tolist() == [[2, 0], [-1, 3], [-1, 1]]
+    assert actual.counts_G.tolist() == [2, 0, 2]
+    assert actual.ends_G.tolist() == [2, 2, 4]
+    assert all(t.dtype == torch.int32 for t in actual)
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -24,26 +24,26 @@ def test_the_order_is_that_of_a_stable_sort(num_assignments, num_groups, dtype):
     generator = torch.Generator().manual_seed(num_assignments)
     group_N = torch.randint(-1, num_groups + 2, (num_assignments,), generator=generator, device="cpu").to(DEVICE, dtype)
     with fenced_memory():
-        found, again = (sort_assignments(group_N.unsqueeze(1), num_groups) for _ in range(2))
+        actual, again = (sort_assignments(group_N.unsqueeze(1), num_groups) for _ in range(2))
     is_assigned = (group_N >= 0) & (group_N < num_groups)
     num_rows = int(is_assigned.sum())
     expected_R = torch.argsort(torch.where(is_assigned, group_N, num_groups), stable=True)[:num_rows]
-    assert torch.equal(found.assignment_R[:num_rows].long(), expected_R)
-    assert (found.assignment_R[num_rows:] == -1).all()
-    assert torch.equal(found.rows_TK[expected_R, 0].long(), torch.arange(num_rows, device=DEVICE))
-    assert (found.rows_TK[~is_assigned] == -1).all()
-    assert torch.equal(found.counts_G.long(), torch.bincount(group_N[is_assigned], minlength=num_groups))
-    assert torch.equal(found.ends_G.long(), found.counts_G.cumsum(0))
-    assert all(torch.equal(first, second) for first, second in zip(found, again, strict=True))
+    assert torch.equal(actual.assignment_R[:num_rows].long(), expected_R)
+    assert (actual.assignment_R[num_rows:] == -1).all()
+    assert torch.equal(actual.rows_TK[expected_R, 0].long(), torch.arange(num_rows, device=DEVICE))
+    assert (actual.rows_TK[~is_assigned] == -1).all()
+    assert torch.equal(actual.counts_G.long(), torch.bincount(group_N[is_assigned], minlength=num_groups))
+    assert torch.equal(actual.ends_G.long(), actual.counts_G.cumsum(0))
+    assert all(torch.equal(first, second) for first, second in zip(actual, again, strict=True))
 
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("group", [0, 4, 5, -(2**31), 2**31 - 1])
 def test_all_assignments_in_one_group_or_in_none(group):
-    found = sort_assignments(torch.full((131, 1), group), 5)
+    actual = sort_assignments(torch.full((131, 1), group), 5)
     num_rows = 131 if group in (0, 4) else 0
-    assert found.assignment_R.tolist() == list(range(num_rows)) + [-1] * (131 - num_rows)
-    assert found.ends_G.tolist() == [num_rows if end >= group and num_rows else 0 for end in range(5)]
+    assert actual.assignment_R.tolist() == list(range(num_rows)) + [-1] * (131 - num_rows)
+    assert actual.ends_G.tolist() == [num_rows if end >= group and num_rows else 0 for end in range(5)]
 
 
 def test_groups_may_be_a_strided_view():
@@ -52,5 +52,5 @@ def test_groups_may_be_a_strided_view():
         if name == "triton":
             pytest.importorskip("triton")
         with backend.force_backend(name):
-            found, expected = sort_assignments(strided_T1, 4), sort_assignments(strided_T1.clone(), 4)
-            assert torch.equal(found.assignment_R, expected.assignment_R)
+            actual, expected = sort_assignments(strided_T1, 4), sort_assignments(strided_T1.clone(), 4)
+            assert torch.equal(actual.assignment_R, expected.assignment_R)

@@ -36,7 +36,7 @@ def test_cold_experts_floor_and_whole_replicas_have_their_price():
     # Two ranks of one slot, experts 90, 0: the cold one needs a slot, so one rank does it all.
     bounds = imbalance_bounds(np.array([90, 0]), Placement([0, 1], 2, 2), np.array([90, 0]))
     assert bounds.losses == pytest.approx({"split": 0, "placement": 0, "prediction": 0, "floor": 1, "rounding": 0})
-    # Three ranks of one slot, loads 2 to 1: 2 + 1 replicas are exact; at 3 to 1 the busiest has 1.125 of the mean.
+    # Three ranks of one slot, loads 2 to 1: 2 + 1 replicas fit them; at 3 to 1 the busiest has 1.125 of the mean.
     bounds = imbalance_bounds(np.array([30, 10]), Placement([0, 0, 1], 2, 3), np.array([15, 15, 10]))
     assert bounds.losses["rounding"] == pytest.approx(15 / (40 / 3) - 1)
 

@@ -28,7 +28,8 @@ def test_a_step_without_tokens_changes_nothing():
 
 
 def test_the_spread_is_the_variance_over_the_load_in_mean_loads_of_a_rank():
-    # Half of (10^2 + 10^2) over 40 choices is 2.5; a rank of 4 has 10 on average. One step beside 4.5 steps of guess.
+    # Half of (10^2 + 10^2) over 40 assignments is 2.5; one of 4 ranks has 10 on average. The guess weighs as
+    # much as 4.5 steps.
     assert after([[30, 10], [20, 20]]).spread(4) == pytest.approx((0.9 * 5 * DEFAULT_SPREAD + 0.25) / (0.9 * 5 + 1))
 
 

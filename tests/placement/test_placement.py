@@ -7,7 +7,7 @@ from swiftmoe_lightning import Placement
 from tests.placement.cases import placements
 
 
-def test_pairs_replicas_and_hosts_of_a_small_table():
+def test_pairs_and_replicas_of_a_small_table():
     placement = Placement([0, 0, 2, 1, 0, 2], num_experts=3, world_size=2)
     assert placement.slots_per_rank == 3
     assert placement.replica_counts_E.tolist() == [3, 1, 2]
@@ -71,14 +71,14 @@ def test_pairs_are_the_distinct_experts_of_each_rank(placement):
 
 @given(st.data())
 @settings(max_examples=40, deadline=None)
-def test_moved_replicas_are_the_difference_of_the_hosted_sets(data):
+def test_moved_replicas_are_the_difference_of_the_sets_of_pairs(data):
     before = data.draw(placements(max_world_size=4))
     later = data.draw(placements(world_size=before.world_size, num_experts=before.num_experts))
     pairs = [set(zip(p.pair_rank_P.tolist(), p.pair_expert_P.tolist(), strict=True)) for p in (before, later)]
     assert before.num_moved(later) == len(pairs[1] - pairs[0])
 
 
-def test_turns_take_every_experts_hosts_one_by_one_in_rank_order() -> None:
+def test_pairs_by_replica_index_list_every_experts_ranks_one_by_one_in_rank_order() -> None:
     # Pairs: (0, 0) (0, 1) (1, 0) (2, 1) (2, 2).
     placement = Placement([0, 1, 0, 0, 1, 2], 3, 3)
     assert [pairs.tolist() for pairs in placement.pairs_by_replica_index] == [[0, 1, 4], [2, 3]]

@@ -156,7 +156,7 @@ def test_a_policy_that_forgets_a_layer_is_told_so():
         placer(forgetful).planned({"layer": E})
 
 
-def test_even_parts_a_slot_are_added_up_by_rank():
+def test_equal_shares_a_slot_are_added_up_by_rank():
     placement = Placement([0, 0, 0, 1], 2, 2)
     assert rank_loads(np.array([30, 5]), placement.table_Ws).tolist() == [20, 15]
 

@@ -45,8 +45,8 @@ PLACEMENT = Placement([0, 1, 0, 0, 1, 2], 3, 3)
 COUNTS_WE = np.array([[6, 0, 1], [0, 5, 1], [3, 2, 0]])
 
 
-def test_even_split_cuts_each_experts_line_into_equal_shares_a_slot():
-    # Expert 0: 9 choices of ranks 0,0,0,0,0,0,2,2,2; one slot of rank 0 takes 3 and two slots of rank 1 take 6.
+def test_uniform_split_cuts_each_experts_line_into_equal_shares_a_slot():
+    # Expert 0: 9 assignments of ranks 0,0,0,0,0,0,2,2,2; one slot of rank 0 takes 3 and two slots of rank 1 take 6.
     assert split_tokens(COUNTS_WE, PLACEMENT, "uniform").tolist() == [
         [3, 0, 3, 0, 1],
         [0, 3, 0, 2, 1],
@@ -54,7 +54,7 @@ def test_even_split_cuts_each_experts_line_into_equal_shares_a_slot():
     ]
 
 
-def test_local_split_serves_a_ranks_own_tokens_first_within_the_same_shares():
+def test_local_first_serves_a_ranks_own_tokens_first_within_the_same_shares():
     counts_WE = np.array([[2, 0, 0], [4, 6, 0], [3, 1, 1]])
     # Shares of expert 0: 3, 6; of expert 1: 3, 4. Rank 0 keeps its 2, rank 1 its 4; rank 2 fills what is left.
     assert split_tokens(counts_WE, PLACEMENT, "local_first").tolist() == [
@@ -64,7 +64,7 @@ def test_local_split_serves_a_ranks_own_tokens_first_within_the_same_shares():
     ]
 
 
-def test_local_split_prefers_the_same_node_to_another():
+def test_local_first_prefers_the_same_node_to_another():
     # Four ranks, one expert everywhere, nodes of two. Rank 1's surplus goes to rank 0, rank 2's to rank 3.
     placement = Placement([0, 0, 0, 0], 1, 4)
     counts_WE = np.array([[1], [3], [4], [0]])
@@ -81,7 +81,7 @@ def test_rank_budget_is_pooled_over_a_ranks_experts():
     counts_WE = np.array([[4, 1, 0, 1], [3, 0, 1, 2]])
     plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(1.0, "rank"))
     assert sent_WP(plan).tolist() == [[4, 1, 0, 1], [3, 0, 1, 2]]
-    # 12 choices on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
+    # 12 assignments on 2 ranks: budgets of 6. Rank 0 would get 5 + 3 and keeps 3 + 3 (floor(6*5/8) = 3).
     assert kept_WB(plan).tolist() == [[3, 1], [3, 3]]
     assert plan.num_dropped_tokens == 2
     assert plan.load_W.tolist() == [6, 4]
@@ -91,7 +91,7 @@ def test_slot_budget_is_each_slots_own():
     placement = Placement([0, 0, 1, 2], 3, 2)
     counts_WE = np.array([[5, 4, 0], [5, 2, 0]])
     plan = plan_dispatch(counts_WE, placement, "uniform", Capacity(1.0, "slot"))
-    # 16 choices on 4 slots: 4 a slot. Expert 0 has 8 for its 10 choices, expert 1 has 4 for its 6.
+    # 16 assignments on 4 slots: 4 a slot. Expert 0 has 8 for its 10 assignments, expert 1 has 4 for its 6.
     assert kept_WB(plan).tolist() == [[4, 2, 0], [4, 2, 0]]
     assert rows_WW(plan).tolist() == [[4, 2], [4, 2]]
     assert plan.num_dropped_tokens == 4
@@ -118,7 +118,7 @@ def cases(draw):
 
 @given(cases(), st.sampled_from(["uniform", "local_first"]))
 @settings(max_examples=120, deadline=None)
-def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, split):
+def test_every_assignment_goes_exactly_once_to_a_rank_of_its_expert(case, split):
     placement, counts_WE, ranks_per_node = case
     assigned_WP = split_tokens(counts_WE, placement, split, ranks_per_node)
     assert assigned_WP.min() >= 0
@@ -130,17 +130,17 @@ def test_every_choice_is_assigned_exactly_once_to_a_host_of_its_expert(case, spl
 
 @given(cases(), st.sampled_from(["uniform", "local_first"]))
 @settings(max_examples=80, deadline=None)
-def test_hosts_get_equal_shares_a_slot_to_within_one_choice(case, split):
+def test_ranks_get_equal_shares_a_slot_to_within_one_assignment(case, split):
     placement, counts_WE, ranks_per_node = case
-    taken_P = split_tokens(counts_WE, placement, split, ranks_per_node).sum(0)
+    load_P = split_tokens(counts_WE, placement, split, ranks_per_node).sum(0)
     load_E = counts_WE.sum(0)
-    for taken, slots, (_, expert) in zip(taken_P, placement.pair_slots_P, pairs_of(placement), strict=True):
-        assert abs(taken - load_E[expert] * slots / placement.replica_counts_E[expert]) < 1
+    for load, slots, (_, expert) in zip(load_P, placement.pair_slots_P, pairs_of(placement), strict=True):
+        assert abs(load - load_E[expert] * slots / placement.replica_counts_E[expert]) < 1
 
 
 @given(cases())
 @settings(max_examples=80, deadline=None)
-def test_local_keeps_as_much_at_home_as_the_shares_allow_and_loads_hosts_like_even(case):
+def test_local_first_keeps_as_many_tokens_on_their_rank_as_the_shares_allow_and_loads_ranks_like_uniform(case):
     placement, counts_WE, ranks_per_node = case
     even_WP = split_tokens(counts_WE, placement, "uniform")
     local_WP = split_tokens(counts_WE, placement, "local_first", ranks_per_node)

@@ -71,12 +71,12 @@ class Model(L.LightningModule):
 
 def loader(world_size: int, size: int = GLOBAL_BATCH * NUM_BATCHES) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of which W ranks together hold GLOBAL_BATCH, the same ones for any W."""
-    mine = range(int(os.environ["RANK"]), size, world_size)
-    return DataLoader(Noise(size), batch_size=GLOBAL_BATCH // world_size, sampler=mine)
+    indices = range(int(os.environ["RANK"]), size, world_size)
+    return DataLoader(Noise(size), batch_size=GLOBAL_BATCH // world_size, sampler=indices)
 
 
 def trainer(world_size: int, strategy: Any = "swiftmoe", **options: Any) -> L.Trainer:
-    """A quiet CPU Trainer; without a strategy of ours on one process, where there is nothing to spread."""
+    """A quiet CPU Trainer; on one process without our strategy."""
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

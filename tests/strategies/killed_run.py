@@ -1,4 +1,4 @@
-"""A run whose ranks are killed (SIGKILL) at chosen moments, and what it wrote down about itself."""
+"""A run whose ranks are killed (SIGKILL) at chosen moments, and the losses and saves that it recorded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw(moments: random.Random) -> Kill:
 
 
 class Killer(L.Callback):
-    """Kills its own process at a moment, by a timer, so that it may come inside anything; keeps books of saves."""
+    """Kills its own process at a moment, by a timer, so that it can come anywhere; records the saves."""
 
     def __init__(self, folder: str, kill: Kill | None) -> None:
         self.folder, self.kill = Path(folder), kill
@@ -78,7 +78,7 @@ class Killer(L.Callback):
         self.note("last" if Path(filepath).name.startswith("last") else "other")
 
     def at(self, where: str, number: int, lasts_s: float) -> None:
-        """Set the timer if this is where to die."""
+        """Set the timer if the process is to die here."""
         kill = self.kill
         is_due = kill is not None and kill.where == where and (where == "starting" or kill.number == number)
         if kill is not None and is_due and kill.rank in (None, self.trainer.global_rank):
@@ -113,7 +113,7 @@ def books(folder: str | Path) -> list[tuple[str, int]]:
 
 
 def num_lost_steps(folder: str | Path) -> int:
-    """The most steps that a start lay behind a "last" checkpoint which had been saved."""
+    """The most steps that a start was behind a "last" checkpoint that had been saved."""
     saved = lost = 0
     for name, step in books(folder):
         if name == "last":

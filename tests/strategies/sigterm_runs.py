@@ -1,4 +1,4 @@
-"""Runs that stop and go on: the example's training and the docs' blocks, with every batch's loss written down."""
+"""Runs that stop and go on: the example's training and the docs' blocks, with every batch's loss recorded."""
 
 from __future__ import annotations
 
@@ -94,6 +94,6 @@ def losses(folder: str | Path) -> list[tuple[int, float]]:
 
 def assert_same_losses(folder: str | Path, uninterrupted: str | Path) -> None:
     """Every batch was trained, and each time with the loss of the uninterrupted run."""
-    expected, found = dict(losses(uninterrupted)), losses(folder)
-    assert {number for number, _ in found} == expected.keys()
-    assert all(abs(loss - expected[number]) <= 1e-9 for number, loss in found), (found, expected)
+    expected, actual = dict(losses(uninterrupted)), losses(folder)
+    assert {number for number, _ in actual} == expected.keys()
+    assert all(abs(loss - expected[number]) <= 1e-9 for number, loss in actual), (actual, expected)

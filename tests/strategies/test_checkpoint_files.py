@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(found.name for found in folder.iterdir())
+    return sorted(actual.name for actual in folder.iterdir())
 
 
 def half(value: Any, file: Any) -> None:

@@ -229,15 +229,15 @@ class More(Model):
 
 @pytest.mark.parametrize("kind", [FILE, DIRECTORY])
 @pytest.mark.parametrize(
-    ("make", "saved", "here"), [(Wider, [5, 20, 12], [5, 28, 12]), (More, [5, 20, 12], [6, 20, 12])]
+    ("make", "saved", "expected"), [(Wider, [5, 20, 12], [5, 28, 12]), (More, [5, 20, 12], [6, 20, 12])]
 )
 def test_another_models_checkpoint_is_refused_naming_the_key(
-    kind: str, make: Any, saved: list[int], here: list[int], tmp_path: Path
+    kind: str, make: Any, saved: list[int], expected: list[int], tmp_path: Path
 ) -> None:
     path = str(tmp_path / "run.ckpt")
     run_ranks(save, 2, kind, path, init=False)
     for error in rank_errors(resume_other, 2, path, make, init=False):
-        assert f"'moe.experts.gate_up_proj' has shape {saved} in the checkpoint, and {here} in this model" in error
+        assert f"'moe.experts.gate_up_proj' has shape {saved} in the checkpoint, and {expected} in this model" in error
         assert "Build the model with the checkpoint's num_experts, dim and hidden_dim" in error
 
 

@@ -53,8 +53,8 @@ def run_accelerate(folder: str) -> None:
 def flip(path: Path, part: bytes = b"data/0FB") -> None:
     """One bit of the tensor after its header, which ends in padding."""
     data = bytearray(path.read_bytes())
-    at = data.index(part) + 128
-    data[at - at % 64] ^= 1
+    position = data.index(part) + 128
+    data[position - position % 64] ^= 1
     path.write_bytes(data)
 
 

@@ -18,8 +18,8 @@ class ThrowsAway(Model):
             self.optimizers().zero_grad()  # type: ignore[union-attr]
 
 
-class Guarded(Model):
-    """Skips a step whose expert gradients are large, by numbers that stock code reads; clips the others by them."""
+class SkipsLargeSteps(Model):
+    """Skips a step with large expert gradients, and scales other gradients, both by norms that it reads."""
 
     def on_after_backward(self) -> None:
         gradients = [p.grad for p in self.moe.experts.parameters() if p.grad is not None]
@@ -37,7 +37,7 @@ def test_a_micro_batch_that_is_thrown_away_is_gone() -> None:
 
 
 def test_a_guard_of_the_users_decides_alike_on_all_ranks() -> None:
-    assert_same_fit(Guarded)
+    assert_same_fit(SkipsLargeSteps)
 
 
 def fabric_loop(world_size: int) -> dict[str, Tensor]:

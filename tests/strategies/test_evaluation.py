@@ -26,13 +26,13 @@ def evaluate(world_size: int, strategy: str) -> dict[str, Any]:
     metrics = runner.validate(model, loader(world_size), verbose=False) + runner.test(
         model, loader(world_size), verbose=False
     )
-    return {key: value for found in metrics for key, value in found.items()}
+    return {key: value for actual in metrics for key, value in actual.items()}
 
 
 def test_validate_and_test_without_a_fit() -> None:
     (expected,) = run_ranks(evaluate, 1, 1, "auto", init=False)
-    for found in run_ranks(evaluate, 2, 2, "swiftmoe", init=False):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for actual in run_ranks(evaluate, 2, 2, "swiftmoe", init=False):
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
 class Uneven(IterableDataset[Tensor]):
@@ -62,22 +62,22 @@ class Plain(Model):
 def evaluate_unevenly() -> tuple[list[Tensor], list[Tensor], float]:
     """What the plain module gives for this rank's rows, what the strategy predicts for them, and the mean it logs."""
     model = Plain()
-    mine = list(DataLoader(Uneven(1), batch_size=3))
+    loader_of_rank = list(DataLoader(Uneven(1), batch_size=3))
     with torch.no_grad():
-        expected = [model(batch) for batch in mine]
+        expected = [model(batch) for batch in loader_of_rank]
     runner = trainer(3)
-    found = runner.predict(model, DataLoader(Uneven(1), batch_size=3))
-    assert found is not None
+    actual = runner.predict(model, DataLoader(Uneven(1), batch_size=3))
+    assert actual is not None
     (metrics,) = runner.test(model, DataLoader(Uneven(1), batch_size=3), verbose=False)
-    return expected, list(found), metrics["mean"]
+    return expected, list(actual), metrics["mean"]
 
 
 def test_ranks_may_have_different_numbers_of_batches() -> None:
     outcomes = run_ranks(evaluate_unevenly, 3, init=False)
     mean_of_batches = torch.stack([out.mean() for expected, _, _ in outcomes for out in expected]).mean()
-    for rank, (expected, found, mean) in enumerate(outcomes):
-        assert len(found) == rank + 1
-        for a, b in zip(found, expected, strict=True):
+    for rank, (expected, actual, mean) in enumerate(outcomes):
+        assert len(actual) == rank + 1
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert mean == pytest.approx(float(mean_of_batches), rel=1e-4)
 
@@ -152,9 +152,9 @@ def validate_averaged(world_size: int, strategy: str) -> list[float]:
 
 def test_validation_sees_averaged_weights_and_training_goes_on_with_its_own() -> None:
     (expected,) = run_ranks(validate_averaged, 1, 1, "auto", init=False)
-    for found in run_ranks(validate_averaged, 2, 2, "swiftmoe", init=False):
-        assert len(found) == 9
-        assert found == pytest.approx(expected, rel=1e-5)
+    for actual in run_ranks(validate_averaged, 2, 2, "swiftmoe", init=False):
+        assert len(actual) == 9
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def fit_swa(world_size: int, strategy: str) -> dict[str, Tensor]:
@@ -168,8 +168,8 @@ def fit_swa(world_size: int, strategy: str) -> dict[str, Tensor]:
 
 def test_stochastic_weight_averaging_ends_as_on_one_process() -> None:
     (expected,) = run_ranks(fit_swa, 1, 1, "auto", init=False)
-    for found in run_ranks(fit_swa, 2, 2, "swiftmoe", init=False):
-        assert_close(found, expected)
+    for actual in run_ranks(fit_swa, 2, 2, "swiftmoe", init=False):
+        assert_close(actual, expected)
 
 
 def fit_until_it_stops(world_size: int, strategy: str) -> tuple[int, dict[str, Tensor]]:
@@ -183,9 +183,9 @@ def fit_until_it_stops(world_size: int, strategy: str) -> tuple[int, dict[str, T
 def test_early_stopping_stops_all_ranks_at_the_same_epoch() -> None:
     ((epoch, expected),) = run_ranks(fit_until_it_stops, 1, 1, "auto", init=False)
     assert epoch < 20
-    for found_epoch, found in run_ranks(fit_until_it_stops, 2, 2, "swiftmoe", init=False):
+    for found_epoch, actual in run_ranks(fit_until_it_stops, 2, 2, "swiftmoe", init=False):
         assert found_epoch == epoch
-        assert_close(found, expected)
+        assert_close(actual, expected)
 
 
 class Poisoned(Model):

@@ -90,11 +90,11 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-9) -> None:
-    assert found["losses"] == pytest.approx(expected["losses"][-len(found["losses"]) :], rel=tolerance)
-    assert found["state"].keys() == expected["state"].keys()
+def assert_alike(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-9) -> None:
+    assert actual["losses"] == pytest.approx(expected["losses"][-len(actual["losses"]) :], rel=tolerance)
+    assert actual["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
-        torch.testing.assert_close(found["state"][name], value, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual["state"][name], value, rtol=tolerance, atol=tolerance)
 
 
 def trained(world_size: int = 2, **options: Any) -> list[dict[str, Any]]:
@@ -114,14 +114,14 @@ CASES = {
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_ranks_with_spread_experts_train_like_plain_ddp_with_whole_ones(options: dict[str, Any]) -> None:
-    for found, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
-        assert_alike(found, expected)
+    for actual, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
+        assert_alike(actual, expected)
 
 
 @pytest.mark.parametrize("order", ["optimizer made first", "optimizer made last"])
 def test_model_and_optimizer_can_be_set_up_one_after_the_other(order: str) -> None:
-    for found, expected in zip(trained(order=order), trained(strategy="ddp"), strict=True):
-        assert_alike(found, expected)
+    for actual, expected in zip(trained(order=order), trained(strategy="ddp"), strict=True):
+        assert_alike(actual, expected)
 
 
 def test_one_device_is_a_plain_run() -> None:
@@ -131,16 +131,16 @@ def test_one_device_is_a_plain_run() -> None:
 
 def test_bf16_differs_from_plain_ddp_by_rounding_only() -> None:
     options = {"precision": "bf16-mixed", "clip": {"max_norm": 0.3}, "optimizer": torch.optim.SGD}
-    for found, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
-        assert_alike(found, expected, tolerance=2e-2)
+    for actual, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
+        assert_alike(actual, expected, tolerance=2e-2)
 
 
 def test_16_mixed_scales_clips_and_skips_like_plain_ddp() -> None:
     options = {"precision": "16-mixed", "clip": {"clip_val": 0.01}, "optimizer": torch.optim.SGD}
-    for found, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
+    for actual, expected in zip(trained(**options), trained(strategy="ddp", **options), strict=True):
         # Some steps were skipped, some were not.
-        assert 1 < found["scale"] == expected["scale"] < 2.0**20
-        assert_alike(found, expected, tolerance=1e-3)
+        assert 1 < actual["scale"] == expected["scale"] < 2.0**20
+        assert_alike(actual, expected, tolerance=1e-3)
 
 
 def scale_with_a_users_plugin() -> None:
@@ -187,8 +187,8 @@ def test_a_file_goes_on_with_and_without_spread_experts(tmp_path: Path, saver: A
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["step"] == 3
     assert checkpoint["model"]["1.experts.down_proj"].shape[0] == dense.NUM_EXPERTS
-    for found in trained(loader[0], strategy=loader[1], load=path):
-        assert_alike(found, expected)
+    for actual in trained(loader[0], strategy=loader[1], load=path):
+        assert_alike(actual, expected)
 
 
 def two_models() -> None:

@@ -238,6 +238,6 @@ def fit_dense(strategy: str) -> dict[str, Tensor]:
 
 
 def test_a_module_without_experts_trains_as_under_ddp() -> None:
-    for found, expected in zip(*(run_ranks(fit_dense, 2, s, init=False) for s in ("swiftmoe", "ddp")), strict=True):
+    for actual, expected in zip(*(run_ranks(fit_dense, 2, s, init=False) for s in ("swiftmoe", "ddp")), strict=True):
         for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+            assert torch.equal(actual[name], value), name

@@ -74,7 +74,7 @@ def test_a_fit_equals_one_process(options: dict[str, Any]) -> None:
     outcomes = run_ranks(fit_cut, 2, 2, options, init=False)
     for state, _ in outcomes:
         cases.assert_close(state, expected, 2e-2 if "precision" in options else 1e-5)
-    assert sum(held for _, held in outcomes) == sum(value.numel() for value in expected.values())
+    assert sum(num_elements for _, num_elements in outcomes) == sum(value.numel() for value in expected.values())
 
 
 def predict_unevenly() -> list[int]:
@@ -82,10 +82,10 @@ def predict_unevenly() -> list[int]:
     model = Blocks()
     runner = cases.trainer(3, strategy(), use_distributed_sampler=True, max_epochs=1)
     runner.fit(model, cases.loader(3), torch.utils.data.DataLoader(cases.Noise(10), batch_size=3))
-    found = runner.predict(model, torch.utils.data.DataLoader(cases.Noise(8), batch_size=3))
+    actual = runner.predict(model, torch.utils.data.DataLoader(cases.Noise(8), batch_size=3))
     runner.fit_loop.max_epochs = 2
     runner.fit(model, cases.loader(3), cases.loader(3, 30))
-    return [len(batch) for batch in found or []]
+    return [len(batch) for batch in actual or []]
 
 
 def test_ranks_may_have_differently_many_evaluation_batches() -> None:
@@ -159,9 +159,9 @@ class AccelerateLoop(test_accelerate.Loop):
 @pytest.mark.parametrize("options", test_accelerate.CASES.values(), ids=test_accelerate.CASES)
 def test_an_accelerate_loop_trains_like_plain_accelerate(options: dict[str, Any]) -> None:
     (expected, _) = run_ranks(test_accelerate.Loop(**options, ours=False), 2, init=False)
-    for found in run_ranks(AccelerateLoop(**options), 2, init=False):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-9)
-        test_accelerate.close(found["state"], expected["state"])
+    for actual in run_ranks(AccelerateLoop(**options), 2, init=False):
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+        test_accelerate.close(actual["state"], expected["state"])
 
 
 @pytest.mark.parametrize("second", [AccelerateLoop, test_accelerate.Loop])
@@ -169,8 +169,8 @@ def test_folders_of_accelerate_go_on(second: Any, tmp_path: Path) -> None:
     (expected, _) = run_ranks(test_accelerate.Loop(ours=False), 2, init=False)
     run_ranks(AccelerateLoop(stop=3, save=str(tmp_path)), 2, init=False)
     ours = {} if second is AccelerateLoop else {"ours": False}
-    for found in run_ranks(second(skip=3, load=str(tmp_path), **ours), 2, init=False):
-        test_accelerate.close(found["state"], expected["state"])
+    for actual in run_ranks(second(skip=3, load=str(tmp_path), **ours), 2, init=False):
+        test_accelerate.close(actual["state"], expected["state"])
 
 
 class FabricLoop(test_fabric.Loop):
@@ -193,8 +193,8 @@ class FabricLoop(test_fabric.Loop):
 )
 def test_a_fabric_loop_trains_like_ddp(options: dict[str, Any]) -> None:
     (expected, _) = run_ranks(test_fabric.Loop("ddp", **options), 2, init=False)
-    for found in run_ranks(FabricLoop(**options), 2, init=False):
-        test_fabric.assert_alike(found, expected)
+    for actual in run_ranks(FabricLoop(**options), 2, init=False):
+        test_fabric.assert_alike(actual, expected)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -202,8 +202,8 @@ def test_files_of_fabric_go_on(world_size: int, tmp_path: Path) -> None:
     path = str(tmp_path / "run.ckpt")
     (expected, _) = run_ranks(test_fabric.Loop("ddp"), 2, init=False)
     run_ranks(FabricLoop(stop=3, save=path), 2, init=False)
-    for found in run_ranks(FabricLoop(load=path, world_size=world_size), world_size, init=False):
-        test_fabric.assert_alike(found, expected)
+    for actual in run_ranks(FabricLoop(load=path, world_size=world_size), world_size, init=False):
+        test_fabric.assert_alike(actual, expected)
 
 
 def train_with_trainer(folder: str, resume: str | None, cut: bool) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def train_with_trainer(folder: str, resume: str | None, cut: bool) -> dict[str, 
 def test_the_trainer_of_transformers_trains_and_resumes(tmp_path: Path) -> None:
     whole, cut, again = (str(tmp_path / name) for name in ("whole", "cut", "again"))
     (expected, _) = run_ranks(train_with_trainer, 2, whole, None, False, init=False)
-    for found in run_ranks(train_with_trainer, 2, cut, None, True, init=False):
-        test_hf_trainer.same("cut", found, expected)
-    for found in run_ranks(train_with_trainer, 2, again, f"{cut}/checkpoint-3", True, init=False):
-        test_hf_trainer.same("resumed", found, expected)
+    for actual in run_ranks(train_with_trainer, 2, cut, None, True, init=False):
+        test_hf_trainer.same("cut", actual, expected)
+    for actual in run_ranks(train_with_trainer, 2, again, f"{cut}/checkpoint-3", True, init=False):
+        test_hf_trainer.same("resumed", actual, expected)

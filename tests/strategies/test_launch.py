@@ -14,7 +14,7 @@ import torch
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.strategies import registration
-from tests.helpers import rank_errors, script_environment
+from tests.helpers import rank_errors, run_script, script_environment
 from tests.strategies.cases import Model, loader, trainer
 
 SCRIPT = """
@@ -68,10 +68,7 @@ CLASS_PATH = "swiftmoe_lightning.SwiftMoEStrategy"
 
 def start(folder: Path, source: str, *command: str) -> None:
     (folder / "script.py").write_text(source)
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=script_environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script(sys.executable, *command, cwd=folder)
     for rank in range(2):
         expected = f"rank {rank} of 2, 1 layers, 4 steps, DTensor"
         assert (folder / f"report-{rank}").read_text() == expected

@@ -187,7 +187,7 @@ def test_a_hugging_face_trainer_saves_and_its_losses_go_on(tmp_path: Path) -> No
     assert dict(resumed) == pytest.approx(dict(expected), abs=1e-6)
 
 
-def test_a_single_process_has_nobody_to_ask() -> None:
+def test_a_single_process_stops_without_an_exchange() -> None:
     engine = sml.SwiftMoEEngine(models.build())
     assert not engine.stops
     engine.request_stop()

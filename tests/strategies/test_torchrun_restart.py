@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers import run_ranks, script_environment
+from tests.helpers import run_ranks, run_script
 from tests.strategies.sigterm_runs import ROOT, assert_same_losses, losses, train
 
 SCRIPT = f"""
@@ -24,14 +23,8 @@ def go_on(folder: str, num_steps: int) -> None:
 def test_torchrun_starts_ranks_again_and_their_losses_go_on(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(tmp_path / "script.py"), str(tmp_path / "run")],
-        env=script_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, *torchrun, str(tmp_path / "script.py"), str(tmp_path / "run")]
+    run_script(*command, cwd=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     numbers = [number for number, _ in losses(tmp_path / "run")]
     # Killed after step 18, saved after step 15.
     assert (numbers.count(15), numbers.count(16)) == (1, 2)

@@ -1,6 +1,6 @@
-"""Placement policies of other systems, to compare with: all re-implementations, from papers and public code.
+"""Placement policies of other systems, to compare with: re-implementations from papers and public code.
 
-They are for planning on recorded counts. Those that remember (`RevisingPolicy`) are deterministic, but not pure.
+They are for replays of recorded counts. Those that keep state between calls (`RevisingPolicy`) are deterministic.
 """
 
 from __future__ import annotations

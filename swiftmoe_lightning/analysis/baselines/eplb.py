@@ -14,13 +14,13 @@ from swiftmoe_lightning.placement.replication import check_slots
 class EPLBPolicy(PlacementPolicy):
     """Re-implementation of DeepSeek's expert parallelism load balancer (github.com/deepseek-ai/EPLB, `eplb.py`).
 
-    Its three functions, by their names there. replicate_experts: each spare slot goes to the expert with the most load
+    Its three steps, under EPLB's names. replicate_experts: each spare slot goes to the expert with the most load
     a replica. balanced_packing: replicas by falling load to the lightest rank with a free slot. Hierarchical policy:
     groups of experts are packed to nodes first, and the rest happens within each node; with one node, or where nodes
     do not divide the groups, this is the global policy.
 
-    EPLB serves inference, so it has no say on optimizer states: none move here. Our own: a layer without any tokens
-    counts as uniform (EPLB would give all spare slots to one expert).
+    EPLB serves inference and says nothing of optimizer states, so none move here. One rule is our own: a layer without
+    tokens counts as uniform (EPLB would give all spare slots to one expert).
 
     Args:
         world_size: W.
@@ -96,7 +96,7 @@ def balanced_packing(item_weights: np.ndarray, num_packs: int) -> np.ndarray:
         [packs, items / packs] int64, the items of each.
     """
     pack_size = len(item_weights) // num_packs
-    # As EPLB does: one item a pack needs no order.
+    # With one item a pack, EPLB keeps the items' order.
     if pack_size == 1:
         return np.arange(len(item_weights))[:, None]
     packs: list[list[int]] = [[] for _ in range(num_packs)]

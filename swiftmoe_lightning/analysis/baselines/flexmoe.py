@@ -10,7 +10,7 @@ from swiftmoe_lightning.analysis.baselines.revising import RevisingPolicy
 from swiftmoe_lightning.placement import Placement
 from swiftmoe_lightning.placement.shares import rank_loads
 
-# Loads whose ratio is nearer to 1 differ by rounding.
+# Loads whose ratio is nearer to 1 count as equal: they differ by rounding.
 _SAME: Final = 1 - 1e-9
 
 
@@ -24,18 +24,17 @@ class FlexMoEPolicy(RevisingPolicy):
     expand and shrink: the expert with the most load a replica gets a slot of the one with the least that has several.
     migrate: a slot of the most loaded rank changes places with one of another rank.
 
-    FlexMoE's code is not public, so these are our own: the cost is the largest load of a rank, as in LAER-MoE's
-    re-implementation, without the paper's times for all-to-all and all-reduce, which need profiled links; the slot that
-    changes hands is on the least loaded rank that has the expert, as
-    there, too (on the most loaded one, revisions soon get stuck); where
-    several ranks have the largest load, fewer of them count as a fall; a migration is judged by load, not by the
-    all-reduce it shortens, and is the best of all swaps; at most S rounds, and the default `threshold`.
+    FlexMoE's code is not public, so these rules are our own. The cost is the largest load of a rank, as in LAER-MoE's
+    re-implementation, without the paper's times for all-to-all and all-reduce, which need profiled links. The slot that
+    an expert loses is on the least loaded rank that has it, as in LAER-MoE (on the most loaded one, revisions soon get
+    stuck). Where several ranks have the largest load, fewer such ranks cost less. A migration is the best of all swaps,
+    judged by load and not by the all-reduce that it shortens. A revision ends after S rounds. `threshold` is 1.1.
 
     Args:
         world_size: W.
         slots_per_rank: s.
         interval: calls between two revisions; SYMI's evaluation takes 10, 50 and 100.
-        threshold: largest load of a rank, in mean loads, that is left alone.
+        threshold: largest load of a rank over the mean load that is left alone.
 
     Raises:
         ValueError: for a threshold below 1, and as `RevisingPolicy` does.
@@ -88,7 +87,7 @@ def _is_less(cost: tuple[float, int], other: tuple[float, int]) -> bool:
 
 
 def expand_and_shrink(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
-    """One replica of the coldest expert that has several gives its slot to the hottest one, if any can.
+    """Give a slot of the coldest expert that has several to the hottest expert, if there is such an expert.
 
     Args:
         table_Ws: [W, s] int64, the expert in each slot; it stays as it is.
@@ -111,7 +110,7 @@ def expand_and_shrink(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndar
 
 
 def migrate(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
-    """The swap of a slot of the most loaded rank that leaves the smaller largest load to the two ranks.
+    """Swap a slot of the most loaded rank with one of another rank, such that the larger of the two loads is smallest.
 
     Args:
         table_Ws: [W, s] int64, the expert in each slot; it stays as it is.
@@ -124,7 +123,7 @@ def migrate(table_Ws: np.ndarray, popularity_E: np.ndarray) -> np.ndarray:
     share_Ws = (popularity_E / np.bincount(table_Ws.reshape(-1), minlength=len(popularity_E)))[table_Ws]
     load_W = share_Ws.sum(1)
     busy = load_W.argmax()
-    # [s, S]: what the busy rank loses to the other one.
+    # [s, S]: the load that each swap moves from the busiest rank to the other one.
     moved_sS = share_Ws[busy][:, None] - share_Ws.reshape(-1)
     larger_sS = np.maximum(load_W[busy] - moved_sS, np.repeat(load_W, num_slots) + moved_sS)
     larger_sS[:, busy * num_slots : (busy + 1) * num_slots] = np.inf

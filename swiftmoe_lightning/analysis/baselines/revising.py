@@ -1,4 +1,4 @@
-"""Policies that remember where experts are. L layers, E experts, W ranks, s slots of a rank."""
+"""Base of policies that keep placements between calls. L layers, E experts, W ranks, s slots of a rank."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from swiftmoe_lightning.placement.replication import check_slots
 class RevisingPolicy(PlacementPolicy):
     """Keeps each layer's slots from call to call, and revises them at every `interval`-th call.
 
-    So the answer depends on all calls so far: the same history gives the same placements. A policy serves one set of
-    layers. The first interval - 1 calls give the first placements.
+    The result depends on all calls so far: the same history gives the same placements. An instance serves one set of
+    layers. The first interval - 1 calls return the initial placements.
 
     Args:
         world_size: W.
@@ -57,7 +57,7 @@ class RevisingPolicy(PlacementPolicy):
 
     @abstractmethod
     def first_table(self, num_experts: int) -> np.ndarray:
-        """[W, s] int64: the expert of every slot before anything is known.
+        """[W, s] int64: the expert of every slot before the first call.
 
         Args:
             num_experts: E.

@@ -23,18 +23,18 @@ _COPY_ASSIGNMENTS: Final = _COPY / (3 * _COMPUTE + 4 * _TRANSFER)
 class ShadowingPolicy(PlacementPolicy):
     """Re-implementation of FasterMoE's shadow experts (He et al., PPoPP 2022; `shadow_policy.py` of laekov/fastmoe).
 
-    Every expert has a home for ever. Each step the k hottest ones are copied to all ranks, for that step: one more
-    shadow as long as the predicted time falls, which is, for the hottest expert left,
+    Every expert has a fixed home rank. In each step the k hottest ones are copied to all ranks, for that step. k grows
+    as long as the predicted time falls, which is, for the hottest expert that is not copied,
 
         its assignments * (3 * compute + 4 * transfer) + k * copy
 
-    with the seconds to compute an assignment (forward; backward is two more), to send it once (there and back, twice)
-    and to copy an expert's weights. So all that matters is how many assignments take as long as a copy.
+    with the seconds to compute an assignment (once in forward, twice in backward), to send it once (four times a step)
+    and to copy an expert's weights. Of the rates, only the number of assignments that take as long as a copy matters.
 
-    FasterMoE copies into memory of its own, so these are our own: k shadows and the experts at home must fit into
-    every rank's s slots. Spare slots repeat the experts at home there, if any, or else the shadows; ranks with
-    neither (fewer experts than ranks, no shadow) hold replicas of the hottest expert. As in FasterMoE's code, the
-    formula looks at the load of an expert, not of a rank, and at the weights' way out, not at the gradients' way back.
+    FasterMoE copies into separate memory, so these rules are our own. The k shadows and the experts at home must fit
+    into every rank's s slots. Spare slots repeat the rank's experts at home, if it has any, or else the shadows; ranks
+    with neither (fewer experts than ranks, no shadow) hold replicas of the hottest expert. As in FasterMoE's code, the
+    formula has the load of an expert, not of a rank, and the copying of weights, not of their gradients.
 
     Args:
         world_size: W.
@@ -62,7 +62,7 @@ class ShadowingPolicy(PlacementPolicy):
         at_home_W: list[list[int]] = [[] for _ in range(self.world_size)]
         for expert in np.setdiff1d(np.arange(len(order)), shadows).tolist():
             at_home_W[home_E[expert]].append(expert)
-        # Shadows are repeated only where there is nothing else, for an equal part of them on all other ranks.
+        # A rank repeats its experts at home: more slots of a shadow would draw that expert's load from other ranks.
         slots_W = [
             fill_slots(at_home + shadows, at_home or shadows, self.slots_per_rank)
             or [int(order[0])] * self.slots_per_rank
@@ -71,7 +71,7 @@ class ShadowingPolicy(PlacementPolicy):
         return np.concatenate(slots_W)
 
     def _num_shadows(self, falling_E: np.ndarray, home_E: np.ndarray) -> int:
-        """How many of the hottest experts are worth a copy and fit. Both by falling popularity."""
+        """How many of the hottest experts are worth a copy and fit. Both arrays are by falling popularity."""
         best = float(falling_E[0])
         num_at_home_W = np.bincount(home_E, minlength=self.world_size)
         for k in range(1, len(falling_E)):

@@ -1,4 +1,4 @@
-"""What the baselines share: homes, ranks' slots. E experts, W ranks, s slots of a rank."""
+"""Home ranks and slot tables, which several baselines share. E experts, W ranks, s slots of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def home_ranks(num_experts: int, world_size: int) -> np.ndarray:
-    """One rank for each expert, neighbours together; with fewer experts than ranks, all on their own.
+    """The home rank of each expert: neighbours together, or, with fewer experts than ranks, one a rank at most.
 
     Args:
         num_experts: E.
@@ -19,11 +19,11 @@ def home_ranks(num_experts: int, world_size: int) -> np.ndarray:
 
 
 def fill_slots(experts: list[int], repeated: list[int], slots_per_rank: int) -> list[int]:
-    """One rank's s slots: its experts, then those of them in `repeated` over and over, which adds no pair.
+    """One rank's s slots: its experts, then `repeated` over and over, which adds no pair.
 
     Args:
-        experts: the rank's.
-        repeated: those of them that fill what is left.
+        experts: those of the rank.
+        repeated: those of them that fill the slots left over.
         slots_per_rank: s.
     """
     return (experts + repeated * slots_per_rank)[:slots_per_rank]

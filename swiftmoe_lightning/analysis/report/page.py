@@ -38,9 +38,10 @@ def write_page(path: str | Path, page: PageData) -> None:
         "data": _safe_json(_chart_data(page)),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }
-    # One pass: a name that looks like a gap of the template is not filled.
-    html = re.sub(r"\{\{(\w+)\}\}", lambda gap: parts[gap[1]], _asset("page.html"))
-    # A file's name need not be Unicode. Encoded before the file is opened: it is written whole, or not at all.
+    # In one pass, so that data that look like a placeholder of the template are not replaced.
+    html = re.sub(r"\{\{(\w+)\}\}", lambda placeholder: parts[placeholder[1]], _asset("page.html"))
+    # The title may be a file's name, which need not be Unicode. Encoding comes before the file is opened, so that a
+    # failure leaves no cut file.
     Path(path).write_bytes(html.encode("utf-8", errors="replace"))
 
 

@@ -1,4 +1,4 @@
-"""What a report page is made from: popularity, and what each placement policy made of it.
+"""The data of a report page: popularity, and each placement policy's results.
 
 U steps, L layers, E experts, W ranks.
 """
@@ -19,7 +19,7 @@ class PolicySeries:
 
     Attributes:
         name: "balanced", "symi", "static", "recorded", ...
-        label: how it is judged: "pooled rank budget", "slot budget", "re-implementation", ...
+        label: its kind, for tables: "pooled rank budget", "slot budget", "re-implementation", ...
         replicas_ULE: [U, L, E] slots of each expert, or None when they are not known.
         dropped_UL: [U, L] assignments over capacity; all 0 when dropless.
         load_ULW: [U, L, W] assignments that each rank computed.

@@ -1,4 +1,4 @@
-"""Long series -> what fits a page: steps averaged into columns, values as small integers in base64.
+"""Long series made small enough for a page: steps averaged into columns, values as small integers in base64.
 
 U steps, L layers, E experts, W ranks, C columns (neighbouring steps taken together), M lines (one of all layers
 together, then one of each).
@@ -19,7 +19,7 @@ _MOST_COLUMNS: Final = 400
 # Base64 makes 4 bytes of 3, and the whole page is to stay below 5 MB.
 _MAP_BYTES: Final = 2_600_000
 _LINE_BYTES: Final = 900_000
-# Of a model with too many experts for so many columns, fewer layers are shown instead of a blur of all.
+# A model with too many experts for so many columns has some layers left out, rather than columns too wide to read.
 _ENOUGH_COLUMNS: Final = 200
 
 
@@ -37,7 +37,7 @@ class Columns:
 
     @classmethod
     def of(cls, num_steps: int, most: int) -> Columns:
-        """U steps in as many columns as there are steps, but no more than `most`.
+        """U steps in min(U, `most`) columns.
 
         Args:
             num_steps: U.
@@ -157,7 +157,7 @@ def maps(data: PageData) -> dict[str, Any]:
         **columns.edges(data.step_U),
         "layers": shown.tolist(),
         "popularity": pack(popularity_CLE.transpose(1, 2, 0), 0.0, top, 2),
-        # A few collapsed steps must not take all the colours.
+        # The 99 % quantile, so that a few collapsed steps do not take all the colours.
         "brightest": max(float(np.quantile(popularity_CLE, 0.99)), 1.0),
         "replicas": [_replicas(columns, policy, shown) for policy in data.policies],
     }
@@ -168,7 +168,7 @@ def _replicas(columns: Columns, policy: PolicySeries, shown: np.ndarray) -> dict
         return None
     replicas_CLE = columns.mean(policy.replicas_ULE[:, shown])
     most = max(float(replicas_CLE.max()), 1.0)
-    # A whole number of units a replica, so that whole replicas stay whole.
+    # A replica is a whole number of units, so that whole numbers of replicas are stored without rounding.
     units = max(255 // int(np.ceil(most)), 1)
     packed = pack(replicas_CLE.transpose(1, 2, 0), 0.0, max(255 / units, most), 1)
     return {**packed, "most": most, "slots": int(policy.replicas_ULE[0, 0].sum())}

@@ -1,4 +1,4 @@
-"""The page's words and tables, as HTML. Whatever comes from the data is escaped."""
+"""The page's sentences and tables, as HTML. Text from the data is escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def summary(data: PageData) -> str:
         return f"Popularity over {size}."
     if data.capacity_factor is None:
         ranked = sorted((mean_imbalance(policy), policy.name) for policy in data.policies)
-        # The first also says what the number is.
+        # The first policy's part also says what the number means.
         first = f"The busiest rank's load is {ranked[0][0]:.2f} x the mean with {ranked[0][1]}"
         rest = [f"{value:.2f} x with {name}" for value, name in ranked[1:]]
     else:
@@ -48,7 +48,7 @@ def mean_imbalance(policy: PolicySeries) -> float:
 
 
 def policy_table(data: PageData) -> str:
-    """The HTML table of what each policy dropped, how even it was and what it sent; a sentence without policies."""
+    """The HTML table of each policy's drops, imbalance and bytes; without policies, a sentence."""
     if not data.policies:
         return "<p>No policy was compared.</p>"
     head = (
@@ -74,13 +74,13 @@ def _policy_row(index: int, policy: PolicySeries, data: PageData) -> str:
 
 
 def loss_terms(data: PageData) -> list[str]:
-    """The causes of all policies' losses: those that are known in their order, then others by name."""
+    """The causes of all policies' losses: those of `Bounds` in its order, then others by name."""
     terms = {term for policy in data.policies for term in policy.losses}
     return [term for term in LOSS_TERMS if term in terms] + sorted(terms - LOSS_TERMS.keys())
 
 
 def loss_table(data: PageData) -> str:
-    """The HTML table of what each policy lost to which cause; a sentence where none is known."""
+    """The HTML table of each policy's losses by cause; where no losses are known, a sentence."""
     terms = loss_terms(data)
     policies = [policy for policy in data.policies if policy.losses]
     if not terms:
@@ -95,7 +95,7 @@ def loss_table(data: PageData) -> str:
 
 
 def notes(data: PageData) -> str:
-    """What the table's words mean, with this run's capacity."""
+    """Definitions of the table's terms, with this run's capacity."""
     if not data.policies:
         return ""
     capacity = "Nothing is dropped: no capacity is set. "

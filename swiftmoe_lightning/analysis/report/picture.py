@@ -35,7 +35,7 @@ def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: s
 
     num_layers = recording["replicas"].shape[1]
     shown = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round().astype(int))
-    # A figure of its own, not pyplot's: no window, no global state.
+    # Without pyplot there is no window and no global state.
     figure = Figure(figsize=(11, 2.6 + 1.6 * len(shown)), layout="constrained")
     figure.suptitle(title)
     heights = [1.0] * len(shown) + [1.3]
@@ -52,7 +52,7 @@ def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.n
     popularity_ULE = recording["counts"].sum(1)
     share_ULE = popularity_ULE / np.maximum(popularity_ULE.mean(-1, keepdims=True), 1e-9)
     most = max(float(np.quantile(share_ULE, 0.99)), 1.0)
-    # The root's scale keeps both a collapsed router's peaks and the small differences later on in sight.
+    # On the scale of the square root both the peaks of a collapsed router and small differences can be seen.
     colours = {"cmap": "cividis", "norm": PowerNorm(0.5, 0, most)}
     image = _draw_heat_maps(axes, share_ULE, "popularity", recording, shown, **colours)
     ticks = [0, *(2**i for i in range(10) if 2**i <= most)]
@@ -92,7 +92,7 @@ def _draw_heat_maps(
 
 
 def _draw_lines(axes: np.ndarray, recording: Mapping[str, np.ndarray]) -> None:
-    """Left the imbalance of the ranks' loads, right the dropped assignments; thin lines for single layers."""
+    """Draw the imbalance of the ranks' loads on the left and drops on the right; thin lines are single layers."""
     dropped_UL = 100 * recording["dropped"] / np.maximum(recording["counts"].sum((1, 3)), 1)
     for axis, values_UL, title in (
         (axes[0], imbalance(recording["loads"]), "imbalance: load of the busiest rank / mean rank"),

@@ -11,7 +11,7 @@ from swiftmoe_lightning.analysis.trace import Trace
 
 
 def plan_page(plan: Plan, title: str) -> PageData:
-    """The data of the page for `plan`; a trace that holds what its own run did shows that first.
+    """The page's data for `plan`. Where the trace has its own run's placements and loads, the run comes first.
 
     Args:
         plan: the policies, replayed.

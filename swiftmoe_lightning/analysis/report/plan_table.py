@@ -23,7 +23,7 @@ _COLUMNS: Final = (
     "step",
     "paper's step",
 )
-# More than any table needs.
+# Characters, more than any table needs.
 _WIDEST: Final = 1000
 
 
@@ -64,12 +64,12 @@ def plan_table(plan: Plan) -> Table:
 
 
 def age_text(lag: int) -> str:
-    """How old plans are."""
+    """A phrase for the age of plans."""
     return "from the step itself" if lag == 0 else f"{lag} step{'s' * (lag > 1)} old"
 
 
 def _cells(values: dict[str, Any]) -> dict[str, str | None]:
-    """Column -> text; None where the column says nothing."""
+    """Column -> text; None where there is nothing to show."""
     seconds = values["step_seconds"], values["step_seconds_paper"]
     step, paper = (None if s is None else f"{1000 * s:.3g} ms" for s in seconds)
     state = values["bytes_state_moved"]

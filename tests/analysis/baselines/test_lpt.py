@@ -46,7 +46,7 @@ def test_with_fewer_experts_than_ranks_those_left_over_hold_the_hottest():
 
 @given(history=histories())
 @settings(max_examples=80, deadline=None)
-def test_an_expert_has_one_host_where_there_are_enough_experts(history):
+def test_an_expert_has_one_rank_where_there_are_enough_experts(history):
     steps_NLE, world_size, slots_per_rank = history
     policy = LPTPolicy(world_size, slots_per_rank)
     num_experts = steps_NLE.shape[2]

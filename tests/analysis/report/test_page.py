@@ -72,15 +72,15 @@ class Tags(HTMLParser):
 
 
 def test_the_sentence_names_what_is_dropped_best_policy_first() -> None:
-    wanted = "balanced drops 1.2 % of assignments; symi 21 % (5 steps, 2 layers, 4 experts)."
-    assert summary(page()) == wanted
+    expected = "balanced drops 1.2 % of assignments; symi 21 % (5 steps, 2 layers, 4 experts)."
+    assert summary(page()) == expected
 
 
 def test_the_sentence_of_a_dropless_run_is_about_imbalance() -> None:
-    wanted = (
+    expected = (
         "The busiest rank's load is 1.00 x the mean with balanced; 1.50 x with symi (5 steps, 2 layers, 4 experts)."
     )
-    assert summary(page(capacity_factor=None)) == wanted
+    assert summary(page(capacity_factor=None)) == expected
 
 
 def test_the_sentence_of_a_single_policy_and_of_none() -> None:

@@ -116,6 +116,6 @@ def test_the_pages_table_has_the_plans_numbers(tmp_path: Path) -> None:
     assert cells["symi"][4] == f"{num_pairs * 1000 / 2 * 2 / 1000:.3g} kB"
 
 
-@pytest.mark.parametrize(("lag", "words"), [(0, "from the step itself"), (1, "1 step old"), (3, "3 steps old")])
-def test_the_subtitle_says_how_old_plans_are(lag: int, words: str) -> None:
-    assert page(policies=["static"], lag=lag).subtitle == f"2 ranks of 3 slots, plans {words}"
+@pytest.mark.parametrize(("lag", "text"), [(0, "from the step itself"), (1, "1 step old"), (3, "3 steps old")])
+def test_the_subtitle_says_how_old_plans_are(lag: int, text: str) -> None:
+    assert page(policies=["static"], lag=lag).subtitle == f"2 ranks of 3 slots, plans {text}"

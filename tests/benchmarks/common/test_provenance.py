@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.common import provenance
 
 
-def test_the_certificate_comes_before_the_results(result: Callable[[str], dict[str, Any]]) -> None:
-    path = provenance.write_result("some", provenance.birth_certificate(), {"ratio": 1.0})
+def test_provenance_comes_before_the_results(result: Callable[[str], dict[str, Any]]) -> None:
+    path = provenance.write_result("some", provenance.collect_provenance(), {"ratio": 1.0})
     written = result("some")
     assert path.name == "some.json"
     assert list(written) == ["certificate", "ratio"]

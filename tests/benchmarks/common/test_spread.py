@@ -1,4 +1,4 @@
-"""Medians with their spread, and ratios of what was measured in turns."""
+"""Medians with their spread, and ratios of what was measured alternately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU layer benchmark on a tiny layer: that it compares what is equal, not how fast it is."""
+"""The CPU layer benchmark on a tiny layer: that it compares equal outputs, not how fast it is."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.check import checks
 from benchmarks.gpu.shapes import Shape
 
 
-def test_compiling_ahead_runs_those_who_are_named_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_ahead_runs_the_named_candidates_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
     def run(shape: Shape, *inputs: Any) -> Tensor:

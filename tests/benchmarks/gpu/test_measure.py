@@ -1,4 +1,4 @@
-"""A layer measured beside others, as far as it goes without a GPU."""
+"""A layer measured beside others, on the CPU."""
 
 from __future__ import annotations
 

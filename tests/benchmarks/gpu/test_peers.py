@@ -1,6 +1,7 @@
-"""Who runs beside us in the GPU benchmark: each computes the layer, as far as it is installed.
+"""The other implementations in the GPU benchmark: each computes the layer, if it is installed.
 
-Liger and ScatterMoE run under Triton's interpreter where they are (`LIGER_FUSED_MOE_AUTOTUNE=0 TORCHDYNAMO_DISABLE=1`).
+Liger and ScatterMoE run under Triton's interpreter where they are installed (with
+`LIGER_FUSED_MOE_AUTOTUNE=0 TORCHDYNAMO_DISABLE=1`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that goes wrong costs its own result and nothing else."""
+"""A task whose process fails loses its own result alone."""
 
 from __future__ import annotations
 

@@ -54,14 +54,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a run as on a GPU writes, time after time; it runs here, in this process, on TINY."""
     results_so_far: list[dict[str, Any]] = []
 
-    def write(name: str, certificate: dict[str, Any], results: dict[str, Any]) -> Path:
-        results_so_far.append(json.loads(json.dumps(certificate | results)))
+    def write(name: str, provenance: dict[str, Any], results: dict[str, Any]) -> Path:
+        results_so_far.append(json.loads(json.dumps(provenance | results)))
         return Path(f"{name}.json")
 
-    # One expert fewer than choices of a token cannot be routed.
+    # A token cannot go to 2 different experts of 1.
     shapes = {"B": TINY, "Q": Shape("impossible", 4, 8, 8, 1, 2)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "birth_certificate", lambda: {"commit": "abc"})
+    monkeypatch.setattr(command, "collect_provenance", lambda: {"commit": "abc"})
     monkeypatch.setattr(command, "check_all", lambda *_: ([], []))
     monkeypatch.setattr(run, "listen", lambda task, seconds, silence, receive: task(receive))
     monkeypatch.setattr(run, "ROUTINGS", ("hot",))
@@ -91,15 +91,15 @@ def test_a_run_on_a_gpu_leaves_out_what_is_wrong_and_notes_what_fails(
     assert last["missing"]["ours, grouped_mm"] == "wrong: see correctness"
     assert "ZeroDivisionError" in last["missing"]["Liger"]
     assert last["layers"].keys() == last["stages"].keys() == {"B"}
-    here = {"ours, fused", "HF grouped_mm", "torchtitan", "torchtitan, atomic", "HF eager"}
-    assert last["layers"]["B"]["hot"].keys() - {"ScatterMoE", "SonicMoE"} == here
+    expected = {"ours, fused", "HF grouped_mm", "torchtitan", "torchtitan, atomic", "HF eager"}
+    assert last["layers"]["B"]["hot"].keys() - {"ScatterMoE", "SonicMoE"} == expected
     assert [note.split(":")[0] for note in last["not_measured"]] == ["compiled ahead", "stages of Q", "Q, hot"]
     assert capsys.readouterr().out.splitlines()[-1] == "written to other.json"
     assert command.main(["--seconds", "0"]) == 1
     assert written[-1]["not_measured"][1] == f"ceilings of the GPU: {LATE}"
 
 
-def test_a_lost_process_costs_the_one_who_ran_in_it(
+def test_a_lost_process_leaves_out_the_candidate_that_ran_in_it(
     written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dead(BaseException):

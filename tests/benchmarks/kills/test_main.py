@@ -1,4 +1,4 @@
-"""The kills benchmark's bookkeeping, with runs that are not started; tests/strategies/test_kills.py kills real ones."""
+"""The kills benchmark's sums, of runs that are not started; tests/strategies/test_killed_runs.py kills real ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The placement benchmark on a small trace: that all policies are replayed and drawn, not what comes of it."""
+"""The placement benchmark on a small trace: that all policies are replayed and drawn, not their results."""
 
 from __future__ import annotations
 

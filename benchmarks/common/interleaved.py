@@ -1,4 +1,4 @@
-"""Two things measured in turns: what else the machine does meets both, and being first costs both alike."""
+"""Two things measured alternately, so that other work on the machine, and being first, cost both alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(
+def interleaved(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int, warm_up: int
 ) -> tuple[list[float], list[float]]:
     """Measure theirs, ours, ours, theirs, theirs, ours, ...
@@ -21,14 +21,16 @@ def in_turns(
     Args:
         ours: makes one measurement and returns it.
         theirs: the same of what ours is compared with.
-        pairs: of the ratio that `paired_ratio` makes, each of two measurements of ours over two of theirs.
-        warm_up: measurements of each that come first and are left out.
+        pairs: how many pairs `paired_ratio` makes of them, each of two measurements of ours over two of theirs.
+        warm_up: measurements of each that come before and are left out.
 
     Returns:
         2 * pairs measurements of ours, and of theirs, in the order in which they were made.
     """
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(2 * pairs + warm_up):
-        for which in (0, 1) if turn % 2 else (1, 0):
-            taken[which].append((ours, theirs)[which]())
-    return taken[0][warm_up:], taken[1][warm_up:]
+    ours_measured: list[float] = []
+    theirs_measured: list[float] = []
+    both = (theirs, theirs_measured), (ours, ours_measured)
+    for number in range(2 * pairs + warm_up):
+        for measure, measured in both[::-1] if number % 2 else both:
+            measured.append(measure())
+    return ours_measured[warm_up:], theirs_measured[warm_up:]

@@ -1,18 +1,18 @@
-"""Two things take turns so that being first costs both alike."""
+"""Two things are measured alternately, so that being first costs both alike."""
 
 from __future__ import annotations
 
-from benchmarks.common.turns import in_turns, seconds_of
+from benchmarks.common.interleaved import interleaved, seconds_of
 
 
-def test_turns_alternate_and_the_warm_up_is_left_out() -> None:
+def test_measurements_alternate_and_the_warm_up_is_left_out() -> None:
     calls: list[str] = []
 
     def measure(name: str) -> float:
         calls.append(name)
         return len(calls)
 
-    ours, theirs = in_turns(lambda: measure("ours"), lambda: measure("theirs"), pairs=1, warm_up=2)
+    ours, theirs = interleaved(lambda: measure("ours"), lambda: measure("theirs"), pairs=1, warm_up=2)
     assert calls == ["theirs", "ours", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
     assert (ours, theirs) == ([6, 7], [5, 8])
 
