@@ -108,9 +108,7 @@ class _DeepSpeedMoE(nn.Module):
         mlp = nn.Sequential(
             nn.Linear(_DIM, _HIDDEN_DIM, bias=False), nn.GELU(), nn.Linear(_HIDDEN_DIM, _DIM, bias=False)
         )
-        self.layer = Layer(
-            _DIM, mlp, _EXPERTS, ep_size=NUM_RANKS, k=1, capacity_factor=CAPACITY_FACTOR, min_capacity=4
-        )
+        self.layer = Layer(_DIM, mlp, _EXPERTS, ep_size=NUM_RANKS, k=1, capacity_factor=CAPACITY_FACTOR, min_capacity=4)
         weights = ours.experts.expert_parameters()
         num_local = _EXPERTS // NUM_RANKS
         with torch.no_grad():

@@ -31,19 +31,29 @@ class System:
         candidate: its policy, token split, and what has a budget.
         capacity: "budgets" drops the lowest router scores over a rank's or a slot's budget; "deepspeed" gives each
             source rank a budget for each expert, and drops at random; "none" drops nothing.
+        keeps_state_with_weights: an expert's optimizer state lives where its weights do, so each replica is on a rank
+            of its own, and a replica that moves takes the state along.
         label: one or two words for tables.
     """
 
     candidate: Candidate
     capacity: str = "budgets"
+    keeps_state_with_weights: bool = False
     label: str
 
 
 SYSTEMS: Final[Mapping[str, System]] = {
-    "deepspeed": System(candidate=CANDIDATES["static"], capacity="deepspeed", label="static, DeepSpeed's drops"),
-    "static": System(candidate=CANDIDATES["static"], label="static, lowest scores drop"),
+    "deepspeed": System(
+        candidate=CANDIDATES["static"],
+        capacity="deepspeed",
+        keeps_state_with_weights=True,
+        label="static, DeepSpeed's drops",
+    ),
+    "static": System(candidate=CANDIDATES["static"], keeps_state_with_weights=True, label="static, lowest scores drop"),
     **{
-        f"flexmoe-{interval}": System(candidate=CANDIDATES[f"flexmoe-{interval}"], label="re-implementation")
+        f"flexmoe-{interval}": System(
+            candidate=CANDIDATES[f"flexmoe-{interval}"], keeps_state_with_weights=True, label="re-implementation"
+        )
         for interval in (100, 50, 10)
     },
     "symi": System(candidate=CANDIDATES["symi"], label="the paper's"),

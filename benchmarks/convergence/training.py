@@ -17,6 +17,7 @@ from benchmarks.convergence.cluster import EmulatedCluster
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS
+from swiftmoe_lightning.analysis.cost import busiest_phase
 from swiftmoe_lightning.demo.gpt import GPT
 from swiftmoe_lightning.demo.text import Sequences
 from swiftmoe_lightning.modules import TopKRouter, auxiliary_loss
@@ -35,6 +36,7 @@ class Run:
         largest_load: [S] mean over layers of the most that a rank computed, over the mean of what was routed.
         num_pairs: [S] (rank, expert) pairs, all layers.
         moved_pairs: [S] those that were not there a step before.
+        busiest: [S] mean over layers of `cost.busiest_phase`.
         validation_steps: [V] steps done.
         validation_loss: [V] nats a byte, without drops.
         seconds: of the whole run, on this machine.
@@ -47,6 +49,7 @@ class Run:
     largest_load: list[float] = field(default_factory=list)
     num_pairs: list[int] = field(default_factory=list)
     moved_pairs: list[int] = field(default_factory=list)
+    busiest: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -83,6 +86,7 @@ class Run:
         self.largest_load.append(float(np.mean(relative)))
         self.num_pairs.append(sum(len(load.placement.pair_host_P) for load in loads.values()))
         self.moved_pairs.append(sum(before[name].num_moved(load.placement) for name, load in loads.items()))
+        self.busiest.append(float(np.mean([busiest_phase(load.placement) for load in loads.values()])))
 
 
 def make_model(setting: Setting) -> GPT:
