@@ -46,7 +46,7 @@ class Plan:
 
 
 def measure(plan: Plan, systems: tuple[str, ...]) -> dict[str, Any]:
-    """On each rank: for every system its step times over static's, and its largest loads over static's. A collective."""
+    """On each rank: every system's step times and largest loads, and both over static's. A collective."""
     _pin(torch.distributed.get_rank())
     corpus = load_corpus(plan.setting.corpus, plan.cache)
     seconds: dict[str, list[float]] = {system: [] for system in systems}
