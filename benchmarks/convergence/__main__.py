@@ -8,20 +8,20 @@ step times, `modelled_...` by the planner's costs for the paper's cluster, `meas
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.common.command_line import command_line
+from benchmarks.common.provenance import RESULTS, birth_certificate, write_result
 from benchmarks.convergence.comparison import headlines
 from benchmarks.convergence.presets import PRESETS, Experiment
 from benchmarks.convergence.runner import run_all
 from benchmarks.convergence.tables import comparison_table
 from benchmarks.convergence.times import measured_step_times
 from benchmarks.convergence.training import Run
-from benchmarks.provenance import RESULTS, birth_certificate, write_result
 
 
 def gather(experiment: Experiment, folder: Path, progress: Progress) -> dict[int, dict[str, Run]]:
@@ -44,8 +44,10 @@ def gather(experiment: Experiment, folder: Path, progress: Progress) -> dict[int
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes; full: hours")
+    parser = command_line("convergence", __doc__)
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="quick", help="quick takes 10 minutes on two cores, full hours"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args()
     certificate, measured = birth_certificate(), measured_step_times(RESULTS / "convergence_step_times.json")
@@ -55,7 +57,7 @@ def main() -> None:
             runs = gather(experiment, given.folder, progress)
             results[experiment.title] = headlines(experiment.setting, runs, measured)
             progress.console.print(comparison_table(experiment, runs, measured))
-    write_result(f"convergence_{given.preset}", certificate, results)
+    write_result(f"{given.name}_{given.preset}", certificate, results)
     print(json.dumps(results[PRESETS[given.preset][0].title]))
 
 

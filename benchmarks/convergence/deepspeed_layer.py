@@ -9,6 +9,7 @@ writes results/deepspeed_layer.json, with which a test compares the emulation.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, Final
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.provenance import birth_certificate, write_result
 from benchmarks.convergence.cluster import EmulatedCluster
 from benchmarks.convergence.systems import SYSTEMS
-from benchmarks.provenance import birth_certificate, write_result
-from benchmarks.ranks import run_ranks
 from swiftmoe_lightning import MoE
+from tests.helpers import run_ranks
 
 NUM_RANKS: Final = 2
 NUM_STEPS: Final = 20
@@ -125,6 +126,7 @@ class _DeepSpeedMoE(nn.Module):
 
 def deepspeed_losses() -> list[float]:
     """Losses of DeepSpeed's layer under DeepSpeed's engine, the mean over ranks. On every rank."""
+    warnings.simplefilter("ignore")
     import deepspeed
 
     rank = dist.get_rank()
@@ -152,7 +154,7 @@ def deepspeed_losses() -> list[float]:
 def main() -> None:
     """Command line."""
     certificate = birth_certificate()
-    theirs = run_ranks(deepspeed_losses, NUM_RANKS)
+    theirs = run_ranks(deepspeed_losses, NUM_RANKS, timeout_s=300)[0]
     ours: dict[str, Any] = emulated()
     for step, (mine, other, dropped) in enumerate(zip(ours["losses"], theirs, ours["dropped"], strict=True)):
         print(f"step {step:2}  DeepSpeed {other:.6f}  emulated {mine:.6f}  dropped {dropped:.1%}")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.provenance import birth_certificate
 from benchmarks.convergence.corpus import Corpus, load_corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.training import Run, train
-from benchmarks.provenance import birth_certificate
 
 
 @dataclass(frozen=True)

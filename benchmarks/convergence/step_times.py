@@ -8,7 +8,6 @@ With a capacity all do about the same work; without one the busiest rank sets th
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from benchmarks.common.across_ranks import slowest
+from benchmarks.common.command_line import command_line
+from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.spread import spread
 from benchmarks.convergence.corpus import load_corpus
 from benchmarks.convergence.real_ranks import train_on_ranks
 from benchmarks.convergence.settings import Setting
-from benchmarks.provenance import birth_certificate, write_result
-from benchmarks.ranks import run_ranks, slowest
-from benchmarks.spread import spread
+from tests.helpers import run_ranks
 
 # A run's first steps find their memory and threads.
 _WARM_UP_STEPS: Final = 10
@@ -75,7 +76,7 @@ def _pin(rank: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("convergence_step_times", __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="gloo processes")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
@@ -94,12 +95,12 @@ def main() -> None:
     results = {}
     for name, factor, systems in (("", 1.0, _WITH_CAPACITY), ("dropless", None, _DROPLESS)):
         plan = Plan(setting=replace(setting, capacity_factor=factor), rounds=given.rounds, cache=cache)
-        measured = run_ranks(measure, given.ranks, plan, systems)
+        measured = run_ranks(measure, given.ranks, plan, systems, timeout_s=3600)[0]
         for system, ratio in measured["step_time_over_static"].items():
             load = measured["largest_load_over_static"][system]["median"]
             print(f"{name or 'capacity 1':10} {system:12} step {ratio['median']:.3f} of static's, load {load:.3f}")
         results |= {name: measured} if name else measured
-    write_result("convergence_step_times", certificate, {"expert_share": setting.expert_share, **results})
+    write_result(given.name, certificate, {"expert_share": setting.expert_share, **results})
 
 
 if __name__ == "__main__":

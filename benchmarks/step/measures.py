@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.common.across_ranks import slowest, total
 from benchmarks.common.command_line import setting
 from benchmarks.common.spread import paired_ratio, spread
-from benchmarks.step.across_ranks import slowest, total
 from benchmarks.step.phases import time_phases
 from benchmarks.step.workload import Sizes, TrainingLoop
 from swiftmoe_lightning import LoadReader

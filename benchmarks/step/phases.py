@@ -12,8 +12,8 @@ from unittest.mock import patch
 import numpy as np
 import torch.distributed as dist
 
+from benchmarks.common.across_ranks import total
 from benchmarks.common.spread import spread
-from benchmarks.step.across_ranks import total
 from benchmarks.step.workload import TrainingLoop
 from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 

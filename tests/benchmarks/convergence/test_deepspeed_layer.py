@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from benchmarks.common.provenance import RESULTS
 from benchmarks.convergence.deepspeed_layer import NUM_STEPS, emulated
-from benchmarks.provenance import RESULTS
 
 
 def test_has_the_losses_of_deepspeed() -> None:
