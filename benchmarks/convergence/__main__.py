@@ -45,12 +45,10 @@ def gather(experiment: Experiment, folder: Path, progress: Progress) -> dict[int
 def main() -> None:
     """Command line."""
     parser = command_line("convergence", __doc__)
-    parser.add_argument(
-        "--preset", choices=sorted(PRESETS), default="quick", help="quick takes 10 minutes on two cores, full hours"
-    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, full: hours")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args()
-    certificate, measured = birth_certificate(), measured_step_times(RESULTS / "convergence_step_times.json")
+    certificate, measured = birth_certificate(), measured_step_times(RESULTS / "convergence.step_times.json")
     console, results = Console(stderr=True), {}
     with Progress(console=console) as progress:
         for experiment in PRESETS[given.preset]:

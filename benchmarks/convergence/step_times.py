@@ -76,7 +76,7 @@ def _pin(rank: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = command_line("convergence_step_times", __doc__)
+    parser = command_line("convergence.step_times", __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="gloo processes")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
