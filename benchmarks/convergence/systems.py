@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
-from swiftmoe_lightning.modules.dispatch import choose_rows
-from swiftmoe_lightning.ops import sort_choices
+from swiftmoe_lightning.modules.dispatch import sort_by_pair
+from swiftmoe_lightning.ops import sort_assignments
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, Placement, plan_dispatch
 
 # `deepspeed.moe.layer.MoE` computes at least so many assignments of each rank for each expert.
@@ -78,7 +78,7 @@ def keep_within_budgets(
     Returns:
         ([W, T, K] bool, the load).
     """
-    sorted_by_rank = [sort_choices(ids_TK.flatten(), placement.num_experts) for ids_TK in expert_ids_WTK]
+    sorted_by_rank = [sort_assignments(ids_TK, placement.num_experts) for ids_TK in expert_ids_WTK]
     counts_WE = torch.stack([order.counts_G for order in sorted_by_rank]).numpy().astype(np.int64)
     capacity = None if factor is None else Capacity(factor, candidate.capacity_per)
     plan = plan_dispatch(counts_WE, placement, candidate.split, capacity)
@@ -86,7 +86,7 @@ def keep_within_budgets(
     if not plan.num_dropped_tokens:
         return torch.ones_like(expert_ids_WTK, dtype=torch.bool), load
     kept = [
-        choose_rows(order, scores_TK, plan, plan.for_rank(rank)).rows_TK >= 0
+        sort_by_pair(order, scores_TK, plan, plan.for_rank(rank)).rows_TK >= 0
         for rank, (order, scores_TK) in enumerate(zip(sorted_by_rank, scores_WTK, strict=True))
     ]
     return torch.stack(kept), load
@@ -118,9 +118,9 @@ def keep_as_deepspeed(
         first = random_WTE.gather(2, expert_ids_WTK).flatten().argsort(descending=True, stable=True)
     else:
         first = torch.arange(len(key)).view(-1, top_k).T.flatten()
-    order = sort_choices(key[first], num_ranks * num_experts)
+    order = sort_assignments(key[first].unsqueeze(1), num_ranks * num_experts)
     place = torch.empty_like(key)
-    place[first] = order.row_N.long()
+    place[first] = order.rows_TK.flatten().long()
     counts = order.counts_G.long()
     kept = place - (counts.cumsum(0) - counts)[key] < capacity
     counts_WE = counts.view(num_ranks, num_experts).numpy()

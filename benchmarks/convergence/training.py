@@ -84,7 +84,7 @@ class Run:
         self.dropped.append(sum(load.num_dropped_tokens for load in loads.values()) / assignments)
         relative = [load.load_W.max() * len(load.load_W) / load.num_assignments for load in loads.values()]
         self.largest_load.append(float(np.mean(relative)))
-        self.num_pairs.append(sum(len(load.placement.pair_host_P) for load in loads.values()))
+        self.num_pairs.append(sum(load.placement.num_pairs for load in loads.values()))
         self.moved_pairs.append(sum(before[name].num_moved(load.placement) for name, load in loads.items()))
         self.busiest.append(float(np.mean([busiest_phase(load.placement) for load in loads.values()])))
 
