@@ -47,23 +47,32 @@ class LayerState:
         self._step: ExpertLoad | None = None
         self.stale_parameters = StaleParameters()
 
-    def shard(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placer: Placer) -> None:
-        """Spread the experts over the ranks (again). A collective."""
+    def shard(
+        self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device, placement: Placement | None
+    ) -> None:
+        """Spread the experts over the ranks (again). A collective.
+
+        Args:
+            group: the ranks.
+            config: the engine's.
+            device: where the slots live.
+            placement: the first; None for experts that have one.
+        """
         shard_device = torch.device("cpu") if config.offload_optimizer else device
         replaced = shard_parameters(self.experts, group, shard_device)
         self.stale_parameters.add(replaced.values())
         if self.sharded is None:
-            first = placer.planned({self.name: self.experts.num_experts})[self.name]
+            assert placement is not None
             slots = ExpertSlots(
                 self.experts.expert_parameters,
                 group,
-                first,
+                placement,
                 device,
                 None if config.param_dtype is None else getattr(torch, config.param_dtype),
                 getattr(torch, config.reduce_dtype),
             )
             self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split)
-            self.experts.trained_load = TrainedLoad(first)
+            self.experts.trained_load = TrainedLoad(placement)
             self.experts.context = self.sharded
             self.sharded.accept_full_state_dicts()
         self.sharded.stale = True
@@ -200,10 +209,13 @@ def update_layer_states(
                 _refuse_wrapped_or_quantized(name, experts)
             state = previous_by_id.get(id(experts))
             states.append(state or LayerState(len(states), name, experts, router_of.get(id(experts))))
+    new = {state.name: state.experts.num_experts for state in states if state.sharded is None}
+    # All at once, as after every step: a policy may remember the layers that it was asked for.
+    first = placer.planned(new) if placer is not None and new else {}
     for index, state in enumerate(states):
         state.index = index
-        if group is not None and placer is not None:
-            state.shard(group, config, device, placer)
+        if group is not None:
+            state.shard(group, config, device, first.get(state.name))
             assert state.sharded is not None
             state.sharded.index = index
     materialize_dense(module, device)
