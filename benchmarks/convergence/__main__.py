@@ -9,7 +9,11 @@ step times, `modelled_...` by the planner's costs for the paper's cluster, `meas
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -42,6 +46,26 @@ def gather(experiment: Experiment, folder: Path, progress: Progress) -> dict[int
     }
 
 
+def summary(experiment: Experiment, runs: dict[int, dict[str, Run]], measured: Mapping[str, float]) -> dict[str, Any]:
+    """What is written of an experiment, JSON-able: its setting, what each system saves, and every run's curve.
+
+    Args:
+        experiment: what was run.
+        runs: seed -> system -> its run.
+        measured: as of `Comparison`.
+    """
+    curves = {
+        f"{system}-{seed}": {
+            "dropped": round(mean(run.dropped), 4),
+            "validation_loss": [round(loss, 4) for loss in run.validation_loss],
+        }
+        for seed, by_system in runs.items()
+        for system, run in by_system.items()
+    }
+    saved = headlines(experiment.setting, runs, measured)
+    return {"setting": asdict(experiment.setting), "saved": saved, "runs": curves}
+
+
 def main() -> None:
     """Command line."""
     parser = command_line("convergence", __doc__)
@@ -53,10 +77,10 @@ def main() -> None:
     with Progress(console=console) as progress:
         for experiment in PRESETS[given.preset]:
             runs = gather(experiment, given.folder, progress)
-            results[experiment.title] = headlines(experiment.setting, runs, measured)
+            results[experiment.title] = summary(experiment, runs, measured)
             progress.console.print(comparison_table(experiment, runs, measured))
     write_result(f"{given.name}_{given.preset}", certificate, results)
-    print(json.dumps(results[PRESETS[given.preset][0].title]))
+    print(json.dumps(results[PRESETS[given.preset][0].title]["saved"]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.convergence.training import Run
 from swiftmoe_lightning.analysis.cost import Machine, step_seconds
 
 # SYMI, table 3: minutes to loss 4.0 of GPT-Small, and how many steps fewer SYMI needs than each.
-_PAPER_MINUTES: Final = {
+PAPER_MINUTES: Final = {
     "static": 147.84,
     "flexmoe-100": 145.42,
     "flexmoe-50": 141.60,
@@ -33,7 +33,7 @@ _LIKE_SYMI: Final = ("packed", "balanced", "dropless")
 def paper_step_times() -> dict[str, float]:
     """System -> its step time in the paper, in steps of static: minutes to the loss over steps to the loss."""
     steps = {system: 1 / (1 - fewer) for system, fewer in _PAPER_FEWER_STEPS.items()}
-    times = {system: minutes / steps[system] for system, minutes in _PAPER_MINUTES.items()}
+    times = {system: minutes / steps[system] for system, minutes in PAPER_MINUTES.items()}
     relative = {system: time / times["static"] for system, time in times.items()}
     return relative | {"deepspeed": 1.0} | dict.fromkeys(_LIKE_SYMI, relative["symi"])
 

@@ -36,6 +36,8 @@ class Run:
         largest_load: [S] mean over layers of the most that a rank computed, over the mean of what was routed.
         num_pairs: [S] (rank, expert) pairs, all layers.
         moved_pairs: [S] those that were not there a step before.
+        popularity: [S][E] assignments of the first layer.
+        replicas: [S][E] slots of the first layer's experts.
         busiest: [S] mean over layers of `cost.busiest_phase`.
         validation_steps: [V] steps done.
         validation_loss: [V] nats a byte, without drops.
@@ -49,6 +51,8 @@ class Run:
     largest_load: list[float] = field(default_factory=list)
     num_pairs: list[int] = field(default_factory=list)
     moved_pairs: list[int] = field(default_factory=list)
+    popularity: list[list[int]] = field(default_factory=list)
+    replicas: list[list[int]] = field(default_factory=list)
     busiest: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
@@ -80,6 +84,9 @@ class Run:
             loads: layer name -> its load.
             before: layer name -> where its experts were in the step before.
         """
+        first = next(iter(loads.values()))
+        self.popularity.append(first.popularity_E.tolist())
+        self.replicas.append(first.placement.replica_counts_E.tolist())
         assignments = sum(load.num_assignments for load in loads.values())
         self.dropped.append(sum(load.num_dropped_tokens for load in loads.values()) / assignments)
         relative = [load.load_W.max() * len(load.load_W) / load.num_assignments for load in loads.values()]
