@@ -9,7 +9,7 @@ step times, `modelled_...` by the planner's costs for the paper's cluster, `meas
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -66,12 +66,12 @@ def summary(experiment: Experiment, runs: dict[int, dict[str, Run]], measured: M
     return {"setting": asdict(experiment.setting), "saved": saved, "runs": curves}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("convergence", __doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, full: hours")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     certificate, measured = birth_certificate(), measured_step_times(RESULTS / "convergence.step_times.json")
     console, results = Console(stderr=True), {}
     with Progress(console=console) as progress:

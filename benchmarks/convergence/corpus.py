@@ -62,19 +62,29 @@ class Corpus:
     train: np.ndarray
     validation: np.ndarray
 
+    def save(self, path: Path) -> None:
+        """Write both to a .npz file, whole or not at all."""
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez(unfinished, train=self.train, validation=self.validation)
+        unfinished.replace(path)
+
 
 def load_corpus(name: str, cache: Path) -> Corpus:
-    """One of `CORPORA`, downloaded once.
+    """One of `CORPORA`, downloaded and put together once.
 
     Args:
         name: "mix" or "shakespeare".
-        cache: folder for the archives.
+        cache: folder for the archives, and the corpus as NAME.npz.
 
     Raises:
         OSError: when an archive cannot be had, or is another than the one that is named here.
     """
-    documents = [document for source in CORPORA[name] for document in read_documents(fetch(source, cache), source)]
-    return split_documents(documents)
+    path = cache / f"{name}.npz"
+    if not path.exists():
+        documents = [document for source in CORPORA[name] for document in read_documents(fetch(source, cache), source)]
+        split_documents(documents).save(path)
+    with np.load(path) as arrays:
+        return Corpus(arrays["train"], arrays["validation"])
 
 
 def fetch(source: Source, cache: Path) -> Path:

@@ -13,7 +13,7 @@ They show what `python -m benchmarks.convergence` has run, train what is missing
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,13 +156,13 @@ _COMMANDS: Final[dict[str, Callable[[Experiment, Path], Any]]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=_COMMANDS)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="full", help="whose first experiment is shown")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="of runs, and for figures")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     drawn = _COMMANDS[given.figure](PRESETS[given.preset][0], given.folder)
     if isinstance(drawn, Table):
         Console().print(drawn)

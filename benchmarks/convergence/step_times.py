@@ -9,6 +9,7 @@ With a capacity all do about the same work; without one the busiest rank sets th
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -74,14 +75,14 @@ def _pin(rank: int) -> None:
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("convergence.step_times", __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="gloo processes")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for the corpus")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     certificate, cache = birth_certificate(), given.folder / "corpus"
     base = Setting()
     setting = replace(
