@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import RESULTS, birth_certificate, write_result
+from benchmarks.common.provenance import RESULTS, collect_provenance, write_result
 from benchmarks.convergence.comparison import headlines
 from benchmarks.convergence.presets import PRESETS, Experiment
 from benchmarks.convergence.runner import run_all
@@ -72,14 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, full: hours")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args(arguments)
-    certificate, measured = birth_certificate(), measured_step_times(RESULTS / "convergence.step_times.json")
+    provenance, measured = collect_provenance(), measured_step_times(RESULTS / "convergence.step_times.json")
     console, results = Console(stderr=True), {}
     with Progress(console=console) as progress:
         for experiment in PRESETS[given.preset]:
             runs = gather(experiment, given.folder, progress)
             results[experiment.title] = summary(experiment, runs, measured)
             progress.console.print(comparison_table(experiment, runs, measured))
-    write_result(f"{given.name}_{given.preset}", certificate, results)
+    write_result(f"{given.name}_{given.preset}", provenance, results)
     print(json.dumps(results[PRESETS[given.preset][0].title]["saved"]))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.convergence.cluster import EmulatedCluster
 from benchmarks.convergence.systems import SYSTEMS
 from swiftmoe_lightning import MoE
@@ -153,12 +153,12 @@ def deepspeed_losses() -> list[float]:
 
 def main() -> None:
     """Command line."""
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     theirs = run_ranks(deepspeed_losses, NUM_RANKS, timeout_s=300)[0]
     ours: dict[str, Any] = emulated()
     for step, (mine, other, dropped) in enumerate(zip(ours["losses"], theirs, ours["dropped"], strict=True)):
         print(f"step {step:2}  DeepSpeed {other:.6f}  emulated {mine:.6f}  dropped {dropped:.1%}")
-    write_result("deepspeed_layer", certificate, {"deepspeed_losses": theirs, **ours})
+    write_result("deepspeed_layer", provenance, {"deepspeed_losses": theirs, **ours})
 
 
 if __name__ == "__main__":

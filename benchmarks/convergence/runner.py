@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.provenance import birth_certificate
+from benchmarks.common.provenance import collect_provenance
 from benchmarks.convergence.corpus import Corpus, load_corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.training import Run, train
@@ -57,18 +57,18 @@ def run_all(tasks: Iterable[Task], folder: Path) -> Iterator[tuple[Task, Run]]:
     for corpus in {task.setting.corpus for task in missing}:
         # Downloaded once, not by each process.
         load_corpus(corpus, folder / "corpus")
-    certificate = birth_certificate()
+    provenance = collect_provenance()
     num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(_run, task, folder, certificate): task for task in missing}
+        futures = {pool.submit(_run, task, folder, provenance): task for task in missing}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
 
-def _run(task: Task, folder: Path, certificate: dict[str, object]) -> Run:
+def _run(task: Task, folder: Path, provenance: dict[str, object]) -> Run:
     run = train(task.setting, task.system, task.seed, _corpus(task.setting.corpus, folder / "corpus"))
-    run.save(task.path(folder), task.setting, certificate)
+    run.save(task.path(folder), task.setting, provenance)
     return run
 
 

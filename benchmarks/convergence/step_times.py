@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common.across_ranks import slowest
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import birth_certificate, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import spread
 from benchmarks.convergence.corpus import load_corpus
 from benchmarks.convergence.real_ranks import train_on_ranks
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for the corpus")
     given = parser.parse_args(arguments)
-    certificate, cache = birth_certificate(), given.folder / "corpus"
+    provenance, cache = collect_provenance(), given.folder / "corpus"
     base = Setting()
     setting = replace(
         base,
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load = measured["largest_load_over_static"][system]["median"]
             print(f"{name or 'capacity 1':10} {system:12} step {ratio['median']:.3f} of static's, load {load:.3f}")
         results |= {name: measured} if name else measured
-    write_result(given.name, certificate, {"expert_share": setting.expert_share, **results})
+    write_result(given.name, provenance, {"expert_share": setting.expert_share, **results})
 
 
 if __name__ == "__main__":

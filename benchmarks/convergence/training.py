@@ -63,16 +63,16 @@ class Run:
         """What `save` wrote."""
         return cls(**json.loads(path.read_text())["run"])
 
-    def save(self, path: Path, setting: Setting, certificate: dict[str, Any]) -> None:
+    def save(self, path: Path, setting: Setting, provenance: dict[str, Any]) -> None:
         """Write the run, whole or not at all.
 
         Args:
             path: a JSON file.
             setting: what was trained.
-            certificate: on what it was measured.
+            provenance: on what it was measured.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"certificate": certificate, "setting": asdict(setting), "run": asdict(self)}
+        content = {"certificate": provenance, "setting": asdict(setting), "run": asdict(self)}
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(content) + "\n")
         unfinished.replace(path)
