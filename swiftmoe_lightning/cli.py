@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 class Strategy(StrEnum):
     """How experts are placed."""
 
+    both = "both"
     swiftmoe = "swiftmoe"
     static = "static"
 
@@ -36,8 +37,8 @@ def _option(text: str, least: float | None = None) -> typer.models.OptionInfo:
 
 @app.command()
 def train(  # noqa: PLR0913 - options
-    strategy: Annotated[Strategy, _option("Replicate experts by popularity, or leave them where they are.")] = (
-        Strategy.swiftmoe
+    strategy: Annotated[Strategy, _option("Experts replicated by popularity, or static, or both compared.")] = (
+        Strategy.both
     ),
     data: Annotated[Path | None, _option("A text file to train on instead of Shakespeare.")] = None,
     steps: Annotated[int, _option("Optimizer steps.", 1)] = DemoOptions.steps,
@@ -49,17 +50,22 @@ def train(  # noqa: PLR0913 - options
     top_k: Annotated[int, _option("Experts that a byte is sent to.", 1)] = DemoOptions.top_k,
     seq_len: Annotated[int, _option("Bytes of a sequence.", 1)] = DemoOptions.seq_len,
     batch_size: Annotated[int, _option("Sequences of a step, all ranks together.", 1)] = DemoOptions.batch_size,
-    slots_per_rank: Annotated[int | None, _option("Places for experts on a rank; by default 5/4 of need.", 1)] = None,
-    capacity_factor: Annotated[float, _option("Token budget of a rank over the mean load; 0 drops no token.", 0)] = (
+    slots_per_rank: Annotated[
+        int | None, _option("Places for experts on a rank; by default twice the need.", 1)
+    ] = None,
+    capacity_factor: Annotated[float, _option("Token budget over the mean load; 0 drops no token.", 0)] = (
         DemoOptions.capacity_factor
     ),
     aux_loss_coef: Annotated[float, _option("Weight of the load-balancing loss.", 0)] = DemoOptions.aux_loss_coef,
-    lr: Annotated[float, _option("Highest learning rate.", 0)] = DemoOptions.lr,
+    lr: Annotated[float, _option("Learning rate.", 0)] = DemoOptions.lr,
     seed: Annotated[int, _option("Decides weights and data: runs of one seed can be compared.", 0)] = DemoOptions.seed,
-    out: Annotated[Path | None, _option("Run folder; files there are written over (default: runs/STRATEGY).")] = None,
+    out: Annotated[
+        Path | None, _option("Run folder; files there are written over (default: runs/STRATEGY, or runs).")
+    ] = None,
 ) -> None:
-    """Train a small byte-level GPT on real text, and show its experts' popularity, replicas and loads."""
+    """Train a small byte-level GPT on real text, with static and with adaptive replicas, and compare the two."""
     # Imported in the function, since `--help` and a mistyped option must not wait for torch.
+    from swiftmoe_lightning.demo.both import BothDemos
     from swiftmoe_lightning.demo.run import Demo
 
     with _clear_errors("train"):
@@ -82,7 +88,7 @@ def train(  # noqa: PLR0913 - options
             seed=seed,
             out=out,
         )
-        demo = Demo(options)
+        demo = BothDemos(options) if strategy is Strategy.both else Demo(options)
     demo.run()
 
 

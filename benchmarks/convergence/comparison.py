@@ -9,10 +9,10 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.convergence.presets import FLEXMOE
-from benchmarks.convergence.savings import median_of, position_of, saved, target_loss
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.times import modelled_seconds, paper_step_times
 from benchmarks.convergence.training import Run
+from swiftmoe_lightning.analysis.time_to_loss import position_of, saved, target_loss
 
 # Of static's steps: the losses it has there are the targets. The headline is the mean of the last two.
 SHARES: Final = (0.25, 0.5, 0.75, 1.0)
@@ -129,3 +129,14 @@ def headlines(setting: Setting, runs: Mapping[int, Mapping[str, Run]], measured:
         system: {name: median_of([figures[name] for figures in by_seed]) for name in by_seed[0]}
         for system, by_seed in found.items()
     }
+
+
+def median_of(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Median, least, most and number of some runs' values, JSON-able: None where a run never arrives."""
+
+    def number(value: float) -> float | None:
+        return round(float(value), 4) if math.isfinite(value) else None
+
+    ordered = sorted(values)
+    middle = float(np.median(ordered)) if math.isfinite(ordered[0]) else ordered[len(ordered) // 2]
+    return {"median": number(middle), "min": number(ordered[0]), "max": number(ordered[-1]), "runs": len(ordered)}

@@ -115,8 +115,13 @@ class LanguageModel(L.LightningModule):
 
     Args:
         model: what is trained.
-        lr: the highest learning rate, reached after a tenth of `num_steps`; it falls to zero by the end.
+        lr: the learning rate. It is reached after a tenth of `num_steps`, and stays: where it fell towards the end, a
+            loss would say how far a run is, and not what it has learnt.
         num_steps: optimizer steps of the whole training.
+
+    Attributes:
+        val_losses: nats a byte, of each validation.
+        val_steps: optimizer steps done before each.
     """
 
     def __init__(self, model: GPT, lr: float, num_steps: int) -> None:
@@ -124,6 +129,7 @@ class LanguageModel(L.LightningModule):
         self.model, self.lr, self.num_steps = model, lr, num_steps
         self.val_loss = MeanMetric()
         self.val_losses: list[float] = []
+        self.val_steps: list[int] = []
 
     def loss(self, batch_BT: Tensor) -> Tensor:
         """[] nats a byte: the mean over all bytes but the first of each sequence.
@@ -147,14 +153,15 @@ class LanguageModel(L.LightningModule):
         self.log("val/loss", self.val_loss, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the mean loss of this validation in `val_losses`, in nats a byte."""
+        """Keep the mean loss of this validation."""
         self.val_losses.append(float(self.val_loss.compute()))
+        self.val_steps.append(self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a learning rate that rises and falls step by step."""
+        """AdamW, and a learning rate that rises step by step, and then stays."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
         warmup = max(self.num_steps // 10, 1)
-        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / self.num_steps))
+        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

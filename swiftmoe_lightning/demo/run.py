@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,14 +26,15 @@ from typing_extensions import override
 from swiftmoe_lightning.analysis.report.picture import draw_picture
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.demo.comparison import Curve
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
 from swiftmoe_lightning.demo.options import DemoOptions
-from swiftmoe_lightning.demo.summary import summary_table
+from swiftmoe_lightning.demo.summary import summary_rows, summary_table
 from swiftmoe_lightning.demo.text import Sequences, read_texts, split_texts
 from swiftmoe_lightning.strategies import SwiftMoEStrategy
 
 _CPU_RANKS: Final = 4
-_VALIDATIONS: Final = 4
+_VALIDATIONS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ class Ranks:
         return cls(accelerator, requested or num_gpus or _CPU_RANKS)
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        rows: its numbers, by name.
+        curve: its losses over steps and seconds.
+        files: what was written to its folder.
+    """
+
+    rows: dict[str, str]
+    curve: Curve
+    files: list[str]
+
+
 class StepTimer(Callback):
     """Measures the seconds of every training step, without loading its batch.
 
@@ -113,20 +130,30 @@ class Demo:
             raise ValueError(
                 f"--batch-size must be a multiple of the {self.ranks.total} ranks, got {options.batch_size}."
             )
-        SwiftMoEConfig(slots_per_rank=options.slots_per_rank).resolve_slots_per_rank(options.experts, self.ranks.total)
+        self._slots_per_rank = options.slots_on(self.ranks.total)
+        SwiftMoEConfig(slots_per_rank=self._slots_per_rank).resolve_slots_per_rank(options.experts, self.ranks.total)
         self._train_text, self._val_text = split_texts(read_texts(options.data), options.seq_len)
         options.folder.mkdir(parents=True, exist_ok=True)
         L.seed_everything(options.seed, verbose=False)
         self._model = self._make_model()
 
     def run(self) -> None:
-        """Train; on rank 0 print the table and write metrics.csv, placements.npz and picture.png to the folder."""
+        """Train, and on rank 0 print the numbers."""
+        if (outcome := self.train()) is not None:
+            title = f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
+            print_outcome(title, {self.options.strategy: outcome.rows}, self.options.folder, outcome.files)
+
+    def train(self) -> Outcome | None:
+        """Train, and write metrics.csv, placements.npz and picture.png to the folder.
+
+        Returns:
+            On rank 0, what came of it.
+        """
         self._announce()
         timer, recorder = StepTimer(), PlacementRecorder(self.options.folder / "placements.npz")
         trainer = self._make_trainer([timer, ExpertPopularityMonitor(), recorder])
         trainer.fit(self._model, self._loader(train=True), self._loader(train=False))
-        if trainer.is_global_zero:
-            self._report(recorder, timer.seconds)
+        return self._outcome(recorder, timer) if trainer.is_global_zero else None
 
     @rank_zero_only
     def _announce(self) -> None:
@@ -148,6 +175,7 @@ class Demo:
             num_experts=options.experts,
             top_k=options.top_k,
             capacity_factor=options.capacity_factor or None,
+            capacity_per="slot" if options.strategy == "static" else "rank",
             aux_loss_coef=options.aux_loss_coef,
         )
         return LanguageModel(gpt, options.lr, options.steps)
@@ -172,7 +200,7 @@ class Demo:
             devices=ranks.per_node,
             num_nodes=ranks.num_nodes,
             strategy=SwiftMoEStrategy(
-                slots_per_rank=options.slots_per_rank,
+                slots_per_rank=self._slots_per_rank,
                 placement="static" if options.strategy == "static" else SwiftMoEConfig.placement,
             ),
             precision="bf16-mixed" if ranks.accelerator == "cuda" else "32-true",
@@ -189,20 +217,37 @@ class Demo:
             enable_model_summary=False,
         )
 
-    def _report(self, recorder: PlacementRecorder, step_seconds: list[float]) -> None:
-        console, folder = Console(), self.options.folder
-        title = f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
+    def _outcome(self, recorder: PlacementRecorder, timer: StepTimer) -> Outcome:
+        options, model = self.options, self._model
+        title = f"{options.strategy}: {options.steps} steps on {self.ranks.total} ranks"
         files = ["metrics.csv", recorder.path.name]
         with np.load(recorder.path) as recording:
-            console.print(summary_table(title, recording, self._model.val_losses, step_seconds))
+            rows = summary_rows(recording, model.val_losses, timer.seconds)
+            dropped = float(recording["dropped"].sum() / recording["counts"].sum())
             try:
-                draw_picture(recording, folder / "picture.png", title)
+                draw_picture(recording, options.folder / "picture.png", title)
                 files.insert(0, "picture.png")
             except ImportError as missing:
-                console.print(f"No picture: {missing}", markup=False)
-        # A folder's name need not be Unicode, which must not fail a run that is done.
-        shown = os.fsencode(folder).decode(errors="replace")
-        console.print(f"Files: {shown}/ ({', '.join(files)})", soft_wrap=True, markup=False)
+                files.append(f"no picture: {missing}")
+        clock = np.append(0.0, np.cumsum(timer.seconds))
+        seconds = [float(clock[step]) for step in model.val_steps]
+        return Outcome(rows, Curve(options.strategy, model.val_steps, seconds, model.val_losses, dropped), files)
+
+
+def print_outcome(title: str, runs: Mapping[str, Mapping[str, str]], folder: Path, files: list[str]) -> None:
+    """Print a table of runs, and where the files are.
+
+    Args:
+        title: the table's.
+        runs: label -> its rows.
+        folder: where the files are.
+        files: their names.
+    """
+    console = Console()
+    console.print(summary_table(title, runs))
+    # A folder's name need not be Unicode, which must not fail a run that is done.
+    shown = os.fsencode(folder).decode(errors="replace")
+    console.print(f"Files: {shown}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
 def _silence_lightning() -> None:

@@ -1,4 +1,4 @@
-"""What a system saves to a loss that another one reaches: pure arithmetic on validation losses. V validations."""
+"""What a run saves to a loss that another one reaches: arithmetic on validation losses. V validations."""
 
 from __future__ import annotations
 
@@ -47,14 +47,3 @@ def target_loss(share: float, positions: Sequence[float], losses: Sequence[float
 def saved(position: float, baseline: float) -> float:
     """1 - position / baseline, the share that is saved: below 0 it takes longer, minus infinity never arrives."""
     return 1 - position / baseline
-
-
-def median_of(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Median, least, most and number of some runs' values, JSON-able: None where a run never arrives."""
-
-    def number(value: float) -> float | None:
-        return round(float(value), 4) if math.isfinite(value) else None
-
-    ordered = sorted(values)
-    middle = float(np.median(ordered)) if math.isfinite(ordered[0]) else ordered[len(ordered) // 2]
-    return {"median": number(middle), "min": number(ordered[0]), "max": number(ordered[-1]), "runs": len(ordered)}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.convergence.savings import median_of, position_of, saved, target_loss
+from swiftmoe_lightning.analysis.time_to_loss import position_of, saved, target_loss
 
 STEPS, LOSSES = [0, 10, 20, 30, 40], [5.0, 4.0, 4.5, 3.0, 3.2]
 
@@ -28,9 +28,3 @@ def test_what_is_saved() -> None:
     assert saved(30.0, 40.0) == 0.25
     assert saved(50.0, 40.0) == -0.25
     assert saved(math.inf, 40.0) == -math.inf
-
-
-def test_the_median_over_seeds() -> None:
-    assert median_of([0.3, 0.1, 0.2]) == {"median": 0.2, "min": 0.1, "max": 0.3, "runs": 3}
-    assert median_of([0.3, -math.inf, 0.2]) == {"median": 0.2, "min": None, "max": 0.3, "runs": 3}
-    assert median_of([-math.inf, -math.inf]) == {"median": None, "min": None, "max": None, "runs": 2}
