@@ -55,6 +55,7 @@ WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 TESTED_IN = {
     "__main__.py": "demo/test_run.py",
     "accelerate.py": "accelerate/test_prepare.py",
+    "demo/both.py": "demo/test_run.py",
     "demo/options.py": "demo/test_run.py",
     "distributed/backends.py": "test_doctor.py",
     "distributed/dtensor_handlers.py": "distributed/test_dtensor_extension.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,3 +48,47 @@ def target_loss(share: float, positions: Sequence[float], losses: Sequence[float
 def saved(position: float, baseline: float) -> float:
     """1 - position / baseline, the share that is saved: below 0 it takes longer, minus infinity never arrives."""
     return 1 - position / baseline
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What a run reached, and when.
+
+    Attributes:
+        label: the strategy.
+        steps: [V] optimizer steps done before each validation.
+        seconds: [V] spent in them, without validations.
+        losses: [V] nats a byte.
+        dropped: share of all assignments that were over capacity.
+    """
+
+    label: str
+    steps: list[int]
+    seconds: list[float]
+    losses: list[float]
+    dropped: float
+
+
+def describe(static: Curve, adaptive: Curve) -> str:
+    """One sentence: steps and time to the loss that static ends with, and what was dropped.
+
+    Args:
+        static: the run whose replicas stay.
+        adaptive: the run whose replicas follow popularity.
+    """
+    loss = target_loss(1.0, static.steps, static.losses)
+    drops = f"dropped {adaptive.dropped:.1%} of the tokens' expert assignments instead of {static.dropped:.1%}"
+    steps = position_of(loss, adaptive.steps, adaptive.losses)
+    if not math.isfinite(steps):
+        return f"{adaptive.label} {drops}, and did not reach the loss of {loss:.3f} that {static.label} ended with."
+    steps_saved = saved(steps, position_of(loss, static.steps, static.losses))
+    seconds = position_of(loss, adaptive.seconds, adaptive.losses)
+    time_saved = saved(seconds, position_of(loss, static.seconds, static.losses))
+    return (
+        f"{adaptive.label} reached the loss of {loss:.3f} that {static.label} ended with in "
+        f"{_less(steps_saved, 'fewer')} steps and {_less(time_saved, 'less')} time: it {drops}."
+    )
+
+
+def _less(share: float, less: str) -> str:
+    return f"{share:.0%} {less}" if share >= 0 else f"{-share:.0%} more"

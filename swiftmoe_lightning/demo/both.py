@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from swiftmoe_lightning.demo.comparison import describe, draw_comparison
+from swiftmoe_lightning.analysis.report.curves import draw_curves
+from swiftmoe_lightning.analysis.time_to_loss import describe
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.run import Demo, print_outcome
 
@@ -38,7 +39,7 @@ class BothDemos:
         title = f"{options.steps} steps of {options.layers} layers x {options.experts} experts on {num_ranks} ranks"
         files = ["static/", "swiftmoe/"]
         try:
-            draw_comparison(static.curve, adaptive.curve, options.folder / "comparison.png", title)
+            draw_curves(static.curve, adaptive.curve, options.folder / "comparison.png", title)
             files.insert(0, "comparison.png")
         except ImportError as missing:
             files.append(f"no picture: {missing}")

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from swiftmoe_lightning.analysis.report.picture import draw_picture
+from swiftmoe_lightning.analysis.time_to_loss import Curve
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.demo.comparison import Curve
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.summary import summary_rows, summary_table

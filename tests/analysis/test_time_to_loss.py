@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from swiftmoe_lightning.analysis.time_to_loss import position_of, saved, target_loss
+from swiftmoe_lightning.analysis.time_to_loss import Curve, describe, position_of, saved, target_loss
 
+STATIC = Curve("static", [0, 10, 20], [0.0, 1.0, 2.0], [5.0, 4.0, 3.0], 0.6)
+ADAPTIVE = Curve("swiftmoe", [0, 10, 20], [0.0, 1.5, 3.0], [5.0, 3.0, 2.0], 0.01)
 STEPS, LOSSES = [0, 10, 20, 30, 40], [5.0, 4.0, 4.5, 3.0, 3.2]
 
 
@@ -28,3 +31,27 @@ def test_what_is_saved() -> None:
     assert saved(30.0, 40.0) == 0.25
     assert saved(50.0, 40.0) == -0.25
     assert saved(math.inf, 40.0) == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "sentence"),
+    [
+        (
+            ADAPTIVE,
+            "swiftmoe reached the loss of 3.000 that static ended with in 50% fewer steps and 25% less time: it "
+            "dropped 1.0% of the tokens' expert assignments instead of 60.0%.",
+        ),
+        (
+            replace(ADAPTIVE, steps=[0, 40, 50], seconds=[0.0, 3.0, 4.0]),
+            "swiftmoe reached the loss of 3.000 that static ended with in 100% more steps and 50% more time: it "
+            "dropped 1.0% of the tokens' expert assignments instead of 60.0%.",
+        ),
+        (
+            replace(ADAPTIVE, losses=[5.0, 4.0, 3.5]),
+            "swiftmoe dropped 1.0% of the tokens' expert assignments instead of 60.0%, and did not reach the loss of "
+            "3.000 that static ended with.",
+        ),
+    ],
+)
+def test_one_sentence_says_what_is_saved(adaptive: Curve, sentence: str) -> None:
+    assert describe(STATIC, adaptive) == sentence

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.run import Demo, Ranks
 from tests.helpers import run_ranks, run_script
 
-TINY = {"steps": 4, "layers": 2, "dim": 32, "hidden_dim": 16, "experts": 4, "seq_len": 16, "batch_size": 8}
+TINY = {
+    "strategy": "swiftmoe",
+    "steps": 4,
+    "layers": 2,
+    "dim": 32,
+    "hidden_dim": 16,
+    "experts": 4,
+    "seq_len": 16,
+    "batch_size": 8,
+}
 
 
 @pytest.fixture
@@ -39,14 +49,14 @@ def arguments(**options: Any) -> list[str]:
 def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(
     command: list[str], strategy: str, text: Path, tmp_path: Path
 ) -> None:
-    options = arguments(**TINY, ranks=2, data=text, strategy=strategy)
+    options = arguments(**{**TINY, "strategy": strategy}, ranks=2, data=text)
     result = run_script(*command, "train", *options, cwd=tmp_path)
     # One rank speaks, and its children do not.
     for line in (
         f"{strategy}: 4 steps on 2 ranks",
         "validation loss",
         "token survival rate",
-        "replicas moved per step",
+        "replicas moved per step, all layers",
     ):
         assert result.stdout.count(line) == 1, result.stdout
     assert "Warning" not in result.stderr
@@ -60,8 +70,25 @@ def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(
     with (folder / "metrics.csv").open() as file:
         losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
     assert len(losses) == 4
-    assert f"-> {losses[-1]:.3f} nats/byte" in result.stdout
+    assert f"-> {losses[-1]:.3f}" in result.stdout
     assert f"strategy: {strategy}" in (folder / "hparams.yaml").read_text()
+
+
+def test_by_default_both_strategies_run_and_are_compared(text: Path, tmp_path: Path) -> None:
+    tiny = {name: value for name, value in TINY.items() if name != "strategy"}
+    options = arguments(**tiny, ranks=2, data=text)
+    result = run_script(sys.executable, "-m", "swiftmoe_lightning", "train", *options, cwd=tmp_path)
+    assert result.stdout.count("Files: runs/ (comparison.png, static/, swiftmoe/)") == 1
+    sentence = " ".join(result.stdout.splitlines()[-3:])
+    assert re.search(r"swiftmoe .*dropped \d+\.\d%\s+of", sentence), result.stdout
+    assert (tmp_path / "runs" / "comparison.png").stat().st_size > 20_000
+    first = {}
+    for strategy in ("static", "swiftmoe"):
+        folder = tmp_path / "runs" / strategy
+        with (folder / "metrics.csv").open() as file:
+            first[strategy] = next(row["train/loss"] for row in csv.DictReader(file) if row["train/loss"])
+        assert (folder / "placements.npz").exists()
+    assert first["static"] == first["swiftmoe"]
 
 
 class Run:
@@ -103,9 +130,9 @@ def test_runs_of_one_seed_begin_alike_whatever_the_strategy_and_the_number_of_ra
 def test_without_matplotlib_the_run_still_ends_with_its_table(text: Path, tmp_path: Path) -> None:
     ((_, printed),) = run_ranks(Run(True, data=text, out=tmp_path), 1, init=False)
     assert "validation loss" in printed
-    needed = 'No picture: the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`'
+    needed = 'no picture: the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`'
     assert needed in " ".join(printed.split())
-    assert "(metrics.csv, placements.npz)" in printed
+    assert "(metrics.csv, placements.npz, no picture" in printed
     assert not (tmp_path / "picture.png").exists()
 
 
