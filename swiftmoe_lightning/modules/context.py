@@ -6,8 +6,7 @@ W ranks, E experts, s slots of this rank, R rows, D model dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
-
-if TYPE_CHECKING:
-    from swiftmoe_lightning.modules.experts import Experts
 
 
 class ExpertParallelContext(ABC):
@@ -85,13 +81,14 @@ class SingleDeviceContext(ExpertParallelContext):
     """One device holds every expert: a plain MoE.
 
     Args:
-        experts: the layer.
+        num_experts: E.
+        parameters: gives the layer's parameters, name -> [E, ...], as they are now.
     """
 
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
+    def __init__(self, num_experts: int, parameters: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._parameters = parameters
         self.rank, self.split, self.ranks_per_node = 0, "uniform", 1
-        self.placement = Placement(np.arange(experts.num_experts), experts.num_experts, 1)
+        self.placement = Placement(np.arange(num_experts), num_experts, 1)
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         """[E] int64 -> [1, E] int64, on the CPU, which waits for the device.
@@ -115,7 +112,7 @@ class SingleDeviceContext(ExpertParallelContext):
         Raises:
             RuntimeError: when they are sharded, as in a copy of a layer that is spread over ranks.
         """
-        parameters = self._experts.expert_parameters()
+        parameters = self._parameters()
         if any(is_sharded(parameter) for parameter in parameters.values()):
             raise RuntimeError(
                 "these experts are a copy (deepcopy, AveragedModel) of ones that are spread over the ranks, and hold "

@@ -87,7 +87,7 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             empty = torch.empty(num_experts, *shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
-        self.context: ExpertParallelContext = SingleDeviceContext(self)
+        self.context: ExpertParallelContext = SingleDeviceContext(self.num_experts, self.expert_parameters)
         self.trained_load = TrainedLoad(self.context.placement)
         self.register_load_state_dict_pre_hook(_check_loaded_shapes)
         if not self.is_meta:
@@ -244,7 +244,7 @@ class Experts(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.context = SingleDeviceContext(self)
+        self.context = SingleDeviceContext(self.num_experts, self.expert_parameters)
         self.trained_load = TrainedLoad(self.context.placement)
 
     def extra_repr(self) -> str:
