@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="gloo processes")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each system")
+    parser.add_argument("--sequences", type=int, default=16, help="of a step, all ranks: with more, experts weigh more")
+    parser.add_argument("--only-dropless", action="store_true", help="leave out the runs with a capacity")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for the corpus")
     given = parser.parse_args(arguments)
     provenance, cache = collect_provenance(), given.folder / "corpus"
@@ -89,19 +91,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base,
         num_ranks=given.ranks,
         slots_per_rank=base.num_ranks * base.slots_per_rank // given.ranks,
-        sequences_per_rank=base.num_sequences // given.ranks,
+        sequences_per_rank=given.sequences // given.ranks,
         num_steps=given.steps,
     )
     load_corpus(setting.corpus, cache)
+    plans = {"dropless": (None, _DROPLESS)}
+    if not given.only_dropless:
+        plans = {"capacity 1": (1.0, _WITH_CAPACITY), **plans}
     results = {}
-    for name, factor, systems in (("", 1.0, _WITH_CAPACITY), ("dropless", None, _DROPLESS)):
+    for name, (factor, systems) in plans.items():
         plan = Plan(setting=replace(setting, capacity_factor=factor), rounds=given.rounds, cache=cache)
         measured = run_ranks(measure, given.ranks, plan, systems, timeout_s=3600)[0]
         for system, ratio in measured["step_time_over_static"].items():
             load = measured["largest_load_over_static"][system]["median"]
-            print(f"{name or 'capacity 1':10} {system:12} step {ratio['median']:.3f} of static's, load {load:.3f}")
-        results |= {name: measured} if name else measured
-    write_result(given.name, provenance, {"expert_share": setting.expert_share, **results})
+            print(f"{name:10} {system:12} step {ratio['median']:.3f} of static's, largest load {load:.3f}")
+        results[name] = measured
+    write_result(given.name, provenance, {"setting": asdict(setting), "expert_share": setting.expert_share, **results})
 
 
 if __name__ == "__main__":

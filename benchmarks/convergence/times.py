@@ -109,5 +109,5 @@ def measured_step_times(path: Path) -> dict[str, float]:
     """
     if not path.exists():
         return {}
-    ratios: dict[str, dict[str, float]] = json.loads(path.read_text())["step_time_over_static"]
+    ratios: dict[str, dict[str, float]] = json.loads(path.read_text())["capacity 1"]["step_time_over_static"]
     return {system: ratio["median"] for system, ratio in ratios.items()}

@@ -70,7 +70,7 @@ class Curve:
 
 
 def describe(static: Curve, adaptive: Curve) -> str:
-    """One sentence: steps and time to the loss that static ends with, and what was dropped.
+    """One sentence: steps and time to static's best loss, and what was dropped.
 
     Args:
         static: the run whose replicas stay.
@@ -80,12 +80,12 @@ def describe(static: Curve, adaptive: Curve) -> str:
     drops = f"dropped {adaptive.dropped:.1%} of the tokens' expert assignments instead of {static.dropped:.1%}"
     steps = position_of(loss, adaptive.steps, adaptive.losses)
     if not math.isfinite(steps):
-        return f"{adaptive.label} {drops}, and did not reach the loss of {loss:.3f} that {static.label} ended with."
+        return f"{adaptive.label} {drops}, and did not reach {static.label}'s best loss, {loss:.3f}."
     steps_saved = saved(steps, position_of(loss, static.steps, static.losses))
     seconds = position_of(loss, adaptive.seconds, adaptive.losses)
     time_saved = saved(seconds, position_of(loss, static.seconds, static.losses))
     return (
-        f"{adaptive.label} reached the loss of {loss:.3f} that {static.label} ended with in "
+        f"{adaptive.label} reached {static.label}'s best loss, {loss:.3f}, in "
         f"{_less(steps_saved, 'fewer')} steps and {_less(time_saved, 'less')} time: it {drops}."
     )
 

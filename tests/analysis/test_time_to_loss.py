@@ -38,18 +38,18 @@ def test_what_is_saved() -> None:
     [
         (
             ADAPTIVE,
-            "swiftmoe reached the loss of 3.000 that static ended with in 50% fewer steps and 25% less time: it "
+            "swiftmoe reached static's best loss, 3.000, in 50% fewer steps and 25% less time: it "
             "dropped 1.0% of the tokens' expert assignments instead of 60.0%.",
         ),
         (
             replace(ADAPTIVE, steps=[0, 40, 50], seconds=[0.0, 3.0, 4.0]),
-            "swiftmoe reached the loss of 3.000 that static ended with in 100% more steps and 50% more time: it "
+            "swiftmoe reached static's best loss, 3.000, in 100% more steps and 50% more time: it "
             "dropped 1.0% of the tokens' expert assignments instead of 60.0%.",
         ),
         (
             replace(ADAPTIVE, losses=[5.0, 4.0, 3.5]),
-            "swiftmoe dropped 1.0% of the tokens' expert assignments instead of 60.0%, and did not reach the loss of "
-            "3.000 that static ended with.",
+            "swiftmoe dropped 1.0% of the tokens' expert assignments instead of 60.0%, and did not reach static's "
+            "best loss, 3.000.",
         ),
     ],
 )

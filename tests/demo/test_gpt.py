@@ -81,9 +81,7 @@ def test_a_capacity_is_off_inside_dropless_and_on_again_after_it() -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(1, [1.0]), (20, [0.5, 1.0, 1.0, 1.0])])
-def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_stays(
-    num_steps: int, expected: list[float]
-) -> None:
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_stays(num_steps: int, expected: list[float]) -> None:
     actual = LanguageModel(model(), lr=1.0, num_steps=num_steps).configure_optimizers()
     optimizer, schedule = actual["optimizer"], actual["lr_scheduler"]["scheduler"]
     rates = []

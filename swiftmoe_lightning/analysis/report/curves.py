@@ -36,10 +36,9 @@ def draw_curves(static: Curve, adaptive: Curve, path: Path, title: str) -> None:
             axis.plot(positions[1:], curve.losses[1:], color=colour, marker="o", markersize=3, label=curve.label)
             reached = position_of(loss, positions, curve.losses)
             if math.isfinite(reached):
-                axis.plot([reached] * 2, [axis.get_ylim()[0], loss], color=colour, linewidth=0.8, linestyle=":")
-                axis.annotate(
-                    f"{reached:.0f}", (reached, loss), textcoords="offset points", xytext=(4, 6), color=colour
-                )
+                axis.axvline(reached, color=colour, linewidth=0.8, linestyle=":")
+                offset = {"textcoords": "offset points", "xytext": (4, -13)}
+                axis.annotate(f"{reached:.0f}", (reached, loss), color=colour, **offset)
         axis.axhline(loss, color="0.5", linewidth=0.8, linestyle="--")
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
