@@ -100,6 +100,7 @@ TESTED_IN = {
     "analysis/baselines/revising.py": "analysis/baselines/test_baselines.py",
     "analysis/baselines/tables.py": "analysis/baselines/test_baselines.py",
     "analysis/candidates.py": "analysis/test_plan.py",
+    "analysis/report/figure.py": "demo/test_run.py",
     "analysis/report/page_data.py": "analysis/report/test_page.py",
     "analysis/report/page_numbers.py": "analysis/report/test_page.py",
     "analysis/report/page_text.py": "analysis/report/test_page.py",

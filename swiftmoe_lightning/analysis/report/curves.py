@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from swiftmoe_lightning.analysis.report.figure import new_figure
 from swiftmoe_lightning.analysis.time_to_loss import Curve, position_of, target_loss
 
 
@@ -20,14 +21,7 @@ def draw_curves(static: Curve, adaptive: Curve, path: Path, title: str) -> None:
     Raises:
         ImportError: when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError(
-            'the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`, or `pip install matplotlib`.'
-        ) from missing
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(title, 11, 4.2)
     loss = target_loss(1.0, static.steps, static.losses)
     for axis, unit in zip(figure.subplots(1, 2, sharey=True), ("optimizer steps", "seconds of training"), strict=True):
         for curve, colour in ((static, "#b2762f"), (adaptive, "#00429d")):

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from swiftmoe_lightning.analysis.report.figure import new_figure
 from swiftmoe_lightning.placement import imbalance
 
 _MOST_LAYERS: Final = 6
@@ -26,18 +27,9 @@ def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: s
     Raises:
         ImportError: when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError(
-            'the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`, or `pip install matplotlib`.'
-        ) from missing
-
     num_layers = recording["replicas"].shape[1]
     shown = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round().astype(int))
-    # Without pyplot there is no window and no global state.
-    figure = Figure(figsize=(11, 2.6 + 1.6 * len(shown)), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(title, 11, 2.6 + 1.6 * len(shown))
     heights = [1.0] * len(shown) + [1.3]
     axes = figure.subplots(len(shown) + 1, 2, sharex=True, height_ratios=heights, squeeze=False)
     _draw_popularity(figure, axes[:-1, 0], recording, shown)
