@@ -69,7 +69,9 @@ def summary(experiment: Experiment, runs: dict[int, dict[str, Run]], measured: M
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("convergence", __doc__)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, full: hours")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, limits: 20, full: hours"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args(arguments)
     provenance, measured = collect_provenance(), measured_step_times(RESULTS / "convergence.step_times.json")

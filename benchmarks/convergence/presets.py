@@ -11,6 +11,7 @@ from benchmarks.convergence.settings import Setting
 FLEXMOE: Final = ("flexmoe-100", "flexmoe-50", "flexmoe-10")
 _MAIN_SYSTEMS: Final = ("static", *FLEXMOE, "symi", "balanced")
 _ALL_SYSTEMS: Final = ("deepspeed", *_MAIN_SYSTEMS, "packed", "dropless")
+_TWO_SYSTEMS: Final = ("static", "balanced")
 _FEW_SYSTEMS: Final = ("static", "flexmoe-10", "symi", "balanced", "dropless")
 
 
@@ -50,6 +51,15 @@ PRESETS: Final = {
         ),
     ),
     "quick": (Experiment("two layers", _QUICK, _MAIN_SYSTEMS),),
+    # Where the saving ends, at the size of "quick"; about 20 minutes.
+    "limits": (
+        Experiment("dropless", _QUICK, ("static", "balanced", "dropless")),
+        Experiment("aux loss 1e-2", replace(_QUICK, aux_loss_coef=1e-2), _TWO_SYSTEMS),
+        Experiment("router bias 1e-3", replace(_QUICK, aux_loss_coef=0.0, bias_update_rate=1e-3), _TWO_SYSTEMS),
+        Experiment("top-2", replace(_QUICK, top_k=2), _TWO_SYSTEMS),
+        Experiment("capacity factor 2", replace(_QUICK, capacity_factor=2.0), _TWO_SYSTEMS),
+        Experiment("experts a quarter as wide", replace(_QUICK, hidden_dim=128), _TWO_SYSTEMS),
+    ),
     "full": (
         Experiment("the mix, four layers", _BASE, _ALL_SYSTEMS),
         Experiment("aux loss 1e-2", replace(_BASE, aux_loss_coef=1e-2), _FEW_SYSTEMS),
