@@ -4,6 +4,8 @@ Each run trains a GPT over bytes on an emulated cluster of 16 ranks in one proce
 again. The last line is one JSON object: system -> figure -> median, min, max and number of runs (seeds). Figures are
 fractions saved, means over the losses that static reaches at 75 and 100 % of its steps. `time_saved` is by the paper's
 step times, `modelled_...` by the planner's costs for the paper's cluster, `measured_...` by steps on real ranks.
+
+Writes benchmarks/results/NAME_PRESET.json: settings, what each system saves, and every run's losses and drops.
 """
 
 from __future__ import annotations
