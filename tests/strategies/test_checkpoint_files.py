@@ -217,6 +217,9 @@ def save_by_trainer(path: str, directory: bool, asynchronous: bool = False) -> N
     runner = trainer(2, strategy, max_epochs=1, plugins=[AsyncCheckpointIO()] if asynchronous else [])
     runner.fit(Model(), loader(2), loader(2))
     runner.save_checkpoint(path)
+    if asynchronous:
+        # The first file is whole before the disk is full.
+        wait_for_writer(runner)
     with full_on(int(directory)):
         runner.save_checkpoint(path)
         if asynchronous:
