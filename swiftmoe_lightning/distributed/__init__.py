@@ -14,6 +14,7 @@ from swiftmoe_lightning.distributed.sharding import (
     shard_whole_values,
     sharded_from_local,
     sharded_like,
+    write_counts,
 )
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
 
@@ -32,4 +33,5 @@ __all__ = [
     "sharded_from_local",
     "sharded_like",
     "store_barrier",
+    "write_counts",
 ]

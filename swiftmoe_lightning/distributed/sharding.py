@@ -87,6 +87,11 @@ def local_shard(value: Tensor) -> Tensor:
         return value.to_local()
 
 
+def write_counts(value: Tensor) -> tuple[int, int]:
+    """Counts of writes to a DTensor and to its shard: a write to one does not count on the other."""
+    return value._version, local_shard(value)._version
+
+
 def full_tensor(value: Tensor) -> Tensor:
     """A DTensor gathered whole on every rank (a collective); any other tensor as it is."""
     if not isinstance(value, DTensor):

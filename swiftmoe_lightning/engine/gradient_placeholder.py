@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.distributed import local_shard, sharded_like
+from swiftmoe_lightning.distributed import local_shard, sharded_like, write_counts
 
 _MARK: Final = "_swiftmoe_placeholder"
 
@@ -31,7 +31,7 @@ class GradientPlaceholder:
             sharded.grad = sharded_like(shard, sharded)
             setattr(sharded.grad, _MARK, self)
         self._gradient = sharded.grad
-        self._versions = _versions(self._gradient)
+        self._versions = write_counts(self._gradient)
 
     def was_discarded(self, sharded: nn.Parameter) -> bool:
         """Whether the user has zeroed or removed it."""
@@ -43,7 +43,7 @@ class GradientPlaceholder:
 
     def was_zeroed(self, gradient: Tensor) -> bool:
         """Whether `gradient` was zeroed: the placeholder itself, or a tensor that replaced it."""
-        if gradient is self._gradient and _versions(gradient) == self._versions:
+        if gradient is self._gradient and write_counts(gradient) == self._versions:
             return False
         return not local_shard(gradient).any()
 
@@ -57,7 +57,3 @@ def is_placeholder(gradient: Tensor) -> bool:
 def has_gradient(parameter: Tensor) -> bool:
     """Whether `.grad` is a gradient, and not None or a placeholder."""
     return parameter.grad is not None and not is_placeholder(parameter.grad)
-
-
-def _versions(gradient: Tensor) -> tuple[int, int]:
-    return gradient._version, local_shard(gradient)._version

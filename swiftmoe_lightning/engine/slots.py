@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange, local_shard
+from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange, local_shard, write_counts
 from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution
 
 
@@ -195,8 +195,7 @@ class PendingCollection:
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Counts of writes to each DTensor and to its shard: a write to one does not count on the other."""
-    return [(p._version, local_shard(p)._version) for p in parameters.values()]
+    return [write_counts(parameter) for parameter in parameters.values()]
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
