@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,31 +22,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.provenance import RESULTS, collect_provenance, write_result
+from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.convergence.comparison import headlines
 from benchmarks.convergence.presets import PRESETS, Experiment
-from benchmarks.convergence.runner import run_all
 from benchmarks.convergence.tables import comparison_table
 from benchmarks.convergence.times import measured_step_times
 from benchmarks.convergence.training import Run
-
-
-def gather(experiment: Experiment, folder: Path, progress: Progress) -> dict[int, dict[str, Run]]:
-    """Seed -> system -> its run, in the experiment's order.
-
-    Args:
-        experiment: what is to be run.
-        folder: for runs and corpus.
-        progress: where its bar goes.
-    """
-    bar = progress.add_task(experiment.title, total=len(experiment.tasks))
-    runs = {}
-    for task, run in run_all(experiment.tasks, folder):
-        runs[task] = run
-        progress.advance(bar)
-    return {
-        seed: {task.system: runs[task] for task in experiment.tasks if task.seed == seed} for seed in experiment.seeds
-    }
 
 
 def summary(experiment: Experiment, runs: dict[int, dict[str, Run]], measured: Mapping[str, float]) -> dict[str, Any]:
@@ -76,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args(arguments)
-    provenance, measured = collect_provenance(), measured_step_times(RESULTS / "convergence.step_times.json")
+    provenance, measured = collect_provenance(), measured_step_times()
     console, results = Console(stderr=True), {}
     with Progress(console=console) as progress:
         for experiment in PRESETS[given.preset]:
-            runs = gather(experiment, given.folder, progress)
+            bar = progress.add_task(experiment.title, total=len(experiment.tasks))
+            runs = experiment.gather(given.folder, partial(progress.advance, bar))
             results[experiment.title] = summary(experiment, runs, measured)
             progress.console.print(comparison_table(experiment, runs, measured))
     write_result(f"{given.name}_{given.preset}", provenance, results)

@@ -29,12 +29,17 @@ class Comparison:
     """
 
     def __init__(self, setting: Setting, runs: Mapping[str, Run], measured: Mapping[str, float]) -> None:
-        self._setting, self._runs = setting, runs
-        self._step_times = {"paper": paper_step_times(), "measured": measured}
+        self._runs = runs
+        # (system, kind) -> [S + 1] seconds after each number of steps.
+        self._clocks = {
+            (system, kind): np.append(0.0, np.cumsum(times_S))
+            for system, run in runs.items()
+            for kind, times_S in _times_by_kind(run, setting, measured).items()
+        }
 
     def kinds(self, system: str) -> list[str]:
-        """The kinds of time that are known for a system and for static."""
-        return [kind for kind in ("paper", "modelled", "measured") if self._times(system, kind) is not None]
+        """The kinds of time that are known for a system."""
+        return [kind for known, kind in self._clocks if known == system]
 
     def steps_saved(self, system: str, share: float) -> float:
         """Share of static's steps that a system saves to the loss that static has after `share` of them."""
@@ -51,9 +56,7 @@ class Comparison:
             kind: of time: "paper", "modelled" or "measured".
             over: the others.
         """
-        slowest = {other: self._seconds_to(other, share, kind) for other in over}
-        whole = {other: self._clock(other, kind)[-1] for other in over}
-        baseline = min(whole[o] if math.isinf(seconds) else seconds for o, seconds in slowest.items())
+        baseline = min(min(self._seconds_to(other, share, kind), self._clocks[other, kind][-1]) for other in over)
         return saved(self._seconds_to(system, share, kind), baseline)
 
     def drops_saved(self, system: str, over: str) -> float:
@@ -73,7 +76,7 @@ class Comparison:
             figures[f"{name}_over_static"] = self._mean(
                 lambda share, kind=kind: self.time_saved(system, share, kind, ["static"])
             )
-            known = [other for other in flexmoe if self._times(other, kind) is not None]
+            known = [other for other in flexmoe if (other, kind) in self._clocks]
             if known:
                 figures[f"{name}_over_flexmoe"] = self._mean(
                     lambda share, kind=kind, known=known: self.time_saved(system, share, kind, known)
@@ -96,22 +99,17 @@ class Comparison:
         return position_of(self._target(share), run.validation_steps, run.validation_loss)
 
     def _seconds_to(self, system: str, share: float, kind: str) -> float:
-        run, clock = self._runs[system], self._clock(system, kind)
+        run, clock = self._runs[system], self._clocks[system, kind]
         return position_of(self._target(share), clock[run.validation_steps].tolist(), run.validation_loss)
 
-    def _clock(self, system: str, kind: str) -> np.ndarray:
-        """[S + 1] seconds after each number of steps."""
-        times_S = self._times(system, kind)
-        assert times_S is not None
-        return np.append(0.0, np.cumsum(times_S))
 
-    def _times(self, system: str, kind: str) -> np.ndarray | None:
-        """[S] seconds of each step; None if this kind is not known of the system."""
-        run = self._runs[system]
-        if kind == "modelled":
-            return modelled_seconds(run, self._setting)
-        time = self._step_times[kind].get(system)
-        return None if time is None else np.full(len(run.train_loss), time)
+def _times_by_kind(run: Run, setting: Setting, measured: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Kind -> [S] the time of each step, of the kinds that are known of the run's system."""
+    num_steps, paper = len(run.train_loss), paper_step_times()
+    times = {"paper": np.full(num_steps, paper[run.system]), "modelled": modelled_seconds(run, setting)}
+    if run.system in measured:
+        times["measured"] = np.full(num_steps, measured[run.system])
+    return times
 
 
 def headlines(setting: Setting, runs: Mapping[int, Mapping[str, Run]], measured: Mapping[str, float]) -> dict[str, Any]:
@@ -124,10 +122,10 @@ def headlines(setting: Setting, runs: Mapping[int, Mapping[str, Run]], measured:
     """
     comparisons = [Comparison(setting, by_system, measured) for by_system in runs.values()]
     systems = [system for system in next(iter(runs.values())) if system != "static"]
-    found = {system: [comparison.headline(system) for comparison in comparisons] for system in systems}
+    figures_of = {system: [comparison.headline(system) for comparison in comparisons] for system in systems}
     return {
         system: {name: median_of([figures[name] for figures in by_seed]) for name in by_seed[0]}
-        for system, by_seed in found.items()
+        for system, by_seed in figures_of.items()
     }
 
 

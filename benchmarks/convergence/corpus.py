@@ -19,6 +19,8 @@ from typing import Final
 
 import numpy as np
 
+from benchmarks.common.files import written_whole
+
 # One document in so many validates.
 _VALIDATION_SHARE: Final = 10
 
@@ -64,9 +66,8 @@ class Corpus:
 
     def save(self, path: Path) -> None:
         """Write both to a .npz file, whole or not at all."""
-        unfinished = path.with_suffix(".unfinished.npz")
-        np.savez(unfinished, train=self.train, validation=self.validation)
-        unfinished.replace(path)
+        with written_whole(path) as unfinished:
+            np.savez(unfinished, train=self.train, validation=self.validation)
 
 
 def load_corpus(name: str, cache: Path) -> Corpus:

@@ -22,29 +22,21 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.provenance import RESULTS
 from benchmarks.convergence.comparison import Comparison
 from benchmarks.convergence.presets import PRESETS, Experiment
-from benchmarks.convergence.runner import run_all
 from benchmarks.convergence.times import PAPER_MINUTES, measured_step_times, modelled_seconds, paper_step_times
 from benchmarks.convergence.training import Run
+from swiftmoe_lightning.analysis.report.figure import new_figure
 
-Runs = dict[int, dict[str, Run]]
 # SYMI: dropped assignments with weights from 0 to where static drops as few.
 _PAPER_DROPS: Final = "the paper: SYMI drops about 10 % whatever the weight, DeepSpeed about 40 % unless it is high"
-
-
-def runs_of(experiment: Experiment, folder: Path) -> Runs:
-    """Seed -> system -> its run."""
-    runs = {(task.seed, task.system): run for task, run in run_all(experiment.tasks, folder)}
-    return {seed: {system: runs[seed, system] for system in experiment.systems} for seed in experiment.seeds}
 
 
 def time_to_loss(experiment: Experiment, folder: Path) -> Table:
     """Time to the loss that static ends with, in static's time, beside the paper's minutes to loss 4.0."""
     comparisons = [
-        Comparison(experiment.setting, by_system, measured_step_times(RESULTS / "convergence.step_times.json"))
-        for by_system in runs_of(experiment, folder).values()
+        Comparison(experiment.setting, by_system, measured_step_times())
+        for by_system in experiment.gather(folder).values()
     ]
     table = Table("system", "the paper's minutes", "the paper", title="time to loss, static's is 1; median over seeds")
     kinds = comparisons[0].kinds("static")
@@ -86,14 +78,14 @@ def _dropped(run: Run) -> tuple[list[int], np.ndarray]:
 def _over_steps(
     experiment: Experiment, folder: Path, label: str, curve: Callable[[Run], tuple[list[int], np.ndarray]]
 ) -> Figure:
-    runs, figure = runs_of(experiment, folder), Figure(figsize=(8, 5), layout="constrained")
+    runs, figure = experiment.gather(folder), new_figure(experiment.title, 8, 5)
     axes = figure.subplots()
     for system in experiment.systems:
         curves = [curve(by_system[system]) for by_system in runs.values()]
         steps, values = curves[0][0], np.array([values for _, values in curves])
         (line,) = axes.plot(steps, np.median(values, axis=0), label=system)
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="optimizer step", ylabel=label, title=experiment.title)
+    axes.set(xlabel="optimizer step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
@@ -101,8 +93,8 @@ def _over_steps(
 
 def replicas(experiment: Experiment, folder: Path) -> Figure:
     """Popularity and replicas of the first layer's experts over the steps, under the paper's rule and ours."""
-    by_system = runs_of(experiment, folder)[experiment.seeds[0]]
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    by_system = experiment.gather(folder)[experiment.seeds[0]]
+    figure = new_figure(experiment.title, 10, 6)
     axes = figure.subplots(2, 2, sharex=True)
     for row, system in zip(axes, ("symi", "balanced"), strict=True):
         run = by_system[system]
@@ -115,12 +107,12 @@ def replicas(experiment: Experiment, folder: Path) -> Figure:
 
 def step_time(experiment: Experiment, folder: Path) -> Table:
     """Step time of each system, in static's. The paper's are those of GPT-Small."""
-    by_system = runs_of(experiment, folder)[experiment.seeds[0]]
+    by_system = experiment.gather(folder)[experiment.seeds[0]]
     modelled = {system: float(modelled_seconds(run, experiment.setting).mean()) for system, run in by_system.items()}
     kinds = {
         "the paper": paper_step_times(),
         "modelled": {system: seconds / modelled["static"] for system, seconds in modelled.items()},
-        "measured, real ranks": measured_step_times(RESULTS / "convergence.step_times.json"),
+        "measured, real ranks": measured_step_times(),
     }
     table = Table("system", *kinds, title="step time, static's is 1")
     for system in experiment.systems:
@@ -131,7 +123,7 @@ def step_time(experiment: Experiment, folder: Path) -> Table:
 def auxiliary(experiment: Experiment, folder: Path) -> Table:
     """Dropped assignments by weight of the balancing loss."""
     by_weight = {
-        each.setting.aux_loss_coef: runs_of(each, folder)
+        each.setting.aux_loss_coef: each.gather(folder)
         for each in PRESETS["full"]
         if each.title in (experiment.title, "aux loss 1e-2", "no aux loss")
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
-from benchmarks.convergence.runner import Task
+from benchmarks.convergence.runner import Task, run_all
 from benchmarks.convergence.settings import Setting
+from benchmarks.convergence.training import Run
 
 FLEXMOE: Final = ("flexmoe-100", "flexmoe-50", "flexmoe-10")
 _MAIN_SYSTEMS: Final = ("static", *FLEXMOE, "symi", "balanced")
@@ -35,6 +38,19 @@ class Experiment:
     def tasks(self) -> list[Task]:
         """Its runs, all systems of one seed before the next seed."""
         return [Task(self.setting, system, seed) for seed in self.seeds for system in self.systems]
+
+    def gather(self, folder: Path, on_run: Callable[[], object] = lambda: None) -> dict[int, dict[str, Run]]:
+        """Seed -> system -> its run, from disk, or trained now.
+
+        Args:
+            folder: for runs and corpus.
+            on_run: called after each run.
+        """
+        runs = {}
+        for task, run in run_all(self.tasks, folder):
+            runs[task] = run
+            on_run()
+        return {seed: {task.system: runs[task] for task in self.tasks if task.seed == seed} for seed in self.seeds}
 
 
 _BASE: Final = Setting()

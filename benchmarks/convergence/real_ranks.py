@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import Any, Final
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,9 +14,17 @@ from torch import Tensor
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS, System
-from benchmarks.convergence.training import batches, loss_of, make_model, make_optimizer, stack
+from benchmarks.convergence.training import (
+    batches,
+    dropped_share,
+    largest_load,
+    make_model,
+    make_optimizer,
+    stack,
+)
 from swiftmoe_lightning import LoadReader, SwiftMoEConfig, SwiftMoEEngine, auxiliary_loss
 from swiftmoe_lightning.analysis.baselines import FlexMoEPolicy
+from swiftmoe_lightning.demo.gpt import next_byte_loss
 from swiftmoe_lightning.modules import MoE
 from swiftmoe_lightning.placement import Capacity, Placement
 
@@ -34,14 +41,12 @@ class RankRun:
         dropped: [S] share of assignments, all layers.
         largest_load: [S] as of `Run`.
         seconds: [S] of each step on this rank, with the wait for the others.
-        parameters: name -> the trained value, whole.
     """
 
     losses: list[float] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
     largest_load: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> RankRun:
@@ -68,7 +73,7 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
         before = engine.placements
         dist.barrier()
         begin = time.perf_counter()
-        loss = loss_of(wrapped, batch_BT)
+        loss = next_byte_loss(wrapped, batch_BT)
         (loss + auxiliary_loss(model)).backward()
         engine.clip_grad_norm_(1.0)
         optimizer.step()
@@ -78,7 +83,6 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
         schedule.step()
         run.seconds.append(time.perf_counter() - begin)
         _note(run, loss, reader)
-    run.parameters = {name: value.detach().clone() for name, value in engine.full_state_dict().items()}
     return run
 
 
@@ -116,7 +120,5 @@ def _note(run: RankRun, loss: Tensor, reader: LoadReader) -> None:
     dist.all_reduce(mean)
     run.losses.append(mean.item())
     loads = reader.read().values()
-    assignments = sum(load.num_assignments for load in loads)
-    run.dropped.append(sum(load.num_dropped_tokens for load in loads) / assignments)
-    relative = [load.load_W.max() * len(load.load_W) / load.num_assignments for load in loads]
-    run.largest_load.append(float(np.mean(relative)))
+    run.dropped.append(dropped_share(loads))
+    run.largest_load.append(largest_load(loads))

@@ -33,33 +33,21 @@ class System:
             source rank a budget for each expert, and drops at random; "none" drops nothing.
         keeps_state_with_weights: an expert's optimizer state lives where its weights do, so each replica is on a rank
             of its own, and a replica that moves takes the state along.
-        label: one or two words for tables.
     """
 
     candidate: Candidate
     capacity: str = "budgets"
     keeps_state_with_weights: bool = False
-    label: str
 
 
 SYSTEMS: Final[Mapping[str, System]] = {
-    "deepspeed": System(
-        candidate=CANDIDATES["static"],
-        capacity="deepspeed",
-        keeps_state_with_weights=True,
-        label="static, DeepSpeed's drops",
-    ),
-    "static": System(candidate=CANDIDATES["static"], keeps_state_with_weights=True, label="static, lowest scores drop"),
+    "deepspeed": System(candidate=CANDIDATES["static"], capacity="deepspeed", keeps_state_with_weights=True),
     **{
-        f"flexmoe-{interval}": System(
-            candidate=CANDIDATES[f"flexmoe-{interval}"], keeps_state_with_weights=True, label="re-implementation"
-        )
-        for interval in (100, 50, 10)
+        name: System(candidate=CANDIDATES[name], keeps_state_with_weights=True)
+        for name in ("static", "flexmoe-100", "flexmoe-50", "flexmoe-10")
     },
-    "symi": System(candidate=CANDIDATES["symi"], label="the paper's"),
-    "packed": System(candidate=CANDIDATES["packed"], label="ours, every slot used"),
-    "balanced": System(candidate=CANDIDATES["balanced"], label="ours"),
-    "dropless": System(candidate=CANDIDATES["balanced"], capacity="none", label="ours, without a capacity"),
+    **{name: System(candidate=CANDIDATES[name]) for name in ("symi", "packed", "balanced")},
+    "dropless": System(candidate=CANDIDATES["balanced"], capacity="none"),
 }
 
 

@@ -12,11 +12,13 @@ from typing import Final
 
 import numpy as np
 
+from benchmarks.common.provenance import RESULTS
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS
 from benchmarks.convergence.training import Run
 from swiftmoe_lightning.analysis.cost import Machine, step_seconds
 
+STEP_TIMES: Final = RESULTS / "convergence.step_times.json"
 # SYMI, table 3: minutes to loss 4.0 of GPT-Small, and how many steps fewer SYMI needs than each.
 PAPER_MINUTES: Final = {
     "static": 147.84,
@@ -101,7 +103,7 @@ def modelled_seconds(run: Run, setting: Setting, cluster: Cluster = PAPER_CLUSTE
     return np.array(seconds)
 
 
-def measured_step_times(path: Path) -> dict[str, float]:
+def measured_step_times(path: Path = STEP_TIMES) -> dict[str, float]:
     """System -> median step time on real ranks, in steps of static; empty where nothing was measured.
 
     Args:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.files import written_whole
 from benchmarks.convergence.cluster import EmulatedCluster
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS
 from swiftmoe_lightning.analysis.cost import busiest_phase
-from swiftmoe_lightning.demo.gpt import GPT
+from swiftmoe_lightning.demo.gpt import GPT, next_byte_loss
 from swiftmoe_lightning.demo.text import Sequences
 from swiftmoe_lightning.modules import TopKRouter, auxiliary_loss
 from swiftmoe_lightning.placement import ExpertLoad, Placement
@@ -71,11 +72,9 @@ class Run:
             setting: what was trained.
             provenance: on what it was measured.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"certificate": provenance, "setting": asdict(setting), "run": asdict(self)}
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(content) + "\n")
-        unfinished.replace(path)
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(content) + "\n")
 
     def note_loads(self, loads: dict[str, ExpertLoad], before: dict[str, Placement]) -> None:
         """Keep a step's loads.
@@ -87,13 +86,21 @@ class Run:
         first = next(iter(loads.values()))
         self.popularity.append(first.popularity_E.tolist())
         self.replicas.append(first.placement.replica_counts_E.tolist())
-        assignments = sum(load.num_assignments for load in loads.values())
-        self.dropped.append(sum(load.num_dropped_tokens for load in loads.values()) / assignments)
-        relative = [load.load_W.max() * len(load.load_W) / load.num_assignments for load in loads.values()]
-        self.largest_load.append(float(np.mean(relative)))
+        self.dropped.append(dropped_share(loads.values()))
+        self.largest_load.append(largest_load(loads.values()))
         self.num_pairs.append(sum(load.placement.num_pairs for load in loads.values()))
         self.moved_pairs.append(sum(before[name].num_moved(load.placement) for name, load in loads.items()))
         self.busiest.append(float(np.mean([busiest_phase(load.placement) for load in loads.values()])))
+
+
+def dropped_share(loads: Collection[ExpertLoad]) -> float:
+    """Share of one step's assignments that were dropped, all layers."""
+    return sum(load.num_dropped_tokens for load in loads) / sum(load.num_assignments for load in loads)
+
+
+def largest_load(loads: Collection[ExpertLoad]) -> float:
+    """The most that a rank computed in one step, over the mean of what was routed; the mean over layers."""
+    return float(np.mean([load.load_W.max() * len(load.load_W) / load.num_assignments for load in loads]))
 
 
 def make_model(setting: Setting) -> GPT:
@@ -130,11 +137,6 @@ def stack(sequences: Sequences, start: int, stop: int) -> Tensor:
     return torch.stack([sequences[i] for i in range(start, stop)])
 
 
-def loss_of(model: nn.Module, batch_BT: Tensor) -> Tensor:
-    """[] nats a byte."""
-    return F.cross_entropy(model(batch_BT[:, :-1]).flatten(0, 1), batch_BT[:, 1:].flatten())
-
-
 @torch.no_grad()
 def validate(model: nn.Module, corpus: Corpus, setting: Setting) -> float:
     """Nats a byte of the validation text, every assignment computed."""
@@ -142,7 +144,7 @@ def validate(model: nn.Module, corpus: Corpus, setting: Setting) -> float:
     starts = range(0, setting.num_validation, setting.num_sequences)
     ends = [min(start + setting.num_sequences, setting.num_validation) for start in starts]
     total = sum(
-        float(loss_of(model, stack(sequences, start, end))) * (end - start)
+        float(next_byte_loss(model, stack(sequences, start, end))) * (end - start)
         for start, end in zip(starts, ends, strict=True)
     )
     return total / setting.num_validation
@@ -171,7 +173,7 @@ def train(setting: Setting, system: str, seed: int, corpus: Corpus) -> Run:
             run.validation_steps.append(step)
             run.validation_loss.append(validate(model, corpus, setting))
         batch_BT = stack(sequences, step * setting.num_sequences, (step + 1) * setting.num_sequences)
-        loss = loss_of(model, batch_BT)
+        loss = next_byte_loss(model, batch_BT)
         (loss + auxiliary_loss(model)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

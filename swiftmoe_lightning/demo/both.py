@@ -9,7 +9,7 @@ from rich.console import Console
 from swiftmoe_lightning.analysis.report.curves import draw_curves
 from swiftmoe_lightning.analysis.time_to_loss import describe
 from swiftmoe_lightning.demo.options import DemoOptions
-from swiftmoe_lightning.demo.run import Demo, print_outcome
+from swiftmoe_lightning.demo.run import Demo, draw_if_possible, print_outcome
 
 
 class BothDemos:
@@ -37,11 +37,9 @@ class BothDemos:
             return
         options, num_ranks = self._options, self._demos[0].ranks.total
         title = f"{options.steps} steps of {options.layers} layers x {options.experts} experts on {num_ranks} ranks"
-        files = ["static/", "swiftmoe/"]
-        try:
-            draw_curves(static.curve, adaptive.curve, options.folder / "comparison.png", title)
-            files.insert(0, "comparison.png")
-        except ImportError as missing:
-            files.append(f"no picture: {missing}")
+        pictures = draw_if_possible(
+            options.folder / "comparison.png", lambda path: draw_curves(static.curve, adaptive.curve, path, title)
+        )
+        files = [*pictures, "static/", "swiftmoe/"]
         print_outcome(title, {"static": static.rows, "swiftmoe": adaptive.rows}, options.folder, files)
         Console().print(describe(static.curve, adaptive.curve), markup=False)

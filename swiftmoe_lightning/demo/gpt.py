@@ -107,6 +107,16 @@ class GPT(nn.Module):
         return logits_BTV
 
 
+def next_byte_loss(model: nn.Module, batch_BT: Tensor) -> Tensor:
+    """[] nats a byte: the mean over all bytes but the first of each sequence.
+
+    Args:
+        model: [B, T] int64 -> [B, T, V] logits.
+        batch_BT: [B, T + 1] int64 bytes.
+    """
+    return F.cross_entropy(model(batch_BT[:, :-1]).flatten(0, 1), batch_BT[:, 1:].flatten())
+
+
 class LanguageModel(L.LightningModule):
     """Trains a `GPT` with AdamW. Batches are [B, T + 1] int64 bytes.
 
@@ -131,25 +141,16 @@ class LanguageModel(L.LightningModule):
         self.val_losses: list[float] = []
         self.val_steps: list[int] = []
 
-    def loss(self, batch_BT: Tensor) -> Tensor:
-        """[] nats a byte: the mean over all bytes but the first of each sequence.
-
-        Args:
-            batch_BT: [B, T + 1] int64 bytes.
-        """
-        logits_BTV = self.model(batch_BT[:, :-1])
-        return F.cross_entropy(logits_BTV.flatten(0, 1), batch_BT[:, 1:].flatten())
-
     def training_step(self, batch_BT: Tensor, _: int) -> Tensor:
         """[], the loss with the router losses; logs it without them."""
-        loss = self.loss(batch_BT)
+        loss = next_byte_loss(self.model, batch_BT)
         self.log("train/loss", loss, prog_bar=True)
         return loss + auxiliary_loss(self.model)
 
     def validation_step(self, batch_BT: Tensor, _: int) -> None:
         """Log the mean loss so far, of a model that drops nothing."""
         with dropless(self.model):
-            self.val_loss.update(self.loss(batch_BT), weight=len(batch_BT))
+            self.val_loss.update(next_byte_loss(self.model, batch_BT), weight=len(batch_BT))
         self.log("val/loss", self.val_loss, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,7 @@ from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecor
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
 from swiftmoe_lightning.demo.options import DemoOptions
-from swiftmoe_lightning.demo.summary import summary_rows, summary_table
+from swiftmoe_lightning.demo.summary import dropped_share, summary_rows, summary_table
 from swiftmoe_lightning.demo.text import Sequences, read_texts, split_texts
 from swiftmoe_lightning.strategies import SwiftMoEStrategy
 
@@ -140,8 +140,7 @@ class Demo:
     def run(self) -> None:
         """Train, and on rank 0 print the numbers."""
         if (outcome := self.train()) is not None:
-            title = f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
-            print_outcome(title, {self.options.strategy: outcome.rows}, self.options.folder, outcome.files)
+            print_outcome(self._title, {self.options.strategy: outcome.rows}, self.options.folder, outcome.files)
 
     def train(self) -> Outcome | None:
         """Train, and write metrics.csv, placements.npz and picture.png to the folder.
@@ -154,6 +153,10 @@ class Demo:
         trainer = self._make_trainer([timer, ExpertPopularityMonitor(), recorder])
         trainer.fit(self._model, self._loader(train=True), self._loader(train=False))
         return self._outcome(recorder, timer) if trainer.is_global_zero else None
+
+    @property
+    def _title(self) -> str:
+        return f"{self.options.strategy}: {self.options.steps} steps on {self.ranks.total} ranks"
 
     @rank_zero_only
     def _announce(self) -> None:
@@ -219,19 +222,34 @@ class Demo:
 
     def _outcome(self, recorder: PlacementRecorder, timer: StepTimer) -> Outcome:
         options, model = self.options, self._model
-        title = f"{options.strategy}: {options.steps} steps on {self.ranks.total} ranks"
-        files = ["metrics.csv", recorder.path.name]
         with np.load(recorder.path) as recording:
             rows = summary_rows(recording, model.val_losses, timer.seconds)
-            dropped = float(recording["dropped"].sum() / recording["counts"].sum())
-            try:
-                draw_picture(recording, options.folder / "picture.png", title)
-                files.insert(0, "picture.png")
-            except ImportError as missing:
-                files.append(f"no picture: {missing}")
+            dropped = dropped_share(recording)
+            pictures = draw_if_possible(
+                options.folder / "picture.png", lambda path: draw_picture(recording, path, self._title)
+            )
+        files = [*pictures, "metrics.csv", recorder.path.name]
         clock = np.append(0.0, np.cumsum(timer.seconds))
         seconds = [float(clock[step]) for step in model.val_steps]
         return Outcome(rows, Curve(options.strategy, model.val_steps, seconds, model.val_losses, dropped), files)
+
+
+def draw_if_possible(path: Path, draw: Callable[[Path], None]) -> list[str]:
+    """Draw a picture or, without matplotlib, print what to install.
+
+    Args:
+        path: the picture's file.
+        draw: draws to it.
+
+    Returns:
+        The names of the files that were written.
+    """
+    try:
+        draw(path)
+    except ImportError as missing:
+        Console().print(f"No picture: {missing}", markup=False)
+        return []
+    return [path.name]
 
 
 def print_outcome(title: str, runs: Mapping[str, Mapping[str, str]], folder: Path, files: list[str]) -> None:

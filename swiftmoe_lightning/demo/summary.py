@@ -11,6 +11,15 @@ from rich.table import Table
 from swiftmoe_lightning.placement import imbalance
 
 
+def dropped_share(recording: Mapping[str, np.ndarray]) -> float:
+    """Share of a run's assignments that were over capacity.
+
+    Args:
+        recording: arrays of `PlacementRecorder`.
+    """
+    return float(recording["dropped"].sum() / recording["counts"].sum())
+
+
 def summary_rows(
     recording: Mapping[str, np.ndarray], val_losses: list[float], step_seconds: list[float]
 ) -> dict[str, str]:
@@ -24,12 +33,11 @@ def summary_rows(
     first, last = val_losses[0], val_losses[-1]
     imbalance_U = imbalance(recording["loads"]).mean(1)
     num_last = -(-len(imbalance_U) // 10)
-    survival = 1 - recording["dropped"].sum() / recording["counts"].sum()
     return {
         "validation loss, nats a byte": f"{first:.3f} -> {last:.3f}",
         "bits a byte": f"{first / math.log(2):.3f} -> {last / math.log(2):.3f}",
         "perplexity of a byte": f"{math.exp(first):.2f} -> {math.exp(last):.2f}",
-        "token survival rate": f"{survival:.2%}",
+        "token survival rate": f"{1 - dropped_share(recording):.2%}",
         "imbalance (busiest rank / mean rank)": f"{imbalance_U.mean():.3f}",
         "imbalance, last 10 % of steps": f"{imbalance_U[-num_last:].mean():.3f}",
         "replicas moved per step, all layers": f"{recording['moved'].sum(1).mean():.1f}",

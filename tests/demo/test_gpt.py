@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from swiftmoe_lightning.demo.gpt import GPT, LanguageModel, dropless, rotate
+from swiftmoe_lightning.demo.gpt import GPT, LanguageModel, dropless, next_byte_loss, rotate
 from tests.helpers import run_ranks
 from tests.strategies.cases import trainer
 
@@ -60,14 +60,14 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
 def test_an_untrained_model_has_the_loss_of_uniform_guesses() -> None:
     torch.manual_seed(0)
     gpt = GPT(2, 32, hidden_dim=16, num_experts=4, top_k=2)
-    loss = LanguageModel(gpt, lr=1e-3, num_steps=10).loss(text(13))
+    loss = next_byte_loss(gpt, text(13))
     assert loss.item() == pytest.approx(math.log(256), abs=0.05)
 
 
 def test_the_loss_is_that_of_each_next_byte() -> None:
     gpt, bytes_BT = model(), text()
     expected = F.cross_entropy(gpt(bytes_BT[:, :-1]).transpose(1, 2), bytes_BT[:, 1:])
-    torch.testing.assert_close(LanguageModel(gpt, lr=1e-3, num_steps=10).loss(bytes_BT), expected)
+    torch.testing.assert_close(next_byte_loss(gpt, bytes_BT), expected)
 
 
 def test_a_capacity_is_off_inside_dropless_and_on_again_after_it() -> None:

@@ -131,9 +131,9 @@ def test_runs_of_one_seed_begin_alike_whatever_the_strategy_and_the_number_of_ra
 def test_without_matplotlib_the_run_still_ends_with_its_table(text: Path, tmp_path: Path) -> None:
     ((_, printed),) = run_ranks(Run(True, data=text, out=tmp_path), 1, init=False)
     assert "validation loss" in printed
-    needed = 'no picture: the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`'
+    needed = 'No picture: the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`'
     assert needed in " ".join(printed.split())
-    assert "(metrics.csv, placements.npz, no picture" in printed
+    assert "(metrics.csv, placements.npz)" in printed
     assert not (tmp_path / "picture.png").exists()
 
 
