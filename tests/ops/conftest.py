@@ -1,16 +1,8 @@
-import numpy as np
 import pytest
 import torch
 
 from swiftmoe_lightning.ops import backend
 from tests.ops.cases import DEVICE
-
-
-@pytest.fixture(autouse=True)
-def _numpy_overflows_as_a_gpu_does():
-    # exp(200) is inf, without a word; the interpreter's numpy would warn.
-    with np.errstate(all="ignore"):
-        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -33,8 +33,9 @@ def test_rows_and_gradients_equal_a_loop(case, features, dtype) -> None:
     )
     ends_s = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
     slot_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    # What unassigned rows hold reaches nobody.
-    y_RO[sum(counts) :], grad_RO[sum(counts) :] = float("nan"), float("nan")
+    # What unassigned rows hold reaches nobody. Memory may hold anything, also a nan that numpy warns of.
+    signaling_nan = torch.tensor([0x7FA00000], dtype=torch.int32).view(torch.float32)
+    y_RO[sum(counts) :], grad_RO[sum(counts) :] = signaling_nan.to(y_RO), float("inf")
     y_RO.requires_grad_()
     bias_sO.requires_grad_()
     out_RO = add_bias(y_RO, bias_sO, ends_s)
