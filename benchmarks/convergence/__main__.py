@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_line("convergence", __doc__)
     parser.add_argument(
-        "--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, limits: 20, full: hours"
+        "--preset", choices=sorted(PRESETS), default="quick", help="quick: 10 minutes, limits: an hour, full: hours"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="for runs and corpus")
     given = parser.parse_args(arguments)

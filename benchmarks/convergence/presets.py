@@ -67,7 +67,7 @@ PRESETS: Final = {
         ),
     ),
     "quick": (Experiment("two layers", _QUICK, _MAIN_SYSTEMS),),
-    # Where the saving ends, at the size of "quick"; about 20 minutes.
+    # What the saving depends on: one thing changed at a time, from "quick"; about an hour.
     "limits": (
         Experiment("dropless", _QUICK, ("static", "balanced", "dropless")),
         Experiment("aux loss 1e-2", replace(_QUICK, aux_loss_coef=1e-2), _TWO_SYSTEMS),
@@ -75,6 +75,11 @@ PRESETS: Final = {
         Experiment("top-2", replace(_QUICK, top_k=2), _TWO_SYSTEMS),
         Experiment("capacity factor 2", replace(_QUICK, capacity_factor=2.0), _TWO_SYSTEMS),
         Experiment("experts a quarter as wide", replace(_QUICK, hidden_dim=128), _TWO_SYSTEMS),
+        Experiment("one kind of text", replace(_QUICK, corpus="shakespeare"), _TWO_SYSTEMS),
+        Experiment("32 experts", replace(_QUICK, num_experts=32), _TWO_SYSTEMS),
+        Experiment("four layers", replace(_QUICK, num_layers=4), _TWO_SYSTEMS),
+        Experiment("a model twice as wide", replace(_QUICK, dim=128, hidden_dim=1024), _TWO_SYSTEMS),
+        Experiment("2000 steps", replace(_QUICK, num_steps=2000), _TWO_SYSTEMS),
     ),
     "full": (
         Experiment("the mix, four layers", _BASE, _ALL_SYSTEMS),
