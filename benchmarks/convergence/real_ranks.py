@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from benchmarks.common.across_ranks import total
 from benchmarks.common.phases import engine_phases
 from benchmarks.convergence.corpus import Corpus, load_corpus
 from benchmarks.convergence.presets import PRESETS
@@ -102,7 +102,6 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
         first = step * setting.num_sequences + rank * setting.sequences_per_rank
         batch_BT = stack(sequences, first, first + setting.sequences_per_rank)
         before = engine.placements
-        dist.barrier()
         with engine_phases(engine) as watch:
             with watch.phase("forward"):
                 loss = next_byte_loss(wrapped, batch_BT)
@@ -118,7 +117,12 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
                 with watch.phase("move"):
                     _move_state(model, before, engine.placements)
         run.phases.append(dict(watch.seconds))
-        _note(run, loss, reader)
+        run.losses.append(loss.item())
+        loads = reader.read().values()
+        run.dropped.append(dropped_share(loads))
+        run.largest_load.append(largest_load(loads))
+    # After all steps: ranks that waited for each other in between would wait for weights that are on their way, too.
+    run.losses = [loss / dist.get_world_size() for loss in total(run.losses)]
     return run
 
 
@@ -149,15 +153,6 @@ def _move_state(model: torch.nn.Module, before: dict[str, Placement], after: dic
             part = -(-moved * size * _STATE_COPIES // placement.world_size**2) * placement.world_size
             received = torch.empty(part)
             dist.all_to_all_single(received, torch.zeros(part))
-
-
-def _note(run: RankRun, loss: Tensor, reader: LoadReader) -> None:
-    mean = loss.detach() / dist.get_world_size()
-    dist.all_reduce(mean)
-    run.losses.append(mean.item())
-    loads = reader.read().values()
-    run.dropped.append(dropped_share(loads))
-    run.largest_load.append(largest_load(loads))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -79,7 +79,7 @@ def measure(plan: Plan, systems: tuple[str, ...]) -> dict[str, Any]:
 
 def _step_seconds(run: RankRun) -> float:
     """Mean seconds of a step on the slowest rank. A collective."""
-    return float(np.mean(slowest(run.seconds)[_WARM_UP_STEPS:]))
+    return slowest([float(np.mean(run.seconds[_WARM_UP_STEPS:]))])[0]
 
 
 def _phases_ms(runs: list[RankRun]) -> dict[str, dict[str, float]]:
