@@ -8,7 +8,8 @@ from typing import Final
 from swiftmoe_lightning.config import DTYPES, check_choice, check_coefficient, check_whole
 
 BYTES_OF: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# Limit of ranks, of tokens and of micro-batches.
+# More than any run has.
+_MOST_RANKS: Final = 2**17
 _MOST: Final = 2**20
 
 
@@ -39,8 +40,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         check_whole(num_ranks=self.num_ranks, ranks_per_node=self.ranks_per_node)
-        if self.num_ranks > _MOST:
-            raise ValueError(f"num_ranks must be at most {_MOST}, got {self.num_ranks}.")
+        if self.num_ranks > _MOST_RANKS:
+            raise ValueError(f"num_ranks must be at most {_MOST_RANKS}, got {self.num_ranks}.")
         for name in ("node_bytes", "network_bytes", "gpu_bytes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")

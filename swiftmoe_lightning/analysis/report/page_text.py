@@ -119,10 +119,10 @@ def bytes_text(value: float) -> str:
 
 def seconds_text(value: float) -> str:
     """Seconds in the unit that fits, "us" to "s"."""
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+    for unit, scale in (("us", 1e6), ("ms", 1e3), ("s", 1)):
         if scale * value < 999.5:
             return f"{scale * value:.3g} {unit}"
-    return f"{value:.4g} s"
+    return f"{value:,.0f} s"
 
 
 def _percent(share: float) -> str:
