@@ -130,12 +130,13 @@ class Placement:
         return np.bincount(self.pair_rank_P, minlength=self.world_size)
 
     @cached_property
-    def _experts_of_rank(self) -> list[np.ndarray]:
-        return np.split(self.pair_expert_P, np.cumsum(self.num_pairs_W)[:-1])
+    def first_pair_W(self) -> np.ndarray:
+        """[W + 1] int64: where each rank's pairs begin, and P."""
+        return np.append(0, self.num_pairs_W.cumsum())
 
     def experts_of(self, rank: int) -> np.ndarray:
         """[d] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""
-        return self._experts_of_rank[rank]
+        return self.pair_expert_P[self.first_pair_W[rank] : self.first_pair_W[rank + 1]]
 
     def sum_by_rank(self, values_xP: np.ndarray) -> np.ndarray:
         """[..., P] of each pair -> [..., W] of each rank; every rank has at least one pair.
@@ -143,8 +144,7 @@ class Placement:
         Args:
             values_xP: [..., P], in the order of `pair_rank_P`.
         """
-        first_W = np.cumsum(self.num_pairs_W) - self.num_pairs_W
-        return np.add.reduceat(values_xP, first_W, axis=-1)
+        return np.add.reduceat(values_xP, self.first_pair_W[:-1], axis=-1)
 
     def num_moved(self, later: Placement) -> int:
         """How many pairs of `later` this placement does not have: replicas that arrive on a new rank.

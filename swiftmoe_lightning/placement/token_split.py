@@ -146,16 +146,15 @@ class DispatchPlan:
 
     def for_rank(self, rank: int) -> RankPlan:
         """The part of the plan that `rank` needs."""
-        num_ranks = self.placement.world_size
-        row_2P = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_P)))
+        row_2P = self._routes.sent_before(rank)
         kept_2B = self._cut(self._sum_by_budget(row_2P), self._wanted_B, self._kept_B)
         kept_B = kept_2B[1] - kept_2B[0]
-        pairs = np.flatnonzero(self.placement.pair_rank_P == rank)
-        column_Qd = self._routes.before(np.arange(num_ranks + 1), pairs)
+        column_Qd = self._routes.received_before(rank)
         if self._pooled:
             kept_Q = self._cut(column_Qd.sum(1), self._wanted_B[rank], self._kept_B[rank])
         else:
-            kept_Q = self._cut(column_Qd, self._wanted_B[pairs], self._kept_B[pairs]).sum(1)
+            own = slice(*self.placement.first_pair_W[rank : rank + 2])
+            kept_Q = self._cut(column_Qd, self._wanted_B[own], self._kept_B[own]).sum(1)
         return RankPlan(
             sent_P=row_2P[1] - row_2P[0],
             kept_B=kept_B,
