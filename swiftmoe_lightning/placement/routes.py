@@ -36,31 +36,31 @@ class Routes:
 
     def __init__(self, counts_WE: np.ndarray, placement: Placement, share_P: np.ndarray, ranks_per_node: int) -> None:
         self._counts_WE, self._placement = counts_WE, placement
-        self._own_P, open_P = np.zeros_like(share_P), share_P
+        # What every rank sends to itself in the first round.
+        self._kept_P, open_P = np.zeros_like(share_P), share_P
         self._node: NodeRound | None = None
         if ranks_per_node:
-            self._own_P = np.minimum(counts_WE[placement.pair_rank_P, placement.pair_expert_P], share_P)
-            open_P = share_P - self._own_P
+            self._kept_P = np.minimum(counts_WE[placement.pair_rank_P, placement.pair_expert_P], share_P)
+            open_P = share_P - self._kept_P
         if 1 < ranks_per_node < placement.world_size:
-            self._node = NodeRound(counts_WE, placement, self._own_P, open_P, ranks_per_node)
+            self._node = NodeRound(counts_WE, placement, self._kept_P, open_P, ranks_per_node)
             open_P = open_P - self._node.taken_P
         self._shares = Shares(open_P, placement.by_expert_P, placement.first_pair_E)
 
     def sent_before(self, rank: int) -> np.ndarray:
         """[2, P] int64: what the sources below `rank` send to each pair, and what those up to `rank` do."""
-        first_pair_W, expert_P = self._placement.first_pair_W, self._placement.pair_expert_P
-        own, stop = first_pair_W[rank], first_pair_W[rank + 1]
+        expert_P, own = self._placement.pair_expert_P, self._placement.pairs_of(rank, rank + 1)
         before_2P = np.zeros((2, len(expert_P)), dtype=np.int64)
-        before_2P[0, :own] = self._own_P[:own]
-        before_2P[1, :stop] = self._own_P[:stop]
-        # What the node's sources up to here, or all of them where no node serves itself, have left of their own round.
+        before_2P[0, : own.start] = self._kept_P[: own.start]
+        before_2P[1, : own.stop] = self._kept_P[: own.stop]
+        # What the node's sources below this rank have left, and those up to it; or the world's, where there is no node.
         first = 0 if self._node is None else self._node.first_rank(rank)
+        below = self._placement.pairs_of(first, rank)
         supply_2E = np.empty((2, self._placement.num_experts), dtype=np.int64)
         self._counts_WE[first:rank].sum(0, out=supply_2E[0])
-        served = slice(first_pair_W[first], own)
-        np.subtract.at(supply_2E[0], expert_P[served], self._own_P[served])
+        np.subtract.at(supply_2E[0], expert_P[below], self._kept_P[below])
         np.add(supply_2E[0], self._counts_WE[rank], out=supply_2E[1])
-        supply_2E[1, expert_P[own:stop]] -= self._own_P[own:stop]
+        supply_2E[1, expert_P[own]] -= self._kept_P[own]
         if self._node is not None:
             supply_2E = self._node.send_row(rank, supply_2E, before_2P)
         before_2P += self._shares.overlap(supply_2E[:, expert_P], slice(None))
@@ -68,22 +68,21 @@ class Routes:
 
     def received_before(self, rank: int) -> np.ndarray:
         """[W + 1, d] int64: what the sources below each rank, and all of them, send to each of the pairs of `rank`."""
-        placement = self._placement
-        own = slice(placement.first_pair_W[rank], placement.first_pair_W[rank + 1])
+        placement, own = self._placement, self._placement.pairs_of(rank, rank + 1)
         experts_d = placement.pair_expert_P[own]
         column_E = np.full(placement.num_experts, -1)
         column_E[experts_d] = np.arange(len(experts_d))
-        column_P = column_E[placement.pair_expert_P]
-        pairs = np.flatnonzero(column_P >= 0)
-        places = placement.pair_rank_P[pairs], column_P[pairs]
+        # All pairs of these experts, on whichever ranks they are.
+        pairs = np.flatnonzero(column_E[placement.pair_expert_P] >= 0)
+        ranks, columns = placement.pair_rank_P[pairs], column_E[placement.pair_expert_P[pairs]]
         supply_Wd = self._counts_WE[:, experts_d]
-        supply_Wd[places] -= self._own_P[pairs]
+        supply_Wd[ranks, columns] -= self._kept_P[pairs]
         before_Qd = np.zeros((placement.world_size + 1, len(experts_d)), dtype=np.int64)
-        before_Qd[rank + 1 :] = self._own_P[own]
+        before_Qd[rank + 1 :] = self._kept_P[own]
         if self._node is None:
             supply_Wd.cumsum(0, out=supply_Wd)
         else:
-            supply_Wd = self._node.send_column(rank, supply_Wd, (pairs, *places), before_Qd)
+            supply_Wd = self._node.send_column(rank, supply_Wd, (pairs, ranks, columns), before_Qd)
         before_Qd[1:] += self._shares.overlap(supply_Wd, own)
         return before_Qd
 
@@ -135,7 +134,7 @@ class NodeRound:
     Args:
         counts_WE: [W, E] int64, assignments of each rank for each expert.
         placement: which ranks have which expert.
-        own_P: [P] int64, what ranks sent to themselves before.
+        kept_P: [P] int64, what ranks sent to themselves before.
         open_P: [P] int64, what the pairs can still take.
         ranks_per_node: n; the last node may have fewer.
 
@@ -144,7 +143,7 @@ class NodeRound:
     """
 
     def __init__(
-        self, counts_WE: np.ndarray, placement: Placement, own_P: np.ndarray, open_P: np.ndarray, ranks_per_node: int
+        self, counts_WE: np.ndarray, placement: Placement, kept_P: np.ndarray, open_P: np.ndarray, ranks_per_node: int
     ) -> None:
         self._placement, self._ranks_per_node = placement, ranks_per_node
         order_P = placement.by_expert_P
@@ -153,12 +152,12 @@ class NodeRound:
         is_first_P[1:] = (expert_P[1:] != expert_P[:-1]) | (node_P[1:] != node_P[:-1])
         first_V = np.flatnonzero(is_first_P)
         self._shares = Shares(open_P, order_P, first_V)
-        self._counts_GE = np.add.reduceat(counts_WE, np.arange(0, len(counts_WE), ranks_per_node))
-        supply_V = self._counts_GE[node_P[first_V], expert_P[first_V]] - np.add.reduceat(own_P[order_P], first_V)
+        self._counts_GE = _sum_by_node(counts_WE, ranks_per_node)
+        supply_V = self._counts_GE[node_P[first_V], expert_P[first_V]] - np.add.reduceat(kept_P[order_P], first_V)
         supply_P = np.empty_like(open_P)
         supply_P[order_P] = supply_V.repeat(np.diff(first_V, append=len(order_P)))
         self.taken_P = self._shares.overlap(supply_P, slice(None))
-        self._served_P = own_P + self.taken_P
+        self._served_P = kept_P + self.taken_P
 
     def first_rank(self, rank: int) -> int:
         """The first rank of the node of `rank`."""
@@ -175,16 +174,14 @@ class NodeRound:
         Returns:
             [2, E] int64: what all sources below `rank`, and all up to it, have left.
         """
-        placement, first = self._placement, self.first_rank(rank)
-        start = placement.first_pair_W[first]
-        stop = placement.first_pair_W[min(first + self._ranks_per_node, placement.world_size)]
-        node, expert_p = slice(start, stop), placement.pair_expert_P[start:stop]
-        before_2P[:, :start] += self.taken_P[:start]
-        before_2P[:, node] += self._shares.overlap(supply_2E[:, expert_p], node)
-        open_E, below_E = np.zeros_like(supply_2E[0]), self._counts_GE[: first // self._ranks_per_node].sum(0)
-        np.add.at(open_E, expert_p, self._shares.open_P[node])
-        np.subtract.at(below_E, placement.pair_expert_P[:start], self._served_P[:start])
-        return np.maximum(supply_2E - open_E, 0) + below_E
+        expert_P, first = self._placement.pair_expert_P, self.first_rank(rank)
+        below, node = self._placement.pairs_of(0, first), self._placement.pairs_of(first, first + self._ranks_per_node)
+        before_2P[:, below] += self.taken_P[below]
+        before_2P[:, node] += self._shares.overlap(supply_2E[:, expert_P[node]], node)
+        open_E, left_E = np.zeros_like(supply_2E[0]), self._counts_GE[: first // self._ranks_per_node].sum(0)
+        np.add.at(open_E, expert_P[node], self._shares.open_P[node])
+        np.subtract.at(left_E, expert_P[below], self._served_P[below])
+        return np.maximum(supply_2E - open_E, 0) + left_E
 
     def send_column(
         self, rank: int, supply_Wd: np.ndarray, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], before_Qd: np.ndarray
@@ -205,8 +202,7 @@ class NodeRound:
         supply_Gnd = np.zeros((-(-num_ranks // size), size, num_columns), dtype=np.int64)
         supply_Gnd.reshape(-1, num_columns)[:num_ranks] = supply_Wd
         supply_Gnd.cumsum(1, out=supply_Gnd)
-        own = slice(*self._placement.first_pair_W[rank : rank + 2])
-        sent_nd = self._shares.overlap(supply_Gnd[first // size], own)
+        sent_nd = self._shares.overlap(supply_Gnd[first // size], self._placement.pairs_of(rank, rank + 1))
         before_Qd[first + 1 : first + 1 + size] += sent_nd[: num_ranks - first]
         before_Qd[first + 1 + size :] += sent_nd[-1]
         open_Gd = np.zeros((len(supply_Gnd), num_columns), dtype=np.int64)
@@ -215,3 +211,11 @@ class NodeRound:
         left_Gnd = np.maximum(supply_Gnd - open_Gd[:, None], 0)
         left_Gnd[1:] += left_Gnd[:-1, -1].cumsum(0)[:, None]
         return left_Gnd.reshape(-1, num_columns)[:num_ranks]
+
+
+def _sum_by_node(counts_WE: np.ndarray, ranks_per_node: int) -> np.ndarray:
+    """[W, E] -> [G, E], of which the last node may have fewer ranks. (`reduceat` is several times as slow.)"""
+    num_ranks, num_experts = counts_WE.shape
+    whole = num_ranks // ranks_per_node * ranks_per_node
+    counts_GE = counts_WE[:whole].reshape(-1, ranks_per_node, num_experts).sum(1)
+    return counts_GE if whole == num_ranks else np.vstack([counts_GE, counts_WE[whole:].sum(0)])

@@ -1,10 +1,9 @@
 """How many assignments each rank sends to each other one: exact integers from a step's counts and the placement.
 
-W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q
-queries of a prefix sum over source ranks. An assignment is a token with one of its K experts.
+W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q = W + 1
+places in a prefix sum over source ranks. An assignment is a token with one of its K experts.
 
-A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d): the
-whole table has W * P entries, of which a rank needs few.
+The whole table has W * P entries, of which a rank needs its row and its columns: P + W * d.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class DispatchPlan:
         if self._pooled:
             kept_Q = self._cut(column_Qd.sum(1), self._wanted_B[rank], self._kept_B[rank])
         else:
-            own = slice(*self.placement.first_pair_W[rank : rank + 2])
+            own = self.placement.pairs_of(rank, rank + 1)
             kept_Q = self._cut(column_Qd, self._wanted_B[own], self._kept_B[own]).sum(1)
         return RankPlan(
             sent_P=row_2P[1] - row_2P[0],
