@@ -3,7 +3,8 @@
 python -m benchmarks.placement.host_time
 
 256 experts, which each rank's 32,768 assignments draw with chances as 1 / n^0.6; default slots, `balanced` placements
-made from another step's counts, the token split `balanced`, dropless. Microseconds, for nodes of 1 and of 8 ranks:
+made from another step's counts, the token split `balanced`, dropless. Microseconds of processor time, for nodes of one
+rank and of 8:
 
 split           a forward's `plan_dispatch` and its part for one rank, under a placement that was used before
 whole_tables    the same from prefix sums over all ranks and experts, which `tests/placement/whole_tables.py` keeps;
@@ -24,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.common.command_line import command_line
-from benchmarks.common.interleaved import interleaved, seconds_of
+from benchmarks.common.interleaved import cpu_seconds_of, interleaved
 from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import paired_ratio, spread
 from swiftmoe_lightning.placement import (
@@ -67,18 +68,18 @@ def measure(num_ranks: int, ranks_per_node: int, pairs: int) -> dict[str, Any]:
 
     def first_split() -> float:
         fresh = Placement(placement.slot_to_expert_S, _NUM_EXPERTS, num_ranks)
-        return seconds_of(lambda: split(fresh))
+        return cpu_seconds_of(lambda: split(fresh))
 
     def whole_tables() -> float:
         with patch("swiftmoe_lightning.placement.token_split.Routes", WholeTables):
-            return seconds_of(split)
+            return cpu_seconds_of(split)
 
     def transfer() -> None:
         for plan in (plan_collection(placement, _ROW_ELEMENTS), plan_distribution(placement, _ROW_ELEMENTS)):
             plan.send_splits(rank)
             plan.receive_splits(rank)
 
-    ours, theirs = interleaved(lambda: seconds_of(split), whole_tables, pairs, _WARM_UP)
+    ours, theirs = interleaved(lambda: cpu_seconds_of(split), whole_tables, pairs, _WARM_UP)
     return {
         "ranks": num_ranks,
         "ranks_per_node": ranks_per_node,
@@ -88,7 +89,7 @@ def measure(num_ranks: int, ranks_per_node: int, pairs: int) -> dict[str, Any]:
         "whole_tables_us": spread(1e6 * np.array(theirs)),
         "ratio": paired_ratio(ours, theirs),
         "first_split_us": _microseconds(first_split, 2 * pairs),
-        "transfer_us": _microseconds(lambda: seconds_of(transfer), 2 * pairs),
+        "transfer_us": _microseconds(lambda: cpu_seconds_of(transfer), 2 * pairs),
     }
 
 

@@ -85,8 +85,8 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         if load_W.max() <= _EVEN * mean:
             break
         weight_W *= (mean / np.maximum(load_W, 1e-9 * mean)) ** exponent
-        # Where loads cannot be even, weights would run off to 0 and infinity.
-        np.clip(weight_W, 1e-12, 1e12, out=weight_W)
+        # Where loads cannot be even, weights would run off to 0 and infinity. (`np.clip` is slow on short arrays.)
+        np.minimum(np.maximum(weight_W, 1e-12), 1e12, out=weight_W)
     return weight_W
 
 

@@ -128,7 +128,7 @@ class DispatchPlan:
     def _kept_B(self) -> np.ndarray:
         return np.minimum(self._wanted_B, self._budget_B)
 
-    @property
+    @cached_property
     def num_dropped_tokens(self) -> int:
         """Assignments over budget, all ranks."""
         return int(self._wanted_B.sum() - self._kept_B.sum())
@@ -145,36 +145,39 @@ class DispatchPlan:
 
     def for_rank(self, rank: int) -> RankPlan:
         """The part of the plan that `rank` needs."""
-        row_2P = self._routes.sent_before(rank)
-        kept_2B = self._cut(self._sum_by_budget(row_2P), self._wanted_B, self._kept_B)
+        row_2P, column_Qd = self._routes.sent_before(rank), self._routes.received_before(rank)
+        kept_2B = self._cut(self._sum_by_budget(row_2P), slice(None))
         kept_B = kept_2B[1] - kept_2B[0]
-        column_Qd = self._routes.received_before(rank)
         if self._pooled:
-            kept_Q = self._cut(column_Qd.sum(1), self._wanted_B[rank], self._kept_B[rank])
+            kept_Q = self._cut(column_Qd.sum(1, keepdims=True), slice(rank, rank + 1))[:, 0]
         else:
-            own = self.placement.pairs_of(rank, rank + 1)
-            kept_Q = self._cut(column_Qd, self._wanted_B[own], self._kept_B[own]).sum(1)
+            kept_Q = self._cut(column_Qd, self.placement.pairs_of(rank, rank + 1)).sum(1)
         return RankPlan(
             sent_P=row_2P[1] - row_2P[0],
             kept_B=kept_B,
-            received_Wd=np.diff(column_Qd, axis=0),
+            received_Wd=column_Qd[1:] - column_Qd[:-1],
             send_splits=(kept_B if self._pooled else self.placement.sum_by_rank(kept_B)).tolist(),
-            receive_splits=np.diff(kept_Q).tolist(),
+            receive_splits=(kept_Q[1:] - kept_Q[:-1]).tolist(),
         )
 
     def _sum_by_budget(self, values_xP: np.ndarray) -> np.ndarray:
         return self.placement.sum_by_rank(values_xP) if self._pooled else values_xP
 
-    @staticmethod
-    def _cut(before: np.ndarray, wanted: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def _cut(self, before_xb: np.ndarray, budgets: slice) -> np.ndarray:
         """Prefix sums before the cut -> after it: in proportion, in whole assignments, and the budget is used up.
 
         A budget of 6, wanted by three sources that send 4, 5 and 3:
 
             before         0   4   9   12
             after          0   2   4   6       6 * before // 12: the sources keep 2, 2 and 2
+
+        Args:
+            before_xb: [..., b], of these budgets.
+            budgets: which.
         """
-        return kept * before // np.maximum(wanted, 1)
+        if not self.num_dropped_tokens:
+            return before_xb
+        return self._kept_B[budgets] * before_xb // np.maximum(self._wanted_B[budgets], 1)
 
 
 def plan_dispatch(
