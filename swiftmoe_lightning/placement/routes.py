@@ -45,7 +45,8 @@ class Routes:
         if 1 < ranks_per_node < placement.world_size:
             self._node = NodeRound(counts_WE, placement, self._kept_P, open_P, ranks_per_node)
             open_P = open_P - self._node.taken_P
-        self._shares = Shares(open_P, placement.by_expert_P, placement.first_pair_E)
+        order_P = placement.by_expert_P
+        self._shares = Shares(open_P, order_P, placement.pair_expert_P[order_P], placement.first_pair_E)
 
     def sent_before(self, rank: int) -> np.ndarray:
         """[2, P] int64: what the sources below `rank` send to each pair, and what those up to `rank` do."""
@@ -63,7 +64,7 @@ class Routes:
         supply_2E[1, expert_P[own]] -= self._kept_P[own]
         if self._node is not None:
             supply_2E = self._node.send_row(rank, supply_2E, before_2P)
-        before_2P += self._shares.overlap(supply_2E[:, expert_P], slice(None))
+        before_2P += self._shares.overlap(supply_2E.take(expert_P, axis=1), slice(None))
         return before_2P
 
     def received_before(self, rank: int) -> np.ndarray:
@@ -75,7 +76,7 @@ class Routes:
         # All pairs of these experts, on whichever ranks they are.
         pairs = np.flatnonzero(column_E[placement.pair_expert_P] >= 0)
         ranks, columns = placement.pair_rank_P[pairs], column_E[placement.pair_expert_P[pairs]]
-        supply_Wd = self._counts_WE[:, experts_d]
+        supply_Wd = self._counts_WE.take(experts_d, axis=1)
         supply_Wd[ranks, columns] -= self._kept_P[pairs]
         before_Qd = np.zeros((placement.world_size + 1, len(experts_d)), dtype=np.int64)
         before_Qd[rank + 1 :] = self._kept_P[own]
@@ -100,16 +101,17 @@ class Shares:
     Args:
         open_P: [P] int64, what the pairs can still take.
         order_P: the pairs, line by line.
+        line_P: [P] int64, the line of each in that order.
         first_V: [V] int64, where each line begins in that order.
 
     Attributes:
         open_P: [P] int64.
     """
 
-    def __init__(self, open_P: np.ndarray, order_P: np.ndarray, first_V: np.ndarray) -> None:
+    def __init__(self, open_P: np.ndarray, order_P: np.ndarray, line_P: np.ndarray, first_V: np.ndarray) -> None:
         ordered_P = open_P[order_P]
         before_P = ordered_P.cumsum() - ordered_P
-        before_P -= before_P[first_V].repeat(np.diff(first_V, append=len(order_P)))
+        before_P -= before_P[first_V][line_P]
         self.open_P, self._begin_P = open_P, np.empty_like(before_P)
         self._begin_P[order_P] = before_P
 
@@ -150,12 +152,12 @@ class NodeRound:
         expert_P, node_P = placement.pair_expert_P[order_P], (placement.pair_rank_P // ranks_per_node)[order_P]
         is_first_P = np.ones(len(order_P), dtype=bool)
         is_first_P[1:] = (expert_P[1:] != expert_P[:-1]) | (node_P[1:] != node_P[:-1])
-        first_V = np.flatnonzero(is_first_P)
-        self._shares = Shares(open_P, order_P, first_V)
+        line_P, first_V = is_first_P.cumsum() - 1, np.flatnonzero(is_first_P)
+        self._shares = Shares(open_P, order_P, line_P, first_V)
         self._counts_GE = _sum_by_node(counts_WE, ranks_per_node)
         supply_V = self._counts_GE[node_P[first_V], expert_P[first_V]] - np.add.reduceat(kept_P[order_P], first_V)
         supply_P = np.empty_like(open_P)
-        supply_P[order_P] = supply_V.repeat(np.diff(first_V, append=len(order_P)))
+        supply_P[order_P] = supply_V[line_P]
         self.taken_P = self._shares.overlap(supply_P, slice(None))
         self._served_P = kept_P + self.taken_P
 
@@ -177,7 +179,7 @@ class NodeRound:
         expert_P, first = self._placement.pair_expert_P, self.first_rank(rank)
         below, node = self._placement.pairs_of(0, first), self._placement.pairs_of(first, first + self._ranks_per_node)
         before_2P[:, below] += self.taken_P[below]
-        before_2P[:, node] += self._shares.overlap(supply_2E[:, expert_P[node]], node)
+        before_2P[:, node] += self._shares.overlap(supply_2E.take(expert_P[node], axis=1), node)
         open_E, left_E = np.zeros_like(supply_2E[0]), self._counts_GE[: first // self._ranks_per_node].sum(0)
         np.add.at(open_E, expert_P[node], self._shares.open_P[node])
         np.subtract.at(left_E, expert_P[below], self._served_P[below])
