@@ -185,6 +185,57 @@ def report(  # noqa: PLR0913 - options
     typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 
+_MODEL_HELP = "A preset (qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, olmoe-1b-7b) or a Hugging Face config.json."
+
+
+@app.command()
+def scale(  # noqa: PLR0913 - options
+    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    layers: Annotated[int | None, _option("MoE layers (default, as of the next four: the model's).", 1)] = None,
+    experts: Annotated[int | None, _option("Experts of a layer.", 1)] = None,
+    top_k: Annotated[int | None, _option("Experts of a token.", 1)] = None,
+    dim: Annotated[int | None, _option("Width of the model.", 1)] = None,
+    hidden_dim: Annotated[int | None, _option("Inner width of an expert.", 1)] = None,
+    dense_parameters: Annotated[int | None, _option("All parameters that are not of routed experts.", 0)] = None,
+    ranks: Annotated[str, _option("Ranks, or several numbers of them with commas between.")] = "8,64,1024,10240",
+    ranks_per_node: Annotated[int, _option("Neighbours with fast links: a node, or an NVLink domain.", 1)] = 8,
+    tokens: Annotated[int, _option("Tokens of a rank and micro-batch.", 1)] = 4096,
+    micro_batches: Annotated[int, _option("Micro-batches of a step.", 1)] = 1,
+    node_gbytes: Annotated[float, _option("GB/s of a rank to its node.")] = 400,
+    node_latency_us: Annotated[float, _option("Microseconds of a message in a node.", 0)] = 1,
+    network_gbytes: Annotated[float, _option("GB/s of a rank to other nodes.")] = 45,
+    network_latency_us: Annotated[float, _option("Microseconds of a message to another node.", 0)] = 2,
+    gpu_gbytes: Annotated[float, _option("GB of a GPU's memory.")] = 80,
+    param_dtype: Annotated[str, _option("Of slots, and of weights and tokens on the wire.")] = "bfloat16",
+    reduce_dtype: Annotated[str, _option("Of gradients on the wire.")] = "bfloat16",
+    state_dtype: Annotated[str, _option("Of owned parameters, gradients and Adam's moments.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what expert groups of each size cost in bytes, seconds and memory, on paper, and which to use."""
+    from swiftmoe_lightning.analysis import Advice, Cluster, Workload, model_of
+    from swiftmoe_lightning.analysis.report import scale_table
+
+    with _clear_errors("scale"):
+        sizes = {"num_layers": layers, "num_experts": experts, "top_k": top_k, "dim": dim, "hidden_dim": hidden_dim}
+        known = model_of(model, {**sizes, "dense_parameters": dense_parameters})
+        speeds = Cluster(
+            num_ranks=1,
+            ranks_per_node=ranks_per_node,
+            node_bytes=node_gbytes * 1e9,
+            node_latency=node_latency_us / 1e6,
+            network_bytes=network_gbytes * 1e9,
+            network_latency=network_latency_us / 1e6,
+            gpu_bytes=gpu_gbytes * 1e9,
+        )
+        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "state_dtype": state_dtype}
+        work = Workload(tokens=tokens, micro_batches=micro_batches, **dtypes)
+        advices = [Advice(known, cluster, work) for cluster in speeds.of_sizes(ranks)]
+    if as_json:
+        typer.echo(json.dumps(scale_table.as_json(advices), indent=2))
+    else:
+        scale_table.print_scale(advices)
+
+
 @app.command()
 def doctor(
     checkpoint: Annotated[

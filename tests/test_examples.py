@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,3 +16,20 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
     run_script(sys.executable, str(path), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "launcher"), [("expert_groups_torchrun.sh", "torchrun"), ("expert_groups.sbatch", "srun")]
+)
+def test_launch_scripts_give_the_example_options_that_it_takes(script: str, launcher: str, tmp_path: Path) -> None:
+    stub = tmp_path / launcher
+    stub.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    stub.chmod(0o755)
+    settings = {"NODES": "2", "HEAD": "first:29500", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    settings["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    folder = EXAMPLES[0].parent
+    done = subprocess.run(["bash", folder / script], env=settings, capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    example = words.index("examples/expert_groups.py")
+    given = runpy.run_path(str(folder / "expert_groups.py"))["options"](words[example + 1 :])
+    assert (given.accelerator, given.num_nodes, given.devices, given.group_size) == ("gpu", 2, 8, 8)

@@ -23,6 +23,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "docs/training-step.md",
     "docs/placement.md",
+    "docs/scale.md",
     "docs/checkpoints.md",
     "docs/stopping-and-resuming.md",
     "benchmarks/README.md",

@@ -18,7 +18,10 @@ import torch
 
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "benchmarks" / "results"
-_LIBRARIES: Final = ("torch", "numpy", "triton", "lightning", "transformers", "liger-kernel", "scattermoe", "sonic-moe")
+_LIBRARIES: Final = (
+    *("torch", "numpy", "triton", "lightning", "transformers", "deepspeed"),
+    *("liger-kernel", "scattermoe", "sonic-moe"),
+)
 
 
 def collect_provenance() -> dict[str, Any]:

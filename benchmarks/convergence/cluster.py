@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.convergence.systems import System, keep_as_deepspeed, keep_within_budgets
+from benchmarks.convergence.systems import System, keep_as_deepspeed, keep_within_budgets, weigh_as_deepspeed
 from swiftmoe_lightning.modules import Experts, MoE
 from swiftmoe_lightning.modules.experts import ExpertsOutput
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
@@ -71,6 +71,15 @@ class EmulatedCluster:
             )
         return kept_WTK.view(expert_ids_TK.shape)
 
+    def weigh(self, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        """[T, K] weights of the assignments, once it is known which are kept; differentiable.
+
+        Args:
+            weights_TK: [T, K] floating, the router's.
+            kept_TK: what `keep` returned.
+        """
+        return weigh_as_deepspeed(weights_TK, kept_TK) if self.system.capacity == "deepspeed" else weights_TK
+
     def draw(self, shape: tuple[int, int, int]) -> Tensor:
         """[W, T, E] uniform in 0..1, which says what DeepSpeed's gates keep."""
         return torch.rand(shape, generator=self._generator)
@@ -105,7 +114,7 @@ class EmulatedExperts(Experts):
             return super().run(x_TD, expert_ids_TK, weights_TK, scores_finite)
         kept_TK = self._cluster.keep(self._name, expert_ids_TK, weights_TK)
         ids_TK = torch.where(kept_TK, expert_ids_TK, self.num_experts)
-        out = super().run(x_TD, ids_TK, weights_TK, scores_finite)
+        out = super().run(x_TD, ids_TK, self._cluster.weigh(weights_TK, kept_TK), scores_finite)
         # What is dropped was chosen all the same: the balancing loss and the popularity count it.
         popularity_E = torch.from_numpy(self._cluster.loads[self._name].popularity_E)
         return ExpertsOutput(out.hidden_TD, popularity_E, 1, out.recomputes)

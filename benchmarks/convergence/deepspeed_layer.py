@@ -1,4 +1,5 @@
-"""Losses of DeepSpeed's own MoE layer on real ranks, and of the emulated "deepspeed" system: they must be equal.
+"""Losses of DeepSpeed's own MoE layer on real ranks, and of the emulated "deepspeed" system, with top-1 and with top-2:
+they must be equal.
 
 python -m benchmarks.convergence.deepspeed_layer
 
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.convergence.cluster import EmulatedCluster
-from benchmarks.convergence.systems import SYSTEMS
+from benchmarks.convergence.systems import DEEPSPEED_MIN_CAPACITY, SYSTEMS
 from swiftmoe_lightning import MoE
 from tests.helpers import run_ranks
 
 NUM_RANKS: Final = 2
 NUM_STEPS: Final = 20
+TOP_KS: Final = (1, 2)
 CAPACITY_FACTOR: Final = 1.0
 _VOCABULARY, _DIM, _HIDDEN_DIM, _EXPERTS, _TOKENS = 64, 32, 64, 4, 64
 _LR: Final = 1e-2
@@ -50,10 +52,10 @@ class OneLayer(nn.Module):
         return logits_TV
 
 
-def make_model() -> OneLayer:
+def make_model(top_k: int) -> OneLayer:
     """Our layer, from one seed."""
     torch.manual_seed(0)
-    moe = MoE(_DIM, _HIDDEN_DIM, _EXPERTS, top_k=1, activation="gelu")
+    moe = MoE(_DIM, _HIDDEN_DIM, _EXPERTS, top_k, activation="gelu")
     model = OneLayer(moe)
     # Tokens that differ in how much they like an expert, so that there is something to drop.
     nn.init.normal_(moe.router.weight, std=0.3)
@@ -82,9 +84,9 @@ class _SeededCluster(EmulatedCluster):
         return torch.stack([torch.rand(shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def emulated() -> dict[str, list[float]]:
+def emulated(top_k: int) -> dict[str, list[float]]:
     """Losses of our layer, all ranks in this process, and the share of assignments that each step dropped."""
-    model = make_model()
+    model = make_model(top_k)
     cluster = _SeededCluster(model, SYSTEMS["deepspeed"], NUM_RANKS, _EXPERTS // NUM_RANKS, CAPACITY_FACTOR, seed=0)
     optimizer = optimizer_of(model)
     losses, dropped = [], []
@@ -109,7 +111,17 @@ class _DeepSpeedMoE(nn.Module):
         mlp = nn.Sequential(
             nn.Linear(_DIM, _HIDDEN_DIM, bias=False), nn.GELU(), nn.Linear(_HIDDEN_DIM, _DIM, bias=False)
         )
-        self.layer = Layer(_DIM, mlp, _EXPERTS, ep_size=NUM_RANKS, k=1, capacity_factor=CAPACITY_FACTOR, min_capacity=4)
+        self.layer = Layer(
+            _DIM,
+            mlp,
+            _EXPERTS,
+            ep_size=NUM_RANKS,
+            k=ours.top_k,
+            capacity_factor=CAPACITY_FACTOR,
+            min_capacity=DEEPSPEED_MIN_CAPACITY,
+            # It would draw second choices at random; all systems of the comparison choose the best two.
+            top2_2nd_expert_sampling=False,
+        )
         weights = ours.experts.expert_parameters()
         num_local = _EXPERTS // NUM_RANKS
         with torch.no_grad():
@@ -124,7 +136,7 @@ class _DeepSpeedMoE(nn.Module):
         return out_TD
 
 
-def deepspeed_losses() -> list[float]:
+def deepspeed_losses(top_k: int) -> list[float]:
     """Losses of DeepSpeed's layer under DeepSpeed's engine, the mean over ranks. On every rank."""
     warnings.simplefilter("ignore")
     import deepspeed
@@ -132,7 +144,7 @@ def deepspeed_losses() -> list[float]:
     rank = dist.get_rank()
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
     deepspeed.init_distributed("gloo")
-    model = make_model()
+    model = make_model(top_k)
     model.moe = _DeepSpeedMoE(model.moe)
     batch_sizes = {"train_micro_batch_size_per_gpu": _TOKENS, "train_batch_size": NUM_RANKS * _TOKENS}
     # It clips at 1.0 unless told otherwise.
@@ -153,12 +165,14 @@ def deepspeed_losses() -> list[float]:
 
 def main() -> None:
     """Command line."""
-    provenance = collect_provenance()
-    theirs = run_ranks(deepspeed_losses, NUM_RANKS, timeout_s=300)[0]
-    ours: dict[str, Any] = emulated()
-    for step, (mine, other, dropped) in enumerate(zip(ours["losses"], theirs, ours["dropped"], strict=True)):
-        print(f"step {step:2}  DeepSpeed {other:.6f}  emulated {mine:.6f}  dropped {dropped:.1%}")
-    write_result("deepspeed_layer", provenance, {"deepspeed_losses": theirs, **ours})
+    provenance, results = collect_provenance(), {}
+    for top_k in TOP_KS:
+        theirs = run_ranks(deepspeed_losses, NUM_RANKS, top_k, timeout_s=300)[0]
+        ours: dict[str, Any] = emulated(top_k)
+        for step, (mine, other, dropped) in enumerate(zip(ours["losses"], theirs, ours["dropped"], strict=True)):
+            print(f"top-{top_k}, step {step:2}  DeepSpeed {other:.6f}  emulated {mine:.6f}  dropped {dropped:.1%}")
+        results[f"top-{top_k}"] = {"deepspeed_losses": theirs, **ours}
+    write_result("deepspeed_layer", provenance, results)
 
 
 if __name__ == "__main__":

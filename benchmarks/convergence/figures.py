@@ -5,6 +5,7 @@ python -m benchmarks.convergence.figures loss           validation loss over ste
 python -m benchmarks.convergence.figures drops          dropped assignments over steps
 python -m benchmarks.convergence.figures replicas       popularity of each expert, and the replicas that follow it
 python -m benchmarks.convergence.figures step-time      step time by system, of each kind that is known
+python -m benchmarks.convergence.figures phases         where a step's time goes, as `.step_times` has measured it
 python -m benchmarks.convergence.figures auxiliary      dropped assignments by weight of the balancing loss
 
 They show what `python -m benchmarks.convergence` has run, train what is missing, and write figures to --folder.
@@ -19,12 +20,20 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from benchmarks.convergence.comparison import Comparison
 from benchmarks.convergence.presets import PRESETS, Experiment
-from benchmarks.convergence.times import PAPER_MINUTES, measured_step_times, modelled_seconds, paper_step_times
+from benchmarks.convergence.real_ranks import PHASES
+from benchmarks.convergence.times import (
+    PAPER_MINUTES,
+    PAPER_NEW_PARTS,
+    measured_step_times,
+    modelled_seconds,
+    paper_step_times,
+    recorded_step_times,
+)
 from benchmarks.convergence.training import Run
 from swiftmoe_lightning.analysis.report.figure import new_figure
 
@@ -112,11 +121,52 @@ def step_time(experiment: Experiment, folder: Path) -> Table:
     kinds = {
         "the paper": paper_step_times(),
         "modelled": {system: seconds / modelled["static"] for system, seconds in modelled.items()},
-        "measured, real ranks": measured_step_times(),
+        **{
+            f"measured, real ranks, {links}": {
+                system: ratio["median"] for system, ratio in measured["step_time_over_static"].items()
+            }
+            for links, measured in recorded_step_times().items()
+        },
     }
     table = Table("system", *kinds, title="step time, static's is 1")
     for system in experiment.systems:
         table.add_row(system, *(f"{times[system]:.3f}" if system in times else "" for times in kinds.values()))
+    return table
+
+
+def phases(experiment: Experiment, _folder: Path) -> Group:
+    """Milliseconds of each phase of a step and its share, by system: a table for each kind of links that was measured.
+
+    Raises:
+        SystemExit: when no phases are recorded.
+    """
+    by_links = {
+        links: measured["phases_ms"] for links, measured in recorded_step_times().items() if "phases_ms" in measured
+    }
+    if not by_links:
+        raise SystemExit("no phases of steps are recorded. Run python -m benchmarks.convergence.step_times first.")
+    return Group(*(_phases_table(links, times, experiment.systems) for links, times in by_links.items()))
+
+
+def _phases_table(links: str, measured: dict[str, Any], systems: Sequence[str]) -> Table:
+    medians = {
+        system: {phase: ms["median"] for phase, ms in measured[system].items()}
+        for system in systems
+        if system in measured
+    }
+    totals = {system: sum(by_phase.values()) for system, by_phase in medians.items()}
+    table = Table("phase", "what it is", *medians, title=f"a step on real ranks, ms and share of it; {links}")
+    for phase, what in PHASES.items():
+        cells = (f"{medians[system][phase]:.1f} ({medians[system][phase] / totals[system]:.1%})" for system in medians)
+        table.add_row(phase, what, *cells)
+    table.add_row("all", "", *(f"{total:.1f}" for total in totals.values()))
+    new = ((by_phase["count"] + by_phase["place"]) / totals[system] for system, by_phase in medians.items())
+    table.add_row("new", "count and place", *(f"{share:.1%}" for share in new))
+    paper = ", ".join(f"{share:.2%} of {model}" for model, share in PAPER_NEW_PARTS.items())
+    table.caption = (
+        f"the paper: popularity all-reduce, placement and metadata take {paper}. A phase that communicates includes "
+        "the wait for the slowest rank; static needs the counts as well, to know how much it receives"
+    )
     return table
 
 
@@ -144,6 +194,7 @@ _COMMANDS: Final[dict[str, Callable[[Experiment, Path], Any]]] = {
     "drops": drops,
     "replicas": replicas,
     "step-time": step_time,
+    "phases": phases,
     "auxiliary": auxiliary,
 }
 
@@ -156,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="of runs, and for figures")
     given = parser.parse_args(arguments)
     drawn = _COMMANDS[given.figure](PRESETS[given.preset][0], given.folder)
-    if isinstance(drawn, Table):
-        Console().print(drawn)
-    else:
+    if isinstance(drawn, Figure):
         path = given.folder / f"{given.figure}.png"
         drawn.savefig(path, dpi=130)
         print(f"written to {path}")
+    else:
+        Console().print(drawn)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +67,25 @@ class Setting:
         """Share of the blocks' parameters that experts have."""
         experts = self.num_experts * 3 * self.dim * self.hidden_dim
         return experts / (experts + 4 * self.dim**2 + self.num_experts * self.dim)
+
+    def over(self, num_ranks: int) -> Self:
+        """The same slots and sequences of a step, over another number of ranks.
+
+        Args:
+            num_ranks: W.
+
+        Raises:
+            ValueError: where they cannot be divided evenly.
+        """
+        slots = self.num_ranks * self.slots_per_rank
+        if num_ranks < 1 or slots % num_ranks or self.num_sequences % num_ranks:
+            raise ValueError(
+                f"{slots} slots and {self.num_sequences} sequences a step cannot be divided over {num_ranks} ranks. "
+                "Choose a number of ranks that divides both."
+            )
+        return replace(
+            self,
+            num_ranks=num_ranks,
+            slots_per_rank=slots // num_ranks,
+            sequences_per_rank=self.num_sequences // num_ranks,
+        )

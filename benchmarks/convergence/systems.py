@@ -87,7 +87,7 @@ def keep_as_deepspeed(
 
     `deepspeed.moe.sharded_moe`: a rank's capacity for an expert is its assignments over E times the factor, and at
     least 4. Over it, top-1 keeps a random choice (`use_rts=True`, its default), and top-2 first choices before second
-    ones, each in the order of the tokens.
+    ones, each in the order of the tokens. More than two choices are kept by another rule of its, which is not here.
 
     Args:
         expert_ids_WTK: [W, T, K] int64.
@@ -97,8 +97,13 @@ def keep_as_deepspeed(
 
     Returns:
         ([W, T, K] bool, the load that the kept ones give).
+
+    Raises:
+        ValueError: for K > 2.
     """
     num_ranks, num_tokens, top_k = expert_ids_WTK.shape
+    if top_k > 2:
+        raise ValueError(f'"deepspeed" is emulated for top-1 and top-2, got top-{top_k}. Leave the system out.')
     num_experts = placement.num_experts
     capacity = max(math.ceil(num_tokens * top_k / num_experts * factor), DEEPSPEED_MIN_CAPACITY)
     key = (expert_ids_WTK + num_experts * torch.arange(num_ranks).view(-1, 1, 1)).flatten()
@@ -116,3 +121,22 @@ def keep_as_deepspeed(
     wanted_W = plan_dispatch(counts_WE, placement, "uniform").load_W
     load = ExpertLoad(placement, counts_WE, wanted_W, load_W, capacity * num_experts)
     return kept.view(expert_ids_WTK.shape), load
+
+
+def weigh_as_deepspeed(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """The weights of what DeepSpeed keeps: with top-2 each token's kept ones sum to 1 (`sharded_moe.top2gating`).
+
+    So a token that lost one of its two choices takes the other with weight 1. Top-1 weights stay as they are.
+
+    Args:
+        weights_TK: [T, K] floating, the router's.
+        kept_TK: [T, K] bool.
+
+    Returns:
+        [T, K], differentiable; 0 for what is dropped.
+    """
+    kept_weights_TK = weights_TK * kept_TK
+    if weights_TK.shape[1] == 1:
+        return kept_weights_TK
+    least = torch.finfo(weights_TK.dtype).eps
+    return kept_weights_TK / kept_weights_TK.sum(1, keepdim=True).clamp(min=least)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -28,6 +28,8 @@ PAPER_MINUTES: Final = {
     "symi": 102.68,
 }
 _PAPER_FEWER_STEPS: Final = {"static": 0.285, "flexmoe-100": 0.156, "flexmoe-50": 0.121, "flexmoe-10": 0.0, "symi": 0.0}
+# Of an iteration of SYMI: popularity all-reduce, placement, and the metadata of placements.
+PAPER_NEW_PARTS: Final = {"GPT-Small": 0.0106, "GPT-Medium": 0.0082, "GPT-Large": 0.0070}
 # Systems whose step is the paper's SYMI step: what they add to it is another rule for the same exchange.
 _LIKE_SYMI: Final = ("packed", "balanced", "dropless")
 
@@ -113,3 +115,17 @@ def measured_step_times(path: Path = STEP_TIMES) -> dict[str, float]:
         return {}
     ratios: dict[str, dict[str, float]] = json.loads(path.read_text())["capacity 1"]["step_time_over_static"]
     return {system: ratio["median"] for system, ratio in ratios.items()}
+
+
+def recorded_step_times(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The links between the ranks -> what `step_times` wrote of runs with a capacity over them.
+
+    Args:
+        folder: where `step_times` writes.
+    """
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{STEP_TIMES.stem}*.json"))]
+    return {
+        f"{each['mbit']} Mbit/s links" if each.get("mbit") else "loopback": each["capacity 1"]
+        for each in contents
+        if "capacity 1" in each
+    }

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch.distributed as dist
 
 from benchmarks.common.across_ranks import total
+from benchmarks.common.phases import engine_phases
 from benchmarks.common.spread import spread
 from benchmarks.step.workload import TrainingLoop
-from swiftmoe_lightning.engine.gradient_collector import GradientCollector
-
-
-class Stopwatch:
-    """Seconds by phase; a phase inside another stops the outer one's clock."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._running: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs inside is charged to phase `name`."""
-        self._charge()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._running.pop()
-
-    def timed(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, charged to phase `name`."""
-
-        def run(*args: Any) -> Any:
-            with self.phase(name):
-                return fn(*args)
-
-        return run
-
-    def _charge(self) -> None:
-        now = time.perf_counter()
-        if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._since = now
 
 
 def time_phases(loops: tuple[TrainingLoop, TrainingLoop], steps: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds of each phase of a step, adapting and with a fixed placement, mean over ranks. A collective.
-
-    Waiting for other ranks counts where it happens: a phase that communicates is charged for what made the ranks
-    uneven before it.
-    """
+    """Milliseconds of each phase of a step, adapting and with a fixed placement, mean over ranks. A collective."""
     by_phase: dict[str, defaultdict[str, list[float]]] = {}
     for loop, (role, adapts) in zip(loops, (("adapting", True), ("fixed", False)), strict=True):
         loop.set_adapting(every_step=True)
@@ -81,19 +37,15 @@ def time_phases(loops: tuple[TrainingLoop, TrainingLoop], steps: int) -> dict[st
 
 def _timed_step(loop: TrainingLoop) -> dict[str, float]:
     """Seconds of each phase of one step on this rank; the weights' arrival is waited for at the end."""
-    engine, watch = loop.engine, Stopwatch()
-    with ExitStack() as patches:
-        for owner, name in ((GradientCollector, "collect"), (engine, "place"), (engine, "distribute")):
-            patches.enter_context(patch.object(owner, name, watch.timed(name, getattr(owner, name))))
+    with engine_phases(loop.engine) as watch:
         with watch.phase("forward"):
             loss = loop.forward()
         with watch.phase("backward"):
             loss.backward()
         with watch.phase("clip"):
-            engine.clip_grad_norm_(1.0)
+            loop.engine.clip_grad_norm_(1.0)
         with watch.phase("update"):
             loop.optimizer.step()
             loop.optimizer.zero_grad()
-        with watch.phase("arrive"):
-            loop.wait_for_weights()
+        loop.wait_for_weights()
     return watch.seconds

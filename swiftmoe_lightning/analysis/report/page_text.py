@@ -117,6 +117,14 @@ def bytes_text(value: float) -> str:
     return f"{value:.4g} TB"
 
 
+def seconds_text(value: float) -> str:
+    """Seconds in the unit that fits, "us" to "s"."""
+    for unit, scale in (("us", 1e6), ("ms", 1e3), ("s", 1)):
+        if scale * value < 999.5:
+            return f"{scale * value:.3g} {unit}"
+    return f"{value:,.0f} s"
+
+
 def _percent(share: float) -> str:
     if 0 < share < 0.0005:
         return "less than 0.1 %"

@@ -28,8 +28,13 @@ _WIDEST: Final = 1000
 
 
 def print_plan(plan: Plan) -> None:
-    """The table on standard output. Numbers are never cut: where the terminal, or a file, is too narrow, rows wrap."""
-    console, table = Console(), plan_table(plan)
+    """The plan's table on standard output."""
+    print_table(plan_table(plan))
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output. Numbers are never cut: where the terminal, or a file, is too narrow, rows wrap."""
+    console = Console()
     wide = console.options.update(max_width=_WIDEST)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)

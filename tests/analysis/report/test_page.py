@@ -13,7 +13,7 @@ import pytest
 
 from swiftmoe_lightning.analysis.report.page import PageData, PolicySeries, write_page
 from swiftmoe_lightning.analysis.report.page_numbers import Columns, lines, maps, pack
-from swiftmoe_lightning.analysis.report.page_text import bytes_text, loss_terms, summary
+from swiftmoe_lightning.analysis.report.page_text import bytes_text, loss_terms, seconds_text, summary
 
 HOSTILE = "</script><script>alert(1)</script>{{data}}<!--\"'&"
 
@@ -280,3 +280,11 @@ def test_series_of_another_length_are_refused() -> None:
         replace(data, layers=("a",))
     with pytest.raises(ValueError, match=r"at least one of each, got \(0, 2, 4\).*Record at least one step"):
         replace(data, counts_ULE=data.counts_ULE[:0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 us"), (1.5e-6, "1.5 us"), (0.9996e-3, "1 ms"), (0.0123, "12.3 ms"), (0.9996, "1 s"), (1234.5, "1,234 s")],
+)
+def test_seconds_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from benchmarks.common import provenance
-from benchmarks.convergence import figures, step_times
+from benchmarks.convergence import figures, real_ranks, step_times
 from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.presets import PRESETS
@@ -85,9 +86,67 @@ def test_a_table_has_the_papers_numbers_beside_ours(
 
 def test_steps_are_timed_on_real_ranks(folder: Path) -> None:
     setting = replace(SMOKE.setting, num_ranks=2, slots_per_rank=16, capacity_factor=None, num_steps=12)
-    plan = step_times.Plan(setting=setting, rounds=1, cache=folder / "corpus")
+    plan = step_times.Plan(setting, 1, folder / "corpus", None)
     measured = run_ranks(step_times.measure, 2, plan, ("static", "balanced"))[0]
     assert measured["step_ms"].keys() == {"static", "balanced"}
     assert measured["step_time_over_static"]["static"]["median"] == 1
     assert measured["step_time_over_static"]["balanced"]["median"] > 0
     assert measured["largest_load_over_static"]["balanced"]["median"] < 0.95
+    for system, phases in measured["phases_ms"].items():
+        medians = {phase: ms["median"] for phase, ms in phases.items()}
+        # Means over ranks, and the step is that of the slowest.
+        assert 0 < sum(medians.values()) <= measured["step_ms"][system]["median"] * (1 + 1e-9)
+        assert all(ms > 0 for phase, ms in medians.items() if phase != "move")
+        assert (medians["move"] > 0) == (system == "static")
+
+
+PHASES_MS = {phase: {"median": 1.0} for phase in real_ranks.PHASES} | {"count": {"median": 3.0}}
+
+
+def test_phases_are_shown_by_system_with_what_is_new_in_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    recorded = {"loopback": {"phases_ms": {"static": PHASES_MS, "balanced": PHASES_MS}}, "measured before": {}}
+    monkeypatch.setattr(figures, "recorded_step_times", lambda: recorded)
+    figures.main(["phases", "--preset", "smoke", "--folder", str(folder)])
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    by_phase = {row[0]: row[2:] for row in rows if len(row) == 4}
+    assert by_phase["count"] == ["3.0 (25.0%)"] * 2
+    assert by_phase["backward"] == ["1.0 (8.3%)"] * 2
+    assert by_phase["all"] == ["12.0"] * 2
+    assert by_phase["new"] == ["33.3%"] * 2
+
+
+def test_phases_that_nobody_measured_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "recorded_step_times", lambda: {"measured before": {}})
+    with pytest.raises(SystemExit, match=r"Run python -m benchmarks\.convergence\.step_times first"):
+        figures.main(["phases", "--preset", "smoke", "--folder", str(folder)])
+
+
+def test_real_ranks_are_shown_beside_the_emulation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real_ranks.main(["--system", "symi", "--preset", "smoke", "--steps", "3", "--folder", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "symi on 4 gloo ranks, and emulated"
+    losses = [line.split() for line in lines[2:-1]]
+    assert [step for step, *_ in losses] == ["0", "1", "2"]
+    for _, real, emulated, real_dropped, emulated_dropped in losses:
+        assert float(real) == pytest.approx(float(emulated), abs=2e-5)
+        assert real_dropped == emulated_dropped != "0.00%"
+    assert lines[-1].endswith("dropped 0.00%")
+
+
+@pytest.mark.parametrize("command", [real_ranks, step_times])
+def test_ranks_must_divide_slots_and_sequences(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--ranks", "3"])
+    assert "64 slots and 16 sequences a step cannot be divided over 3 ranks" in capsys.readouterr().err
+
+
+def test_links_that_cannot_be_shaped_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_times, "missing_for_links", lambda: "There is no root.")
+    with pytest.raises(SystemExit):
+        step_times.main(["--mbit", "100"])
+    assert "--mbit 100: There is no root." in capsys.readouterr().err

@@ -15,6 +15,7 @@ from benchmarks.convergence.times import (
     measured_step_times,
     modelled_seconds,
     paper_step_times,
+    recorded_step_times,
 )
 from benchmarks.convergence.training import Run
 from swiftmoe_lightning.analysis.cost import Machine
@@ -56,3 +57,15 @@ def test_measured_step_times_are_medians_with_a_capacity(tmp_path: Path) -> None
     ratios = {"step_time_over_static": {"static": {"median": 1.0}, "balanced": {"median": 1.2}}}
     path.write_text(json.dumps({"capacity 1": ratios, "dropless": {}}))
     assert measured_step_times(path) == {"static": 1.0, "balanced": 1.2}
+
+
+def test_recorded_step_times_are_told_apart_by_their_links(tmp_path: Path) -> None:
+    assert recorded_step_times(tmp_path) == {}
+    for name, content in {
+        "convergence.step_times": {"capacity 1": {"a": 1}, "dropless": {}},
+        "convergence.step_times_100mbit": {"mbit": 100, "capacity 1": {"a": 2}},
+        "convergence.step_times_only_dropless": {"mbit": None, "dropless": {}},
+        "convergence_quick": {"capacity 1": {"a": 3}},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert recorded_step_times(tmp_path) == {"loopback": {"a": 1}, "100 Mbit/s links": {"a": 2}}

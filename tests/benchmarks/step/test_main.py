@@ -28,7 +28,7 @@ def test_a_small_run_measures_everything(
     assert baseline["pairs_moved_per_step"] == 0
     assert run["bytes_sent_per_step"] == baseline["bytes_sent_per_step"]
     assert written["bytes"]["collect_all_ranks"] == written["bytes"]["formula_all_ranks"] > 0
-    phases = {"forward", "backward", "collect", "clip", "update", "place", "distribute", "arrive"}
+    phases = {"forward", "count", "backward", "collect", "clip", "update", "place", "distribute", "arrive"}
     assert written["phases_ms"].keys() == {"adapting", "fixed"}
     assert all(times.keys() == phases for times in written["phases_ms"].values())
     table = capsys.readouterr().out

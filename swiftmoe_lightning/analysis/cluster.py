@@ -1,0 +1,105 @@
+"""The ranks, their links and their work, for costs on paper. W ranks, T tokens of a rank and micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from swiftmoe_lightning.config import DTYPES, check_choice, check_coefficient, check_whole
+
+BYTES_OF: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# More than any run has.
+_MOST_RANKS: Final = 2**17
+_MOST: Final = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The ranks and their links. The speeds are round numbers for NVLink in a node and 400 Gb/s a rank between nodes.
+
+    Attributes:
+        num_ranks: W.
+        ranks_per_node: neighbours with fast links, a node or an NVLink domain.
+        node_bytes: bytes a second that a rank sends to ranks of its node while it receives as many.
+        node_latency: seconds of one message within a node.
+        network_bytes: as `node_bytes`, to other nodes.
+        network_latency: seconds of one message to another node.
+        gpu_bytes: memory of a rank's GPU.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    num_ranks: int
+    ranks_per_node: int = 8
+    node_bytes: float = 400e9
+    node_latency: float = 1e-6
+    network_bytes: float = 45e9
+    network_latency: float = 2e-6
+    gpu_bytes: float = 80e9
+
+    def __post_init__(self) -> None:
+        check_whole(num_ranks=self.num_ranks, ranks_per_node=self.ranks_per_node)
+        if self.num_ranks > _MOST_RANKS:
+            raise ValueError(f"num_ranks must be at most {_MOST_RANKS}, got {self.num_ranks}.")
+        for name in ("node_bytes", "network_bytes", "gpu_bytes"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
+        check_coefficient(node_latency=self.node_latency, network_latency=self.network_latency)
+
+    def of_sizes(self, ranks: str) -> list[Cluster]:
+        """The same links with other numbers of ranks.
+
+        Args:
+            ranks: whole numbers with commas between.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        numbers = [number.strip() for number in ranks.split(",")]
+        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            raise ValueError(f"--ranks must be whole numbers with commas between, got {ranks!r}. Write 64, or 8,64.")
+        return [replace(self, num_ranks=int(number)) for number in numbers]
+
+    def exchange_seconds(self, near: int, far: int, message: float) -> float:
+        """One exchange, in which a rank sends and receives a message of each peer; both kinds of links at once.
+
+        Args:
+            near: peers in the rank's node.
+            far: peers in other nodes.
+            message: bytes.
+        """
+        return max(
+            near * (self.node_latency + message / self.node_bytes),
+            far * (self.network_latency + message / self.network_bytes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a rank does in a step, and in which numbers.
+
+    Attributes:
+        tokens: T of a rank and micro-batch.
+        micro_batches: of a step.
+        param_dtype: of the slots, and of weights and tokens on the wire.
+        reduce_dtype: of gradients on the wire.
+        state_dtype: of parameters, their gradients and Adam's moments where they are owned.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    tokens: int = 4096
+    micro_batches: int = 1
+    param_dtype: str = "bfloat16"
+    reduce_dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_whole(tokens=self.tokens, micro_batches=self.micro_batches)
+        for name in ("tokens", "micro_batches"):
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, got {getattr(self, name)}.")
+        for name in ("param_dtype", "reduce_dtype", "state_dtype"):
+            check_choice(name, getattr(self, name), DTYPES)
