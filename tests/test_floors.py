@@ -113,7 +113,6 @@ TESTED_IN = {
     "analysis/sizes.py": "analysis/test_plan.py",
     "analysis/write_trace.py": "analysis/test_read_trace.py",
     "placement/load.py": "placement/test_placer.py",
-    "placement/routes.py": "placement/test_token_split.py",
     "ops/common.py": "ops/test_operators.py",
     "ops/triton/activation.py": "ops/test_activation.py",
     "ops/triton/bias.py": "ops/test_bias.py",

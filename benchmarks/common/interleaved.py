@@ -13,6 +13,13 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds_of(action: Callable[[], object]) -> float:
+    """Processor time of one call, of this thread: what shares the core with it is not counted."""
+    start = time.thread_time()
+    action()
+    return time.thread_time() - start
+
+
 def interleaved(
     ours: Callable[[], float], theirs: Callable[[], float], pairs: int, warm_up: int
 ) -> tuple[list[float], list[float]]:

@@ -130,12 +130,23 @@ class Placement:
         return np.bincount(self.pair_rank_P, minlength=self.world_size)
 
     @cached_property
-    def _experts_of_rank(self) -> list[np.ndarray]:
-        return np.split(self.pair_expert_P, np.cumsum(self.num_pairs_W)[:-1])
+    def first_pair_W(self) -> np.ndarray:
+        """[W] int64: where each rank's pairs begin."""
+        return self.num_pairs_W.cumsum() - self.num_pairs_W
+
+    def pairs_of(self, first: int, stop: int) -> slice:
+        """Where the pairs of the ranks first..stop-1 lie.
+
+        Args:
+            first: a rank, or W for none.
+            stop: one more than a rank, at least `first`. Beyond W there are no more.
+        """
+        ends = [int(self.first_pair_W[rank]) if rank < self.world_size else self.num_pairs for rank in (first, stop)]
+        return slice(*ends)
 
     def experts_of(self, rank: int) -> np.ndarray:
         """[d] int64: the experts on `rank`, ascending. The i-th of them uses the i-th row of the rank's slots."""
-        return self._experts_of_rank[rank]
+        return self.pair_expert_P[self.pairs_of(rank, rank + 1)]
 
     def sum_by_rank(self, values_xP: np.ndarray) -> np.ndarray:
         """[..., P] of each pair -> [..., W] of each rank; every rank has at least one pair.
@@ -143,8 +154,7 @@ class Placement:
         Args:
             values_xP: [..., P], in the order of `pair_rank_P`.
         """
-        first_W = np.cumsum(self.num_pairs_W) - self.num_pairs_W
-        return np.add.reduceat(values_xP, first_W, axis=-1)
+        return np.add.reduceat(values_xP, self.first_pair_W, axis=-1)
 
     def num_moved(self, later: Placement) -> int:
         """How many pairs of `later` this placement does not have: replicas that arrive on a new rank.

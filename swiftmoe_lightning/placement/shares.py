@@ -75,8 +75,7 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         [W] float.
     """
     rank_P, expert_P, by_expert_P = placement.pair_rank_P, placement.pair_expert_P, placement.by_expert_P
-    first_E = placement.first_pair_E
-    first_W = np.cumsum(placement.num_pairs_W) - placement.num_pairs_W
+    first_E, first_W = placement.first_pair_E, placement.first_pair_W
     mean = load_E.sum() / placement.world_size
     weight_W = np.ones(placement.world_size)
     rank_by_expert_P = rank_P[by_expert_P]
@@ -86,8 +85,8 @@ def scaling_weights(load_E: np.ndarray, placement: Placement) -> np.ndarray:
         if load_W.max() <= _EVEN * mean:
             break
         weight_W *= (mean / np.maximum(load_W, 1e-9 * mean)) ** exponent
-        # Where loads cannot be even, weights would run off to 0 and infinity.
-        np.clip(weight_W, 1e-12, 1e12, out=weight_W)
+        # Where loads cannot be even, weights would run off to 0 and infinity. (`np.clip` is slow on short arrays.)
+        np.minimum(np.maximum(weight_W, 1e-12), 1e12, out=weight_W)
     return weight_W
 
 

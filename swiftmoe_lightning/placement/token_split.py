@@ -1,10 +1,9 @@
 """How many assignments each rank sends to each other one: exact integers from a step's counts and the placement.
 
-W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q
-queries of a prefix sum over source ranks. An assignment is a token with one of its K experts.
+W ranks, E experts, S slots, P (rank, expert) pairs ordered by (rank, expert), d pairs of one rank, B budgets, Q = W + 1
+places in a prefix sum over source ranks. An assignment is a token with one of its K experts.
 
-A plan is kept as prefix sums over source ranks, from which every rank reads its own row and column in O(P + W d): the
-whole table has W * P entries, of which a rank needs few.
+The whole table has W * P entries, of which a rank needs its row and its columns: P + W * d.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class DispatchPlan:
     def _kept_B(self) -> np.ndarray:
         return np.minimum(self._wanted_B, self._budget_B)
 
-    @property
+    @cached_property
     def num_dropped_tokens(self) -> int:
         """Assignments over budget, all ranks."""
         return int(self._wanted_B.sum() - self._kept_B.sum())
@@ -146,37 +145,39 @@ class DispatchPlan:
 
     def for_rank(self, rank: int) -> RankPlan:
         """The part of the plan that `rank` needs."""
-        num_ranks = self.placement.world_size
-        row_2P = self._routes.before(np.array([rank, rank + 1]), np.arange(len(self.share_P)))
-        kept_2B = self._cut(self._sum_by_budget(row_2P), self._wanted_B, self._kept_B)
+        row_2P, column_Qd = self._routes.sent_before(rank), self._routes.received_before(rank)
+        kept_2B = self._cut(self._sum_by_budget(row_2P), slice(None))
         kept_B = kept_2B[1] - kept_2B[0]
-        pairs = np.flatnonzero(self.placement.pair_rank_P == rank)
-        column_Qd = self._routes.before(np.arange(num_ranks + 1), pairs)
         if self._pooled:
-            kept_Q = self._cut(column_Qd.sum(1), self._wanted_B[rank], self._kept_B[rank])
+            kept_Q = self._cut(column_Qd.sum(1, keepdims=True), slice(rank, rank + 1))[:, 0]
         else:
-            kept_Q = self._cut(column_Qd, self._wanted_B[pairs], self._kept_B[pairs]).sum(1)
+            kept_Q = self._cut(column_Qd, self.placement.pairs_of(rank, rank + 1)).sum(1)
         return RankPlan(
             sent_P=row_2P[1] - row_2P[0],
             kept_B=kept_B,
-            received_Wd=np.diff(column_Qd, axis=0),
+            received_Wd=column_Qd[1:] - column_Qd[:-1],
             send_splits=(kept_B if self._pooled else self.placement.sum_by_rank(kept_B)).tolist(),
-            receive_splits=np.diff(kept_Q).tolist(),
+            receive_splits=(kept_Q[1:] - kept_Q[:-1]).tolist(),
         )
 
     def _sum_by_budget(self, values_xP: np.ndarray) -> np.ndarray:
         return self.placement.sum_by_rank(values_xP) if self._pooled else values_xP
 
-    @staticmethod
-    def _cut(before: np.ndarray, wanted: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def _cut(self, before_xb: np.ndarray, budgets: slice) -> np.ndarray:
         """Prefix sums before the cut -> after it: in proportion, in whole assignments, and the budget is used up.
 
         A budget of 6, wanted by three sources that send 4, 5 and 3:
 
             before         0   4   9   12
             after          0   2   4   6       6 * before // 12: the sources keep 2, 2 and 2
+
+        Args:
+            before_xb: [..., b], of these budgets.
+            budgets: which.
         """
-        return kept * before // np.maximum(wanted, 1)
+        if not self.num_dropped_tokens:
+            return before_xb
+        return self._kept_B[budgets] * before_xb // np.maximum(self._wanted_B[budgets], 1)
 
 
 def plan_dispatch(

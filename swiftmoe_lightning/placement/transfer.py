@@ -35,6 +35,8 @@ def shard_rows(num_rows: int, world_size: int) -> list[tuple[int, int]]:
 class TransferPlan:
     """Elements of one layer's exchange: rank r sends source_W[r] * destination_W[j] of them to rank j.
 
+    The whole table has W * W entries, of which a rank needs its row and its column.
+
     Attributes:
         source_W: [W] int64.
         destination_W: [W] int64.
@@ -42,11 +44,6 @@ class TransferPlan:
 
     source_W: np.ndarray
     destination_W: np.ndarray
-
-    @property
-    def elements_WW(self) -> np.ndarray:
-        """[W, W] int64, [source, destination]: the whole table, of which a rank needs one row and one column."""
-        return np.outer(self.source_W, self.destination_W)
 
     def send_splits(self, rank: int) -> list[int]:
         """[W] elements that `rank` sends to each rank, itself included."""

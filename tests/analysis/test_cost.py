@@ -79,7 +79,8 @@ def test_bytes_are_the_elements_that_training_sends_where_ranks_divide_the_rows(
     costs = Machine(num_ranks=world_size, slots_per_rank=placement.slots_per_rank, expert_bytes=expert)
     for plan in (plan_collection(placement, row_elements), plan_distribution(placement, row_elements)):
         sent_W = [plan.elements_sent(rank) for rank in range(world_size)]
-        received_W = plan.elements_WW.sum(0) - np.diag(plan.elements_WW)
+        splits_WW = np.array([plan.receive_splits(rank) for rank in range(world_size)])
+        received_W = splits_WW.sum(1) - np.diag(splits_WW)
         assert sum(sent_W) == pytest.approx(phase_bytes(placement.num_pairs_W.sum(), costs))
         assert max(*sent_W, *received_W) == pytest.approx(busiest_phase(placement) * expert)
 

@@ -16,6 +16,12 @@ def test_pairs_and_replicas_of_a_small_table():
     assert placement.pair_slots_P.tolist() == [2, 1, 1, 1, 1]
     assert placement.num_pairs_W.tolist() == [2, 3]
     assert [placement.experts_of(rank).tolist() for rank in (0, 1)] == [[0, 2], [0, 1, 2]]
+    assert [placement.pairs_of(*ranks) for ranks in ((0, 1), (1, 1), (1, 4), (2, 2))] == [
+        slice(0, 2),
+        slice(2, 2),
+        slice(2, 5),
+        slice(5, 5),
+    ]
 
 
 def test_only_replicas_on_a_new_rank_count_as_moved():

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.placement import __main__ as command
+from benchmarks.placement import host_time
 from benchmarks.placement.measures import switch_domains
 from swiftmoe_lightning.analysis import CANDIDATES
 
@@ -50,3 +51,19 @@ def test_plans_for_another_domain_are_compared_with_uniform_ones() -> None:
     for row in rows:
         if row["policy"] != "symi":
             assert row["dropped_worst"] == 0
+
+
+def test_host_time_has_a_row_for_each_number_of_ranks_and_node(
+    result: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_time, "RANKS", (8, 16))
+    host_time.main(["--name", "tiny", "--pairs", "2"])
+    rows = result("tiny")["rows"]
+    assert [(row["ranks"], row["ranks_per_node"], row["slots_per_rank"]) for row in rows] == [
+        (8, 1, 40),
+        (8, 8, 40),
+        (16, 1, 20),
+        (16, 8, 20),
+    ]
+    for row in rows:
+        assert row["split_us"]["count"] == row["first_split_us"]["count"] == row["transfer_us"]["count"] == 4
