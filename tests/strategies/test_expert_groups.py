@@ -54,7 +54,7 @@ def fit_on(world_size: int, size: int, path: str, directory: bool, steps: int) -
     )
     runner = cases.trainer(world_size, ours, max_steps=steps, max_epochs=-1)
     start = path if Path(path).exists() else None
-    runner.fit(model, cases.loader(world_size), ckpt_path=start)
+    runner.fit(model, cases.loader(world_size), cases.loader(world_size), ckpt_path=start)
     if start is None:
         runner.save_checkpoint(path)
     return cases.whole(model)
