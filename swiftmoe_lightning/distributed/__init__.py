@@ -7,6 +7,7 @@ from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
+    is_cut_over,
     is_first_copy,
     is_sharded,
     local_rows,
@@ -19,6 +20,7 @@ from swiftmoe_lightning.distributed.sharding import (
     write_counts,
 )
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
+from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
 
 __all__ = [
     "ExpertGroup",
@@ -27,6 +29,8 @@ __all__ = [
     "extend_dtensors",
     "first_row",
     "full_tensor",
+    "gather_shares",
+    "is_cut_over",
     "is_first_copy",
     "is_sharded",
     "local_rows",
@@ -37,5 +41,6 @@ __all__ = [
     "sharded_from_local",
     "sharded_like",
     "store_barrier",
+    "take_share",
     "write_counts",
 ]

@@ -30,6 +30,8 @@ class ExpertGroup:
         ranks_per_node: neighbouring ranks that share a node; None takes torchrun's LOCAL_WORLD_SIZE, or one
             node without it.
         mesh: [R, g] or [g], of all ranks; None makes one of neighbours.
+        tensor_mesh: [..., n], of all ranks, whose last axis are the ranks with the same tokens; None if all ranks have
+            tokens of their own.
 
     Attributes:
         mesh: [R, g], axes "replicate" and "expert" (a given one keeps its names); [g] for one group.
@@ -38,6 +40,7 @@ class ExpertGroup:
         weights: the same ranks, so that counts and tokens do not queue behind weights; and where some ranks exchange
             weights and others do not, the next gather of counts still runs, and its check reports them.
         replicate: the R ranks, one of each group, between which a part of the rows is cut; None for one group.
+        tensor: the n ranks that have the same tokens as this one; None where it is alone.
         ranks_per_node: neighbouring ranks of the group that share a node.
 
     Raises:
@@ -51,6 +54,7 @@ class ExpertGroup:
         expert_parallel_size: int | None = None,
         ranks_per_node: int | None = None,
         mesh: DeviceMesh | None = None,
+        tensor_mesh: DeviceMesh | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
@@ -68,6 +72,10 @@ class ExpertGroup:
                 mesh=self.mesh.mesh.t().contiguous(),
                 mesh_dim_names=(AXIS, _REPLICATE),
             )
+        self._tensor_mesh, self.tensor = tensor_mesh, None
+        if tensor_mesh is not None:
+            _check_tensor_mesh(tensor_mesh)
+            self.tensor = RankGroup(tensor_mesh.get_group(tensor_mesh.ndim - 1))
         launched = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         self.ranks_per_node = ranks_on_a_node(self.expert.ranks, launched if ranks_per_node is None else ranks_per_node)
 
@@ -76,12 +84,20 @@ class ExpertGroup:
         """W, of all groups."""
         return self.mesh.size()
 
+    @property
+    def num_data_ranks(self) -> int:
+        """How many ranks have tokens of their own."""
+        return self.num_ranks // (1 if self.tensor is None else self.tensor.size)
+
     def dense_mesh(self, is_hybrid: bool) -> DeviceMesh:
         """The mesh over which FSDP2 cuts the dense part. A collective.
 
         Args:
             is_hybrid: cut it over the ranks of a group, and let all groups have copies.
         """
+        if self._tensor_mesh is not None:
+            assert self._tensor_mesh.mesh_dim_names is not None
+            return self._tensor_mesh[self._tensor_mesh.mesh_dim_names[:-1]]
         if is_hybrid or self.mesh.ndim == 1:
             return self.mesh
         return init_device_mesh(self.mesh.device_type, (self.num_ranks,), mesh_dim_names=(DENSE_AXIS,))
@@ -133,6 +149,15 @@ def _checked(mesh: DeviceMesh) -> DeviceMesh:
             'mesh["dp", "ep"].'
         )
     return mesh
+
+
+def _check_tensor_mesh(mesh: DeviceMesh) -> None:
+    num_ranks = dist.get_world_size()
+    if mesh.ndim < 2 or mesh.size() != num_ranks or mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"tensor_mesh must have names, all {num_ranks} ranks, and the tensor-parallel axis last, got {mesh}. Make "
+            f'it as init_device_mesh(device_type, ({num_ranks // 2}, 2), mesh_dim_names=("dp", "tp")).'
+        )
 
 
 def ranks_on_a_node(ranks: Sequence[int], node_size: int) -> int:

@@ -7,6 +7,7 @@ axes. The functions also take FSDP2's parameters, which are cut along their firs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -118,12 +119,25 @@ def full_tensor(value: Tensor) -> Tensor:
     return full
 
 
+def is_cut_over(value: Tensor, group: ExpertGroup) -> bool:
+    """Whether it is a sharded parameter of these ranks."""
+    if not isinstance(value, DTensor):
+        return False
+    return value.device_mesh == group.shard_mesh and list(value.placements) == _by_rows(group.shard_mesh)
+
+
 def is_first_copy(value: Tensor) -> bool:
     """Whether this rank's shard of a DTensor counts: of ranks that have the same one, the first's does."""
     if not isinstance(value, DTensor):
         return True
-    axes = enumerate(value.placements)
-    return all(value.device_mesh.get_local_rank(axis) == 0 for axis, placement in axes if placement.is_replicate())
+    mesh, axes = value.device_mesh, enumerate(value.placements)
+    # A mesh of some ranks, as for tensor parallelism, has twins with copies.
+    return _has_rank_zero(mesh) and all(mesh.get_local_rank(axis) == 0 for axis, p in axes if p.is_replicate())
+
+
+@lru_cache(maxsize=64)
+def _has_rank_zero(mesh: DeviceMesh) -> bool:
+    return bool((mesh.mesh == 0).any())
 
 
 def is_sharded(value: object) -> bool:

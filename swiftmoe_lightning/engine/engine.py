@@ -18,10 +18,16 @@ from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradient_collector import GradientCollector
-from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
-from swiftmoe_lightning.engine.group_factory import make_group
+from swiftmoe_lightning.engine.gradients import (
+    ShardedGradScaler,
+    clip_grad_norm,
+    clip_grad_value,
+    grad_norm,
+    settings_of,
+)
+from swiftmoe_lightning.engine.group_factory import device_of_module, make_group
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
-from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states
+from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states, update_router_biases
 from swiftmoe_lightning.engine.placer_factory import make_placer
 from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
@@ -52,6 +58,8 @@ class SwiftMoEEngine:
         ranks_per_node: neighbouring ranks that share a node; None takes the launcher's.
         mesh: [groups, ranks of a group] or [ranks], of all ranks, instead of `config.expert_parallel_size`: a
             `DeviceMesh` of yours, or two axes of it, `mesh["dp", "ep"]`.
+        tensor_mesh: [..., tensor-parallel ranks], of all ranks, if the dense part is tensor-parallel: ranks along its
+            last axis have the same tokens, of which each computes a share. The dense part is cut over its other axes.
 
     Raises:
         ValueError: when the slots cannot hold the experts, groups do not fit the ranks, or for a config or
@@ -66,6 +74,7 @@ class SwiftMoEEngine:
         device: torch.device | str | None = None,
         ranks_per_node: int | None = None,
         mesh: DeviceMesh | None = None,
+        tensor_mesh: DeviceMesh | None = None,
     ) -> None:
         self.module, self.config = module, check_config(config)
         if ranks_per_node is not None:
@@ -73,8 +82,9 @@ class SwiftMoEEngine:
         self.group: ExpertGroup | None = None
         self.dense: FullyShardedDense | None = None
         self._placer: Placer | None = None
-        self._device = torch.device(device) if device is not None else _device_of(module)
-        self._ranks_per_node, self._mesh, self._wants_stop = ranks_per_node, mesh, False
+        self._device = torch.device(device) if device is not None else device_of_module(module)
+        self._fold = (ranks_per_node, mesh, tensor_mesh)
+        self._wants_stop = False
         self._states: list[LayerState] = []
         self._updates: dict[int, ShardedUpdate] = {}
         self._collector = GradientCollector()
@@ -99,7 +109,7 @@ class SwiftMoEEngine:
         """Spread the module's new MoE layers. Call it again after adding, moving or casting layers. A collective."""
         self.module = module
         if self.group is None:
-            self.group = make_group(self.config, self._device, self._ranks_per_node, self._mesh)
+            self.group = make_group(self.config, self._device, *self._fold)
         if self.group is not None and self._placer is None:
             extend_dtensors()
             self._placer = make_placer(self.config, self.group)
@@ -184,8 +194,10 @@ class SwiftMoEEngine:
         self.distribute(states, next_placements)
 
     def place(self, states: list[LayerState]) -> dict[int, Placement]:
-        """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
-        trained = [state for state in states if state.end_step()]
+        """Phase 3: layer index -> next placement, where one is due; also moves router biases, alike in all groups."""
+        step_loads = {state.name: state.end_step() for state in states}
+        update_router_biases(step_loads, states, self.group)
+        trained = [state for state in states if step_loads[state.name].num_assignments]
         if self._placer is None:
             return {}
         interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
@@ -264,14 +276,7 @@ class SwiftMoEEngine:
 
     def scaler_like(self, scaler: torch.amp.GradScaler, device: str) -> torch.amp.GradScaler:
         """`grad_scaler` with the settings of a stock scaler that has not scaled yet."""
-        return self.grad_scaler(
-            device,
-            init_scale=scaler.get_scale(),
-            growth_factor=scaler.get_growth_factor(),
-            backoff_factor=scaler.get_backoff_factor(),
-            growth_interval=scaler.get_growth_interval(),
-            enabled=scaler.is_enabled(),
-        )
+        return self.grad_scaler(device, **settings_of(scaler))
 
     def full_state_dict(self) -> dict[str, Any]:
         """The module's state dict with every expert whole, on the CPU, on every rank. A collective."""
@@ -292,7 +297,3 @@ class SwiftMoEEngine:
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, shard_whole_values
+from swiftmoe_lightning.distributed import ExpertGroup, is_cut_over, is_sharded, shard_whole_values
 from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 
 
@@ -51,10 +51,11 @@ class FullyShardedDense:
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
     def _shard(self, module: nn.Module, group: ExpertGroup, is_hybrid: bool, wire_dtype: torch.dtype) -> None:
-        expert_parameters = {p for p in module.parameters() if is_sharded(p)}
-        dense = [p for p in module.parameters() if not is_sharded(p)]
+        expert_parameters = {p for p in module.parameters() if is_cut_over(p, group)}
+        dense = [p for p in module.parameters() if p not in expert_parameters]
         for tensor in [*dense, *module.buffers()]:
-            group.broadcast(tensor.detach())
+            if not is_sharded(tensor):
+                group.broadcast(tensor.detach())
         self.stale_parameters.add(dense)
         has_float64 = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if has_float64 else wire_dtype)

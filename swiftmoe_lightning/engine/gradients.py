@@ -151,3 +151,14 @@ class ShardedGradScaler(torch.amp.GradScaler):
         for flag in per_device.values():
             self._group.all_reduce(flag, dist.ReduceOp.MAX)
         return per_device
+
+
+def settings_of(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """The options that make another scaler like this one."""
+    return {
+        "init_scale": scaler.get_scale(),
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "enabled": scaler.is_enabled(),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from swiftmoe_lightning.config import SwiftMoEConfig
@@ -11,7 +12,11 @@ from swiftmoe_lightning.distributed import ExpertGroup
 
 
 def make_group(
-    config: SwiftMoEConfig, device: torch.device, ranks_per_node: int | None, mesh: DeviceMesh | None
+    config: SwiftMoEConfig,
+    device: torch.device,
+    ranks_per_node: int | None,
+    mesh: DeviceMesh | None,
+    tensor_mesh: DeviceMesh | None,
 ) -> ExpertGroup | None:
     """This rank's expert group. A collective at the first call.
 
@@ -20,6 +25,7 @@ def make_group(
         device: of the slots.
         ranks_per_node: neighbouring ranks that share a node; None takes the launcher's.
         mesh: of the user; its last axis is the expert group.
+        tensor_mesh: of the user; ranks along its last axis have the same tokens.
 
     Returns:
         None without a process group, or on one rank.
@@ -36,4 +42,15 @@ def make_group(
             "one of them out."
         )
     device_type = "cpu" if config.offload_optimizer else device.type
-    return ExpertGroup(device_type, size, ranks_per_node, mesh)
+    group = ExpertGroup(device_type, size, ranks_per_node, mesh, tensor_mesh)
+    if config.dense == "ddp" and group.tensor is not None and group.num_data_ranks > 1:
+        raise ValueError(
+            f"dense='ddp' cannot average tensor-parallel parameters over the other axes of {tensor_mesh}. Set "
+            "dense='fsdp2', which cuts the dense part over them."
+        )
+    return group
+
+
+def device_of_module(module: nn.Module) -> torch.device:
+    """Where its parameters are; the CPU for a module on meta."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.distributed import (
     ExpertGroup,
-    is_sharded,
-    local_rows,
     local_shard,
-    shard_from_rank_zero,
     shard_whole_values,
-    sharded_from_local,
     sharded_like,
 )
 from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
@@ -50,6 +46,7 @@ class ShardedLayer(ExpertParallelContext):
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
         self.rank, self.split, self.ranks_per_node = group.expert.rank, split, group.ranks_per_node
+        self.tensor_ranks = group.tensor
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
@@ -206,7 +203,7 @@ class ShardedLayer(ExpertParallelContext):
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
         shapes = {name: shard.shape for name, shard in shards.items()}
-        for name, total in collection.wait(shapes, self._group.num_ranks).items():
+        for name, total in collection.wait(shapes, self._group.num_data_ranks).items():
             self._placeholders.pop(name, None)
             # Contiguous: fused optimizer kernels ignore strides.
             accumulate_gradient(parameters[name], total.to(shards[name]))
@@ -243,36 +240,3 @@ def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
         sharded.grad = gradient
     for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
         hook(sharded)
-
-
-@torch.no_grad()
-def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
-    """Shard the module's parameters, in place; those that are sharded stay as they are. A collective.
-
-    Rank 0's values are used, as in DDP. Meta parameters are never allocated whole: each rank draws its own rows, with
-    the values that `reset_parameters` would have given them.
-
-    Args:
-        experts: its parameters are replaced.
-        group: the ranks that get the rows.
-        device: of this rank's rows.
-
-    Returns:
-        Name -> the parameter that was replaced.
-    """
-    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_sharded(p)}
-    seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
-    for name, parameter in replaced.items():
-        if parameter.is_meta:
-            first, last = local_rows(parameter.shape, group)
-            shape = (parameter.shape[0], last - first, *parameter.shape[2:])
-            local = torch.empty(shape, dtype=parameter.dtype, device=device)
-            experts.initialize_rows(name, local, first, seed)
-            sharded = sharded_from_local(local, parameter.shape, group)
-        else:
-            sharded = shard_from_rank_zero(parameter.to(device), group)
-        new_parameter = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            setattr(new_parameter, kind, getattr(parameter, kind, None))
-        experts.register_parameter(name, new_parameter)
-    return replaced

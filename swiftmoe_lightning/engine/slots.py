@@ -213,13 +213,13 @@ class PendingCollection:
         self._bytes_sent["reduce"] += self._exchange.bytes_sent
 
     def wait(self, shard_shapes: Mapping[str, torch.Size], num_ranks: int) -> dict[str, Tensor]:
-        """Wait for each expert's gradient: the mean over all ranks, as in DDP.
+        """Wait for each expert's gradient: the mean over all ranks with tokens of their own, as in DDP.
 
         Contributions are added in rank order, in float32 or wider, so the sum does not depend on their arrival.
 
         Args:
             shard_shapes: for each of `names`, the shape of this rank's shard.
-            num_ranks: W.
+            num_ranks: how many those are.
 
         Returns:
             Name -> [E, this rank's rows, ...].
