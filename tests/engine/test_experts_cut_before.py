@@ -66,7 +66,7 @@ def fully_shard_before(ignores: bool) -> None:
 
 def test_fully_sharded_experts_are_refused_with_the_fix() -> None:
     for error in rank_errors(fully_shard_before, 2, False):
-        assert "fully_shard has cut the experts in '1'" in error
+        assert "fully_shard has cut the experts in '2'" in error
         assert "Make the engine first, with dense='fsdp2'" in error
 
 
