@@ -7,7 +7,8 @@ from numbers import Real
 from typing import Any, Final, Literal
 
 PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
-DENSE_MODES: Final = ("ddp", "fsdp2")
+DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
+MOST_NEIGHBOURS: Final = 64
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
@@ -30,7 +31,11 @@ class SwiftMoEConfig:
             node, as far as the shares allow.
         dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by
             DistributedDataParallel), or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by
-            `fully_shard`, weights gathered block by block for use; all of them for evaluation).
+            `fully_shard`, weights gathered block by block for use; all of them for evaluation), or "hsdp" (the same
+            over each expert group, which all have copies).
+        expert_parallel_size: ranks of an expert group, g. Each group holds all experts, and places them by its own
+            tokens; tokens never leave their group. It must divide the number of ranks. None takes all ranks up to 64,
+            else the largest divisor of their number up to 64.
         param_dtype: dtype of the experts' working weights and of their exchange; None means the sharded parameters'
             own.
         reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in
@@ -47,6 +52,7 @@ class SwiftMoEConfig:
     replace_every: int | Literal["auto"] = 1
     token_split: str = "balanced"
     dense: str = "ddp"
+    expert_parallel_size: int | None = None
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
     offload_optimizer: bool = False
@@ -56,6 +62,8 @@ class SwiftMoEConfig:
             check_whole(replace_every=self.replace_every)
         if self.slots_per_rank is not None:
             check_whole(slots_per_rank=self.slots_per_rank)
+        if self.expert_parallel_size is not None:
+            check_whole(expert_parallel_size=self.expert_parallel_size)
         if isinstance(self.placement, str):
             check_choice("placement", self.placement, PLACEMENTS)
         elif not isinstance(self.placement, type):
@@ -70,16 +78,32 @@ class SwiftMoEConfig:
             raise ValueError(
                 f"offload_optimizer must be True or False, got {self.offload_optimizer!r}. Leave it out for False."
             )
-        if self.dense == "fsdp2" and self.offload_optimizer:
+        if self.dense != "ddp" and self.offload_optimizer:
             raise ValueError(
-                "offload_optimizer=True keeps experts in CPU memory, and dense='fsdp2' needs all parameters on one "
-                "kind of device. Leave one of them out."
+                f"offload_optimizer=True keeps experts in CPU memory, and dense={self.dense!r} needs all parameters on "
+                "one kind of device. Leave one of them out."
             )
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)
 
+    def resolve_expert_parallel_size(self, num_ranks: int) -> int:
+        """Ranks of an expert group, g, of `num_ranks`.
+
+        Raises:
+            ValueError: when it does not divide them.
+        """
+        if self.expert_parallel_size is None:
+            return max(size for size in range(1, min(num_ranks, MOST_NEIGHBOURS) + 1) if num_ranks % size == 0)
+        if num_ranks % self.expert_parallel_size:
+            sizes = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+            raise ValueError(
+                f"expert_parallel_size={self.expert_parallel_size} does not divide the {num_ranks} ranks into groups "
+                f"of equal size. Set it to one of {sizes}, or leave it None."
+            )
+        return self.expert_parallel_size
+
     def resolve_slots_per_rank(self, num_experts: int, world_size: int) -> int:
-        """Slots of each rank for a layer of E experts on W ranks.
+        """Slots of each rank for a layer of E experts on the W ranks of an expert group.
 
         Args:
             num_experts: E.

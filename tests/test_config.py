@@ -29,6 +29,19 @@ def test_slots_per_rank_of_none_leaves_room_for_a_quarter_more_replicas(num_expe
     assert SwiftMoEConfig().resolve_slots_per_rank(num_experts, world_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "size"), [(1, 1), (8, 8), (64, 64), (72, 36), (96, 48), (127, 1), (1024, 64), (10000, 50)]
+)
+def test_the_default_expert_group_is_the_largest_divisor_up_to_64(num_ranks, size):
+    assert SwiftMoEConfig().resolve_expert_parallel_size(num_ranks) == size
+
+
+def test_given_expert_groups_must_divide_the_ranks():
+    assert SwiftMoEConfig(expert_parallel_size=128).resolve_expert_parallel_size(1024) == 128
+    with pytest.raises(ValueError, match=r"expert_parallel_size=4 does not divide the 6 ranks.*one of 1, 2, 3, 6"):
+        SwiftMoEConfig(expert_parallel_size=4).resolve_expert_parallel_size(6)
+
+
 def test_given_slots_per_rank_are_taken_as_they_are():
     assert SwiftMoEConfig(slots_per_rank=4).resolve_slots_per_rank(8, 2) == 4
     assert SwiftMoEConfig(slots_per_rank=7).resolve_slots_per_rank(3, 2) == 7

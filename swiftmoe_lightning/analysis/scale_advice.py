@@ -8,20 +8,10 @@ from swiftmoe_lightning.analysis.cluster import Cluster, Workload
 from swiftmoe_lightning.analysis.model_sizes import ModelSizes
 from swiftmoe_lightning.analysis.report.page_text import bytes_text, seconds_text
 from swiftmoe_lightning.analysis.scale import SPARE, GroupCost
+from swiftmoe_lightning.config import SwiftMoEConfig
 
-# What a run takes where nothing is said.
-_DEFAULT_LIMIT: Final = 64
 # Larger groups are costed, but never advised: the host's planning, which grows with g, is not in the seconds.
 _ADVISED_LIMIT: Final = 128
-
-
-def default_group_size(num_ranks: int) -> int:
-    """The g of a run that does not say it: the largest divisor of W not above 64.
-
-    Args:
-        num_ranks: W.
-    """
-    return max(g for g in range(1, _DEFAULT_LIMIT + 1) if num_ranks % g == 0)
 
 
 def candidate_sizes(cluster: Cluster) -> list[int]:
@@ -36,7 +26,7 @@ def candidate_sizes(cluster: Cluster) -> list[int]:
         for g in range(1, min(num_ranks, _ADVISED_LIMIT) + 1)
         if num_ranks % g == 0 and (node % g == 0 or g % node == 0)
     }
-    return sorted(nested | {default_group_size(num_ranks), num_ranks})
+    return sorted(nested | {SwiftMoEConfig().resolve_expert_parallel_size(num_ranks), num_ranks})
 
 
 class Advice:
@@ -51,7 +41,7 @@ class Advice:
 
     def __init__(self, model: ModelSizes, cluster: Cluster, workload: Workload) -> None:
         self.costs = [GroupCost(model, cluster, workload, g) for g in candidate_sizes(cluster)]
-        default = default_group_size(cluster.num_ranks)
+        default = SwiftMoEConfig().resolve_expert_parallel_size(cluster.num_ranks)
         (self.default,) = (cost for cost in self.costs if cost.group_size == default)
         small = [cost for cost in self.costs if cost.group_size <= _ADVISED_LIMIT]
         fitting = [cost for cost in small if cost.fits]

@@ -1,11 +1,14 @@
-"""Everything that calls torch.distributed: the group of ranks, its exchanges, and row-sharded parameters."""
+"""Everything that calls torch.distributed: groups of ranks, their exchanges, and row-sharded parameters."""
 
 from swiftmoe_lightning.distributed import private as private
 from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
-from swiftmoe_lightning.distributed.group import ExpertGroup, PendingExchange
+from swiftmoe_lightning.distributed.expert_group import ExpertGroup
+from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
+    is_cut_over,
+    is_first_copy,
     is_sharded,
     local_rows,
     local_shard,
@@ -17,13 +20,18 @@ from swiftmoe_lightning.distributed.sharding import (
     write_counts,
 )
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
+from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
 
 __all__ = [
     "ExpertGroup",
     "PendingExchange",
+    "RankGroup",
     "extend_dtensors",
     "first_row",
     "full_tensor",
+    "gather_shares",
+    "is_cut_over",
+    "is_first_copy",
     "is_sharded",
     "local_rows",
     "local_shard",
@@ -33,5 +41,6 @@ __all__ = [
     "sharded_from_local",
     "sharded_like",
     "store_barrier",
+    "take_share",
     "write_counts",
 ]

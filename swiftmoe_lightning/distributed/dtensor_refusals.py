@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swiftmoe_lightning.distributed.dtensor_handlers import handle
-from swiftmoe_lightning.distributed.group import AXIS
+from swiftmoe_lightning.distributed.expert_group import AXIS, DENSE_AXIS
 
 _COLLECTIVES = (
     "allreduce_",
@@ -34,7 +34,7 @@ def refuse_local_parts() -> None:
 
 
 def _reduce(tensor: DTensor, protocol: Any) -> Any:
-    if AXIS not in (tensor.device_mesh.mesh_dim_names or ()):
+    if {AXIS, DENSE_AXIS}.isdisjoint(tensor.device_mesh.mesh_dim_names or ()):
         return Tensor.__reduce_ex__(tensor, protocol)
     raise RuntimeError(
         f"a tensor of shape {list(tensor.shape)} is cut over the ranks, and a file of it would hold this rank's "

@@ -30,7 +30,7 @@ def _read_data(tensor: DTensor) -> Tensor:
 
 
 def _write_data(tensor: DTensor, value: Any) -> None:
-    if type(value) is Tensor and value.shape == tensor.shape and _is_cut_along_one_axis(tensor):
+    if type(value) is Tensor and value.shape == tensor.shape and _is_cut(tensor):
         value = sharded_like(shard_of(value, tensor).to(tensor.device), tensor)
     if not isinstance(value, DTensor):
         raise TypeError(
@@ -43,8 +43,8 @@ def _write_data(tensor: DTensor, value: Any) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
-def _is_cut_along_one_axis(tensor: DTensor) -> bool:
-    return len(tensor.placements) == 1 and isinstance(tensor.placements[0], Shard)
+def _is_cut(tensor: DTensor) -> bool:
+    return all(placement.is_replicate() or type(placement) is Shard for placement in tensor.placements)
 
 
 def _count(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""The ranks that share the experts, and the few collectives they use.
+"""A process group as one rank sees it, and the few collectives that the package uses.
 
-W ranks, R rows sent, D features of a row.
+n ranks of the group, R rows sent, D features of a row.
 """
 
 from __future__ import annotations
@@ -8,81 +8,81 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import os
-from typing import Any, Final
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-AXIS: Final = "expert"
+from torch.distributed.device_mesh import DeviceMesh
 
 
-class ExpertGroup:
-    """All ranks of the default process group, as one mesh axis named "expert".
+class RankGroup:
+    """A process group, with the collectives of its ranks.
 
     Args:
-        device_type: of the mesh, and of the parameters that are cut over it.
-        ranks_per_node: neighbouring ranks that share a node; None takes torchrun's LOCAL_WORLD_SIZE, or one
-            node without it.
+        process_group: this rank is in it.
 
-    Raises:
-        RuntimeError: when no process group is initialized.
+    Attributes:
+        rank: this rank's number in the group.
+        size: n.
+        ranks: their numbers in the world.
     """
 
-    def __init__(self, device_type: str, ranks_per_node: int | None = None) -> None:
-        if not dist.is_initialized():
-            raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
-        self.mesh: DeviceMesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=(AXIS,))
-        self.process_group = self.mesh.get_group()
-        self._weights_group = _second_group_of(self.process_group, device_type)
-        self.rank: int = self.mesh.get_local_rank()
-        self.world_size: int = self.mesh.size()
-        launched = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        self.ranks_per_node = launched if ranks_per_node is None else ranks_per_node
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self.process_group = process_group
+        self.rank: int = process_group.rank()
+        self.size: int = process_group.size()
+        self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         _clean_up_at_exit()
+
+    def second(self, device_type: str) -> RankGroup:
+        """A second group of the same ranks, in which nothing queues behind this one. A collective at the first call.
+
+        All engines share it.
+
+        Args:
+            device_type: on which it will be used.
+        """
+        if self.process_group not in _second_groups:
+            options = getattr(self.process_group._get_backend(torch.device(device_type)), "options", None)
+            timeout = getattr(options, "_timeout", None)
+            # Only these ranks meet here, for other groups are made by others at the same time.
+            is_part = self.size < dist.get_world_size()
+            _second_groups[self.process_group] = dist.new_group(
+                self.ranks, timeout=timeout, use_local_synchronization=is_part
+            )
+        return RankGroup(_second_groups[self.process_group])
 
     def all_gather(self, row: Tensor) -> Tensor:
         """Gather every rank's `row`.
 
         Args:
-            row: [n], equally long on all ranks.
+            row: [m], equally long on all ranks.
 
         Returns:
-            [W, n], on the device of `row`.
+            [n, m], on the device of `row`.
         """
-        rows = row.new_empty(self.world_size * len(row))
+        return self.start_all_gather(row).wait()
+
+    def start_all_gather(self, row: Tensor) -> PendingExchange:
+        """Begin `all_gather`."""
+        rows = row.new_empty(self.size * len(row))
         # torch 2.13 renames the call and warns at the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(rows, row, group=self.process_group)
-        return rows.view(self.world_size, -1)
+        work = gather(rows, row, group=self.process_group, async_op=True)
+        return PendingExchange(work, row, rows.view(self.size, -1), (self.size - 1) * row.nbytes)
 
     def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Reduce `value` over the ranks, in place, by a `torch.distributed.ReduceOp`. Returns it."""
         dist.all_reduce(value, op=op, group=self.process_group)
         return value
 
-    def broadcast_int(self, value: int, device: torch.device) -> int:
-        """Rank 0's whole number `value`, on every rank. It travels from `device` to `device`."""
-        broadcast_value = torch.tensor(value, device=device)
-        dist.broadcast(broadcast_value, group=self.process_group, group_src=0)
-        return int(broadcast_value.item())
-
-    def start_weight_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
-        """`start_all_to_all` in a second process group.
-
-        So counts and tokens do not queue behind weights; and where some ranks exchange weights and others do not, the
-        next gather of counts still runs, and its check reports them.
-
-        Args:
-            send: [R, ...]; nothing may touch it before `wait()`.
-            send_splits: for each rank, how much of dim 0 goes there.
-            receive_splits: for each rank, how much comes from there.
-        """
-        return self._start(send, send_splits, receive_splits, self._weights_group)
+    def broadcast(self, value: Tensor) -> Tensor:
+        """Write the first rank's `value` to all ranks' `value`. Returns it."""
+        dist.broadcast(value, group=self.process_group, group_src=0)
+        return value
 
     def start_all_to_all(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> PendingExchange:
         """Begin an all-to-all, in which the i-th split of `send` (along dim 0) goes to rank i.
@@ -92,13 +92,10 @@ class ExpertGroup:
             send_splits: for each rank, how much of dim 0 goes there.
             receive_splits: for each rank, how much comes from there.
         """
-        return self._start(send, send_splits, receive_splits, self.process_group)
-
-    def _start(
-        self, send: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
-    ) -> PendingExchange:
         received = send.new_empty((sum(receive_splits), *send.shape[1:]))
-        work = dist.all_to_all_single(received, send, receive_splits, send_splits, group=group, async_op=True)
+        work = dist.all_to_all_single(
+            received, send, receive_splits, send_splits, group=self.process_group, async_op=True
+        )
         row_bytes = send.element_size() * (send[0].numel() if send.dim() > 1 and len(send) else 1)
         num_sent = sum(send_splits) - send_splits[self.rank]
         return PendingExchange(work, send, received, num_sent * row_bytes)
@@ -118,7 +115,7 @@ class ExpertGroup:
 
 
 class PendingExchange:
-    """An all-to-all under way.
+    """A collective under way.
 
     Attributes:
         bytes_sent: to other ranks.
@@ -138,9 +135,7 @@ class _ExchangeRows(torch.autograd.Function):
     """Forward: all-to-all of rows. Backward: all-to-all of their gradients with send and receive splits swapped."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, group: ExpertGroup, send_splits: list[int], receive_splits: list[int]
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: RankGroup, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         ctx.group, ctx.splits = group, (send_splits, receive_splits)
         return group.start_all_to_all(rows.contiguous(), send_splits, receive_splits).wait()
 
@@ -153,15 +148,8 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 _second_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-def _second_group_of(group: dist.ProcessGroup, device_type: str) -> dist.ProcessGroup:
-    """A second group of the same ranks, which all engines share. A collective at the first call."""
-    if group not in _second_groups:
-        options = getattr(group._get_backend(torch.device(device_type)), "options", None)
-        timeout = getattr(options, "_timeout", None)
-        _second_groups[group] = dist.new_group(dist.get_process_group_ranks(group), timeout=timeout)
-    return _second_groups[group]
+# World group -> (device type, g) -> mesh, which all engines share.
+meshes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int], DeviceMesh]] = WeakKeyDictionary()
 
 
 @functools.cache
@@ -173,6 +161,8 @@ def _clean_up_at_exit() -> None:
     """
 
     def close() -> None:
+        _second_groups.clear()
+        meshes.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()

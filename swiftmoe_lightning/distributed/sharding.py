@@ -1,11 +1,13 @@
 """Sharded parameters: an expert tensor [E, rows, ...] cut by rows over the ranks, as a DTensor with `Shard(1)`.
 
-The functions also take FSDP2's parameters, which are cut along their first dim, unless they say rows.
+With several expert groups the rows are cut over the ranks of a group, and each part over the groups: `Shard(1)` on both
+axes. The functions also take FSDP2's parameters, which are cut along their first dim, unless they say rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,18 +15,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
-from swiftmoe_lightning.distributed.group import ExpertGroup
+from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.placement import shard_rows
 
 
 def shard_from_rank_zero(full: Tensor, group: ExpertGroup) -> DTensor:
     """Rank 0's `full` tensor, cut by rows; the other ranks' values are ignored, as in DDP. A collective."""
-    return distribute_tensor(full.detach(), group.mesh, [Shard(1)], src_data_rank=0)
+    return distribute_tensor(full.detach(), group.shard_mesh, _by_rows(group.shard_mesh), src_data_rank=0)
 
 
 def sharded_from_local(local: Tensor, shape: torch.Size, group: ExpertGroup) -> DTensor:
     """The sharded parameter of global `shape` of which `local` is this rank's shard. No communication."""
-    return _from_local(local, shape, group.mesh, [Shard(1)])
+    return _from_local(local, shape, group.shard_mesh, _by_rows(group.shard_mesh))
 
 
 def sharded_like(local: Tensor, sharded: Tensor) -> DTensor:
@@ -36,11 +38,26 @@ def sharded_like(local: Tensor, sharded: Tensor) -> DTensor:
 def shard_of(full: Tensor, sharded: Tensor) -> Tensor:
     """This rank's shard of `full` if it were cut as the DTensor `sharded` is; shares its storage."""
     assert isinstance(sharded, DTensor)
-    (placement,) = sharded.placements
-    assert isinstance(placement, Shard)
-    rank = sharded.device_mesh.get_local_rank()
-    first, last = shard_rows(full.shape[placement.dim], sharded.device_mesh.size())[rank]
-    return full.narrow(placement.dim, first, last - first)
+    for dim, (first, last) in shard_ranges(sharded).items():
+        full = full.narrow(dim, first, last - first)
+    return full
+
+
+def shard_ranges(sharded: DTensor) -> dict[int, tuple[int, int]]:
+    """Dim -> first and last-plus-one index of this rank's shard, for each dim that is cut."""
+    return _ranges_of(sharded.shape, sharded.device_mesh, sharded.placements)
+
+
+def _ranges_of(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, tuple[int, int]]:
+    ranges: dict[int, tuple[int, int]] = {}
+    for axis, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        assert type(placement) is Shard, placement
+        first, last = ranges.get(placement.dim, (0, shape[placement.dim]))
+        part = shard_rows(last - first, mesh.size(axis))[mesh.get_local_rank(axis)]
+        ranges[placement.dim] = (first + part[0], first + part[1])
+    return ranges
 
 
 def shard_whole_values(parameters: Mapping[str, Tensor], state: dict[str, Any], prefix: str) -> None:
@@ -68,14 +85,16 @@ def _from_local(local: Tensor, shape: torch.Size, mesh: DeviceMesh, placements: 
 
 def local_rows(shape: torch.Size, group: ExpertGroup) -> tuple[int, int]:
     """First and last-plus-one row that this rank owns of an expert tensor of global `shape` [E, rows, ...]."""
-    return shard_rows(shape[1], group.world_size)[group.rank]
+    return _ranges_of(shape, group.shard_mesh, _by_rows(group.shard_mesh))[1]
+
+
+def _by_rows(mesh: DeviceMesh) -> list[Shard]:
+    return [Shard(1)] * mesh.ndim
 
 
 def first_row(value: Tensor) -> int:
     """The first row of this rank's shard of a sharded parameter; 0 for any other tensor."""
-    if not isinstance(value, DTensor):
-        return 0
-    return shard_rows(value.shape[1], value.device_mesh.size())[value.device_mesh.get_local_rank()][0]
+    return shard_ranges(value)[1][0] if isinstance(value, DTensor) else 0
 
 
 def local_shard(value: Tensor) -> Tensor:
@@ -98,6 +117,27 @@ def full_tensor(value: Tensor) -> Tensor:
         return value
     full: Tensor = value.detach().full_tensor()  # type: ignore[attr-defined]
     return full
+
+
+def is_cut_over(value: Tensor, group: ExpertGroup) -> bool:
+    """Whether it is a sharded parameter of these ranks."""
+    if not isinstance(value, DTensor):
+        return False
+    return value.device_mesh == group.shard_mesh and list(value.placements) == _by_rows(group.shard_mesh)
+
+
+def is_first_copy(value: Tensor) -> bool:
+    """Whether this rank's shard of a DTensor counts: of ranks that have the same one, the first's does."""
+    if not isinstance(value, DTensor):
+        return True
+    mesh, axes = value.device_mesh, enumerate(value.placements)
+    # A mesh of some ranks, as for tensor parallelism, has twins with copies.
+    return _has_rank_zero(mesh) and all(mesh.get_local_rank(axis) == 0 for axis, p in axes if p.is_replicate())
+
+
+@lru_cache(maxsize=64)
+def _has_rank_zero(mesh: DeviceMesh) -> bool:
+    return bool((mesh.mesh == 0).any())
 
 
 def is_sharded(value: object) -> bool:

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
@@ -18,13 +18,21 @@ from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradient_collector import GradientCollector
-from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value, grad_norm
+from swiftmoe_lightning.engine.gradients import (
+    ShardedGradScaler,
+    clip_grad_norm,
+    clip_grad_value,
+    grad_norm,
+    settings_of,
+)
+from swiftmoe_lightning.engine.group_factory import device_of_module, make_group
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
-from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states
+from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states, update_router_biases
 from swiftmoe_lightning.engine.placer_factory import make_placer
 from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
-from swiftmoe_lightning.engine.stale_parameters import refuse_foreign
+from swiftmoe_lightning.engine.slots import PHASES
+from swiftmoe_lightning.engine.stale_parameters import refuse_foreign, refuse_replaced, refuse_uncut
 from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.placement import Placement, Placer
@@ -47,10 +55,15 @@ class SwiftMoEEngine:
         module: all its `Experts` layers take part.
         config: None takes the defaults.
         device: of the slots; None takes the module's, or the CPU for a module on meta.
-        ranks_per_node: for the "local_first" token split; None takes the launcher's.
+        ranks_per_node: neighbouring ranks that share a node; None takes the launcher's.
+        mesh: [groups, ranks of a group] or [ranks], of all ranks, instead of `config.expert_parallel_size`: a
+            `DeviceMesh` of yours, or two axes of it, `mesh["dp", "ep"]`.
+        tensor_mesh: [..., tensor-parallel ranks], of all ranks, if the dense part is tensor-parallel: ranks along its
+            last axis have the same tokens, of which each computes a share. The dense part is cut over its other axes.
 
     Raises:
-        ValueError: when the slots cannot hold the experts, or for a config or ranks_per_node that is not valid.
+        ValueError: when the slots cannot hold the experts, groups do not fit the ranks, or for a config or
+            ranks_per_node that is not valid.
     """
 
     def __init__(
@@ -60,6 +73,8 @@ class SwiftMoEEngine:
         *,
         device: torch.device | str | None = None,
         ranks_per_node: int | None = None,
+        mesh: DeviceMesh | None = None,
+        tensor_mesh: DeviceMesh | None = None,
     ) -> None:
         self.module, self.config = module, check_config(config)
         if ranks_per_node is not None:
@@ -67,8 +82,9 @@ class SwiftMoEEngine:
         self.group: ExpertGroup | None = None
         self.dense: FullyShardedDense | None = None
         self._placer: Placer | None = None
-        self._device = torch.device(device) if device is not None else _device_of(module)
-        self._ranks_per_node, self._wants_stop = ranks_per_node, False
+        self._device = torch.device(device) if device is not None else device_of_module(module)
+        self._fold = (ranks_per_node, mesh, tensor_mesh)
+        self._wants_stop = False
         self._states: list[LayerState] = []
         self._updates: dict[int, ShardedUpdate] = {}
         self._collector = GradientCollector()
@@ -86,19 +102,15 @@ class SwiftMoEEngine:
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes that this rank has sent to other ranks since the start, in "collect" and in "distribute"."""
-        slots = [layer.slots for layer in self.layers]
-        return {
-            "collect": sum(s.collection_bytes for s in slots),
-            "distribute": sum(s.distribution_bytes for s in slots),
-        }
+        """Bytes that this rank has sent to other ranks since the start, by phase: see `PHASES`."""
+        return {phase: sum(layer.slots.bytes_sent[phase] for layer in self.layers) for phase in PHASES}
 
     def attach(self, module: nn.Module) -> None:
         """Spread the module's new MoE layers. Call it again after adding, moving or casting layers. A collective."""
         self.module = module
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.group is None:
-            device_type = "cpu" if self.config.offload_optimizer else self._device.type
-            self.group = ExpertGroup(device_type, self._ranks_per_node)
+        if self.group is None:
+            self.group = make_group(self.config, self._device, *self._fold)
+        if self.group is not None and self._placer is None:
             extend_dtensors()
             self._placer = make_placer(self.config, self.group)
         self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
@@ -128,10 +140,10 @@ class SwiftMoEEngine:
         return ShardedDataParallel(module, self)
 
     def shard_dense(self) -> None:
-        """With dense="fsdp2", cut the dense part over the ranks, in place, at the first call. A collective."""
-        if self.config.dense == "fsdp2" and self.group is not None and self.dense is None:
-            wire_dtype = getattr(torch, self.config.reduce_dtype)
-            self.dense = FullyShardedDense(self.module, self.group, wire_dtype, self._agree_on_dense)
+        """Unless dense="ddp", cut the dense part over the ranks, in place, at the first call. A collective."""
+        if self.config.dense != "ddp" and self.group is not None and self.dense is None:
+            wire_dtype, is_hybrid = getattr(torch, self.config.reduce_dtype), self.config.dense == "hsdp"
+            self.dense = FullyShardedDense(self.module, self.group, is_hybrid, wire_dtype, self._agree_on_dense)
 
     def _agree_on_dense(self, trains: bool) -> None:
         if self.layers:
@@ -144,7 +156,9 @@ class SwiftMoEEngine:
             ValueError: when it has parameters from before the engine or before `data_parallel()` cut them, or none of
                 the module's, or when its update is not elementwise.
         """
-        self._refuse_replaced(optimizer)
+        refuse_replaced(optimizer, {state.name: state.stale_parameters for state in self._states})
+        if self.config.dense != "ddp" and self.group is not None:
+            refuse_uncut(optimizer, None if self.dense is None else self.dense.stale_parameters, self.config.dense)
         if self._states:
             refuse_foreign(optimizer, self.module)
         if id(optimizer) not in self._updates:
@@ -155,23 +169,9 @@ class SwiftMoEEngine:
 
     def _end_step(self, optimizer: Optimizer) -> None:
         for layer in self.layers[:1]:
-            layer.handshake.num_updates += 1
+            layer.handshake.end_update()
         others = [update.optimizer for update in self._updates.values() if update.optimizer is not optimizer]
         self.after_update(layers_stepped_by(optimizer, others, self._states))
-
-    def _refuse_replaced(self, optimizer: Optimizer) -> None:
-        stale = [state.name for state in self._states if state.stale_parameters.held_by(optimizer)]
-        if stale:
-            raise ValueError(
-                f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
-                "first, then the optimizer from module.parameters()."
-            )
-        cuts = self.config.dense == "fsdp2" and self.group is not None
-        if cuts and (self.dense is None or self.dense.stale_parameters.held_by(optimizer)):
-            raise ValueError(
-                "the optimizer holds parameters from before dense='fsdp2' cut them over the ranks. Call "
-                "engine.data_parallel() first, then make the optimizer from module.parameters()."
-            )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -194,8 +194,10 @@ class SwiftMoEEngine:
         self.distribute(states, next_placements)
 
     def place(self, states: list[LayerState]) -> dict[int, Placement]:
-        """Phase 3: layer index -> next placement, where one is due; also moves router biases. No communication."""
-        trained = [state for state in states if state.end_step()]
+        """Phase 3: layer index -> next placement, where one is due; also moves router biases, alike in all groups."""
+        step_loads = {state.name: state.end_step() for state in states}
+        update_router_biases(step_loads, states, self.group)
+        trained = [state for state in states if step_loads[state.name].num_assignments]
         if self._placer is None:
             return {}
         interval = self.config.replace_every if isinstance(self.config.replace_every, int) else 1
@@ -214,6 +216,9 @@ class SwiftMoEEngine:
                 state.sharded.stale = True
             else:
                 state.sharded.distribute(placements.get(state.index, state.sharded.placement))
+        # The rows of all layers travel between groups before the first ones are waited for.
+        for layer in self.layers:
+            layer.slots.continue_distribution()
 
     def mark_stale(self) -> None:
         """After a write to parameters (EMA, by hand): let next forwards fill the slots again. Call on all ranks."""
@@ -243,6 +248,11 @@ class SwiftMoEEngine:
         handshake = self.layers[0].handshake
         while len((table := handshake.done()).active_rows):
             self.layers[table.layer].serve(table)
+        assert self.group is not None
+        if self.group.replicate is not None:
+            # Their first forward has filled stale slots; this group may have had none.
+            for layer in self.layers:
+                layer.fill_if_stale()
 
     def grad_norm(self, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """The norm, [], over dense and expert gradients, of `parameters` or all; equal on all ranks. A collective."""
@@ -266,14 +276,7 @@ class SwiftMoEEngine:
 
     def scaler_like(self, scaler: torch.amp.GradScaler, device: str) -> torch.amp.GradScaler:
         """`grad_scaler` with the settings of a stock scaler that has not scaled yet."""
-        return self.grad_scaler(
-            device,
-            init_scale=scaler.get_scale(),
-            growth_factor=scaler.get_growth_factor(),
-            backoff_factor=scaler.get_backoff_factor(),
-            growth_interval=scaler.get_growth_interval(),
-            enabled=scaler.is_enabled(),
-        )
+        return self.grad_scaler(device, **settings_of(scaler))
 
     def full_state_dict(self) -> dict[str, Any]:
         """The module's state dict with every expert whole, on the CPU, on every rank. A collective."""
@@ -294,7 +297,3 @@ class SwiftMoEEngine:
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Cuts the dense part of a module over the ranks by FSDP2 (`fully_shard`), on the mesh of the experts' parameters."""
+"""Cuts the dense part of a module over the ranks by FSDP2 (`fully_shard`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, shard_whole_values
+from swiftmoe_lightning.distributed import ExpertGroup, is_cut_over, is_sharded, shard_whole_values
 from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 
 
@@ -25,7 +24,8 @@ class FullyShardedDense:
 
     Args:
         module: each child of an outermost `nn.ModuleList` is gathered by itself, the rest together.
-        group: its mesh is used.
+        group: its ranks have the module.
+        is_hybrid: cut over each expert group; the groups have copies.
         wire_dtype: dtype in which gradients are sent, except float64 ones.
         agree: a collective that raises on all ranks unless all are about to gather; takes whether this rank trains.
 
@@ -34,27 +34,34 @@ class FullyShardedDense:
     """
 
     def __init__(
-        self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype, agree: Callable[[bool], None]
+        self,
+        module: nn.Module,
+        group: ExpertGroup,
+        is_hybrid: bool,
+        wire_dtype: torch.dtype,
+        agree: Callable[[bool], None],
     ) -> None:
         self._root, self._is_unsharded, self._agree = module, False, agree
         self._syncs = True
         self.stale_parameters = StaleParameters()
         if not isinstance(module, FSDPModule):
-            self._shard(module, group, wire_dtype)
+            self._shard(module, group, is_hybrid, wire_dtype)
         # The root first: FSDP2 must see it run before the others.
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         module.register_forward_pre_hook(self._before_forward, prepend=True)
 
-    def _shard(self, module: nn.Module, group: ExpertGroup, wire_dtype: torch.dtype) -> None:
-        expert_parameters = {p for p in module.parameters() if is_sharded(p)}
-        dense = [p for p in module.parameters() if not is_sharded(p)]
+    def _shard(self, module: nn.Module, group: ExpertGroup, is_hybrid: bool, wire_dtype: torch.dtype) -> None:
+        expert_parameters = {p for p in module.parameters() if is_cut_over(p, group)}
+        dense = [p for p in module.parameters() if p not in expert_parameters]
         for tensor in [*dense, *module.buffers()]:
-            dist.broadcast(tensor.detach(), group=group.process_group, group_src=0)
+            if not is_sharded(tensor):
+                group.broadcast(tensor.detach())
         self.stale_parameters.add(dense)
         has_float64 = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if has_float64 else wire_dtype)
+        mesh = group.dense_mesh(is_hybrid)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:
-            fully_shard(part, mesh=group.mesh, mp_policy=policy, ignored_params=expert_parameters)
+            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=expert_parameters)
         # FSDP2 does this in the first forward, but evaluation may gather before it.
         _state_of(module)._lazy_init()
         for part in module.modules():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import is_number
-from swiftmoe_lightning.distributed import ExpertGroup, is_sharded, local_shard
+from swiftmoe_lightning.distributed import ExpertGroup, is_first_copy, is_sharded, local_shard
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 from swiftmoe_lightning.engine.update import ShardedUpdate
 
@@ -65,12 +65,15 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     Returns:
         [] float32 or wider, equal on all ranks.
     """
+    parameters = list(parameters)
     dense, shards = _split_gradients(parameters)
     device = next((g.device for g in dense + shards), torch.device("cpu"))
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
     # torch also takes strings: users of Fabric write "inf".
     norm_type = float(norm_type)
-    norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
+    # Several ranks may have the same shard (dense="hsdp").
+    _, first_shards = _split_gradients([p for p in parameters if p.grad is not None and is_first_copy(p.grad)])
+    norms = torch.stack([_norm(part, norm_type, device) for part in (dense, first_shards)])
     if group is not None:
         norms = torch.cat([norms[:1], group.all_gather(norms[1:]).flatten()])
     return torch.linalg.vector_norm(norms, norm_type).to(dtype)
@@ -148,3 +151,14 @@ class ShardedGradScaler(torch.amp.GradScaler):
         for flag in per_device.values():
             self._group.all_reduce(flag, dist.ReduceOp.MAX)
         return per_device
+
+
+def settings_of(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """The options that make another scaler like this one."""
+    return {
+        "init_scale": scaler.get_scale(),
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "enabled": scaler.is_enabled(),
+    }

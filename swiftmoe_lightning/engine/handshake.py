@@ -12,9 +12,10 @@ from typing import Final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup
+from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
 _EQUAL_CALLS: Final = (
@@ -65,7 +66,7 @@ class ForwardHandshake:
     """Exchanges what each rank is about to do, and raises on all ranks if that differs.
 
     Args:
-        group: the ranks.
+        group: this rank's expert group, whose ranks exchange their calls in every forward.
         layer_names: of all MoE layers, in the same order on every rank.
         max_experts: the widest layer's E.
         device: on which rows are gathered.
@@ -73,13 +74,26 @@ class ForwardHandshake:
     Attributes:
         num_updates: optimizer steps that this rank has made; ranks with different numbers train different models.
         wants_stop: set it on any rank, at any time.
-        stops: True on all ranks after the same training forward, once one of them wants to stop.
+        stops: True on all ranks after the same training forward, once one of them wants to stop. Other groups learn of
+            it with the next optimizer step.
     """
 
     def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
         self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
-        self.wants_stop = self.stops = False
         self.num_updates = 0
+        self._stops_of_groups: PendingExchange | None = None
+        self.reset_stop()
+
+    def reset_stop(self) -> None:
+        """Forget that anyone wants to stop."""
+        self.wants_stop = self.stops = self._group_stops = False
+
+    def end_update(self) -> None:
+        """Count an optimizer step, and begin to tell other groups whether this one wants to stop."""
+        self.num_updates += 1
+        if self._group.replicate is not None:
+            stops = torch.tensor([self._group_stops], dtype=torch.int32, device=self._device)
+            self._stops_of_groups = self._group.replicate.start_all_gather(stops)
 
     def call(
         self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
@@ -128,14 +142,18 @@ class ForwardHandshake:
         """Announce a training epoch of `num_batches`.
 
         Returns:
-            The number of every rank, in rank order.
+            The number of every rank, also of other groups, in rank order.
 
         Raises:
             RuntimeError: as `call` does.
         """
         row = self._row_without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = num_batches
-        num_batches_W: list[int] = self._gather(row).rows[:, len(Header)].tolist()
+        rows = self._gather(row).rows
+        if self._group.replicate is not None:
+            # The other groups have made the same call, or they would not train an epoch.
+            rows = self._group.all_gather(row).cpu().numpy()
+        num_batches_W: list[int] = rows[:, len(Header)].tolist()
         return num_batches_W
 
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
@@ -146,23 +164,29 @@ class ForwardHandshake:
 
     def _gather(self, row: Tensor) -> HandshakeTable:
         try:
-            table = HandshakeTable(self._group.all_gather(row).cpu().numpy())
+            table = HandshakeTable(self._group.expert.all_gather(row).cpu().numpy())
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self._group.rank} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
+                f"rank {dist.get_rank()} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
                 f"{error}. If another rank raised an error of its own, that one comes first. Else: {_EQUAL_CALLS}"
             ) from error
         self._check(table)
-        self.stops |= table.any_stop
+        self._group_stops |= table.any_stop
+        if self._group.replicate is None:
+            self.stops = self._group_stops
+        elif self._stops_of_groups is not None and table.all_train:
+            self.stops |= bool(self._stops_of_groups.wait().any())
+            self._stops_of_groups = None
         return table
 
     def _check(self, table: HandshakeTable) -> None:
+        ranks = self._group.expert.ranks
         calls = {tuple(head) for head in table.active_rows[:, : Header.DTYPE + 1].tolist()}
         has_left = len(table.active_rows) < len(table.rows)
         if len(calls) > 1 or (has_left and any(training or call == Call.DENSE for call, training, _ in calls)):
             raise RuntimeError(
                 "ranks are in different forward passes: "
-                + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in enumerate(table.rows))
+                + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in zip(ranks, table.rows, strict=True))
                 + f"; {_EQUAL_CALLS}"
             )
         updates_W = table.rows[:, Header.UPDATES].tolist()
@@ -172,7 +196,7 @@ class ForwardHandshake:
                 "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
                 "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
             )
-        bad_ranks = np.flatnonzero(table.rows[:, Header.FINITE] == 0).tolist()
+        bad_ranks = [rank for rank, is_finite in zip(ranks, table.rows[:, Header.FINITE], strict=True) if not is_finite]
         if bad_ranks:
             where = f"layer {self._names[table.layer]!r} on rank{'s' * (len(bad_ranks) > 1)} {bad_ranks}"
             raise FloatingPointError(NON_FINITE_SCORES.format(where=where))
@@ -218,9 +242,14 @@ class HandshakeTable:
         return bool(self.rows[:, Header.STALE].any())
 
     @property
+    def all_train(self) -> bool:
+        """Whether the forward of every rank needs gradients."""
+        return bool(self.rows[:, Header.TRAINS].all())
+
+    @property
     def any_stop(self) -> bool:
         """Whether some rank wants to stop while all train."""
-        return bool(self.rows[:, Header.TRAINS].all() and self.rows[:, Header.STOP].any())
+        return self.all_train and bool(self.rows[:, Header.STOP].any())
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
         """[W, E] int64, E = `num_experts`: each rank's assignments to each expert."""

@@ -5,6 +5,7 @@ W ranks, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import nn
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.distributed import ExpertGroup, is_sharded
 from swiftmoe_lightning.engine.materialize import materialize_dense
-from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, shard_parameters
+from swiftmoe_lightning.engine.shard_parameters import refuse_fully_sharded, shard_parameters
+from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
@@ -81,16 +83,13 @@ class LayerState:
         """Whether gradients wait in the slots (accumulation)."""
         return self.sharded is not None and self.sharded.holds_gradients()
 
-    def end_step(self) -> bool:
-        """End a training step: read its load, and move the router's bias. False if nothing was trained."""
+    def end_step(self) -> ExpertLoad:
+        """End a training step: read its load."""
         load = self._since_step.read()
-        if load.num_assignments == 0:
-            return False
-        self.num_steps += 1
-        self._step = load
-        if isinstance(self.router, TopKRouter):
-            self.router.update_bias(load.popularity_E)
-        return True
+        if load.num_assignments:
+            self.num_steps += 1
+            self._step = load
+        return load
 
     def read_load_since_placed(self) -> ExpertLoad:
         """The load since the last call, that is, since the last placement."""
@@ -179,6 +178,31 @@ def _routers(module: nn.Module) -> dict[int, nn.Module]:
     return routers
 
 
+def update_router_biases(
+    loads: Mapping[str, ExpertLoad], states: Iterable[LayerState], group: ExpertGroup | None
+) -> None:
+    """Move the biases of routers that balance by them, alike in all expert groups. A collective if there are several.
+
+    Args:
+        loads: layer name -> its load in the step, in this group.
+        states: of these layers.
+        group: None on one rank.
+    """
+    routers = {
+        s.name: s.router for s in states if isinstance(s.router, TopKRouter) and s.router.expert_bias is not None
+    }
+    if not routers:
+        return
+    popularity = torch.from_numpy(np.concatenate([loads[name].popularity_E for name in routers]))
+    if group is not None and group.replicate is not None:
+        device = next(iter(routers.values())).weight.device
+        popularity = group.replicate.all_reduce(popularity.to(device)).cpu()
+    sizes = [len(loads[name].popularity_E) for name in routers]
+    for router, popularity_E in zip(routers.values(), popularity.split(sizes), strict=True):
+        if popularity_E.any():
+            router.update_bias(popularity_E.numpy())
+
+
 def update_layer_states(
     module: nn.Module,
     group: ExpertGroup | None,
@@ -198,9 +222,11 @@ def update_layer_states(
         placer: None on one rank.
 
     Raises:
-        ValueError: for experts inside an adapter, quantized, or under two routers.
+        ValueError: for experts inside an adapter, quantized, cut by FSDP2, or under two routers.
     """
     router_of = _routers(module)
+    if group is not None:
+        refuse_fully_sharded(module, group)
     previous_by_id = {id(state.experts): state for state in previous}
     states: list[LayerState] = []
     for name, experts in module.named_modules():

@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
-    """The placer of an engine's layers on these ranks. On rank 0 it logs when uniform replicas replace a policy's."""
+    """The placer of an engine's layers in this expert group. The first rank of all logs when it falls back."""
 
     def policy_of(num_experts: int) -> PlacementPolicy:
-        slots_per_rank = config.resolve_slots_per_rank(num_experts, group.world_size)
-        return make_policy(config.placement, group.world_size, slots_per_rank, group.ranks_per_node)
+        slots_per_rank = config.resolve_slots_per_rank(num_experts, group.expert.size)
+        return make_policy(config.placement, group.expert.size, slots_per_rank, group.ranks_per_node)
 
-    logs = group.rank == 0
+    logs = group.is_first
     placer = Placer(policy_of, skip_when_balanced=config.replace_every == "auto", report=_log.info if logs else None)
     if logs:
         # When the placer is freed, or else at exit: no hook of the frameworks runs at the end of every script.

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.distributed import (
     ExpertGroup,
-    is_sharded,
-    local_rows,
     local_shard,
-    shard_from_rank_zero,
     shard_whole_values,
-    sharded_from_local,
     sharded_like,
 )
 from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
@@ -39,7 +35,7 @@ class ShardedLayer(ExpertParallelContext):
         index: of the layer among the module's layers.
         experts: the module, with sharded parameters.
         slots: its weights on this rank.
-        group: the ranks over which it is spread.
+        group: this rank's expert group, and those that share its rows.
         split: the token split, as in `SwiftMoEConfig`.
 
     Attributes:
@@ -49,7 +45,8 @@ class ShardedLayer(ExpertParallelContext):
 
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
-        self.rank, self.split, self.ranks_per_node = group.rank, split, group.ranks_per_node
+        self.rank, self.split, self.ranks_per_node = group.expert.rank, split, group.ranks_per_node
+        self.tensor_ranks = group.tensor
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
@@ -132,8 +129,8 @@ class ShardedLayer(ExpertParallelContext):
         return self.slots.weights
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        """Send rows to their ranks; differentiable. See `ExpertGroup.exchange_rows`."""
-        return self._group.exchange_rows(rows_RD, send_splits, receive_splits)
+        """Send rows to their ranks; differentiable. See `RankGroup.exchange_rows`."""
+        return self._group.expert.exchange_rows(rows_RD, send_splits, receive_splits)
 
     def on_rewrite(self) -> None:
         """The module has overwritten its parameters: the slots are stale."""
@@ -147,6 +144,13 @@ class ShardedLayer(ExpertParallelContext):
             return
         self.slots.start_distribution(placement)
         self.stale = False
+
+    def fill_if_stale(self) -> None:
+        """Fill stale slots outside of a forward. A collective of all groups."""
+        if self.stale:
+            self.slots.start_distribution(self.placement)
+            self.slots.finish_distribution()
+            self.stale = False
 
     def on_backward(self, placement: Placement) -> None:
         """Backward has reached the layer: its gradients will be collected at the end.
@@ -198,7 +202,8 @@ class ShardedLayer(ExpertParallelContext):
         """Wait for the collected rows, and add them to `.grad` of the parameters; the user's hooks on them run."""
         parameters = self.experts.expert_parameters()
         shards = {name: local_shard(parameters[name]) for name in collection.names}
-        for name, total in collection.wait({name: shard.shape for name, shard in shards.items()}).items():
+        shapes = {name: shard.shape for name, shard in shards.items()}
+        for name, total in collection.wait(shapes, self._group.num_data_ranks).items():
             self._placeholders.pop(name, None)
             # Contiguous: fused optimizer kernels ignore strides.
             accumulate_gradient(parameters[name], total.to(shards[name]))
@@ -206,15 +211,17 @@ class ShardedLayer(ExpertParallelContext):
 
 def collect_gradients(layers: list[ShardedLayer]) -> None:
     """The gradients in these layers' slots -> `.grad` of their sharded parameters. A collective."""
-    under_way = None
-    # One layer ahead: the next layer's exchange runs while this layer's rows are summed.
-    for layer in sorted(layers, key=lambda layer: layer.index):
-        following = layer.slots.start_collection()
-        if under_way is not None:
-            under_way[0].add_to_sharded_gradients(under_way[1])
-        under_way = None if following is None else (layer, following)
-    if under_way is not None:
-        under_way[0].add_to_sharded_gradients(under_way[1])
+    in_group: tuple[ShardedLayer, PendingCollection] | None = None
+    between_groups: tuple[ShardedLayer, PendingCollection] | None = None
+    # Layers follow each other: while the rows of one are added up, the sums of the next travel between groups, and the
+    # gradients of the one after that in the group.
+    for layer in [*sorted(layers, key=lambda layer: layer.index), None, None]:
+        started = None if layer is None else layer.slots.start_collection()
+        if in_group is not None:
+            in_group[1].start_sum_over_groups()
+        if between_groups is not None:
+            between_groups[0].add_to_sharded_gradients(between_groups[1])
+        between_groups, in_group = in_group, None if layer is None or started is None else (layer, started)
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
@@ -233,36 +240,3 @@ def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
         sharded.grad = gradient
     for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
         hook(sharded)
-
-
-@torch.no_grad()
-def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
-    """Shard the module's parameters, in place; those that are sharded stay as they are. A collective.
-
-    Rank 0's values are used, as in DDP. Meta parameters are never allocated whole: each rank draws its own rows, with
-    the values that `reset_parameters` would have given them.
-
-    Args:
-        experts: its parameters are replaced.
-        group: the ranks that get the rows.
-        device: of this rank's rows.
-
-    Returns:
-        Name -> the parameter that was replaced.
-    """
-    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_sharded(p)}
-    seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
-    for name, parameter in replaced.items():
-        if parameter.is_meta:
-            first, last = local_rows(parameter.shape, group)
-            shape = (parameter.shape[0], last - first, *parameter.shape[2:])
-            local = torch.empty(shape, dtype=parameter.dtype, device=device)
-            experts.initialize_rows(name, local, first, seed)
-            sharded = sharded_from_local(local, parameter.shape, group)
-        else:
-            sharded = shard_from_rank_zero(parameter.to(device), group)
-        new_parameter = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            setattr(new_parameter, kind, getattr(parameter, kind, None))
-        experts.register_parameter(name, new_parameter)
-    return replaced

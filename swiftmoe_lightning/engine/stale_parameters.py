@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -38,3 +38,39 @@ class StaleParameters:
         """Whether the optimizer has one of them, which the module no longer uses."""
         ids = {id(p) for ref in self._refs if (p := ref()) is not None}
         return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+
+
+def refuse_replaced(optimizer: Optimizer, replaced: Mapping[str, StaleParameters]) -> None:
+    """Refuse an optimizer that has parameters from before the engine.
+
+    Args:
+        optimizer: the optimizer.
+        replaced: layer name -> the parameters that sharded ones replaced.
+
+    Raises:
+        ValueError: for such a one.
+    """
+    stale = [name for name, parameters in replaced.items() if parameters.held_by(optimizer)]
+    if stale:
+        raise ValueError(
+            f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
+            "first, then the optimizer from module.parameters()."
+        )
+
+
+def refuse_uncut(optimizer: Optimizer, replaced: StaleParameters | None, dense: str) -> None:
+    """Refuse an optimizer that has dense parameters from before they were cut.
+
+    Args:
+        optimizer: the optimizer.
+        replaced: the parameters that the cut replaced; None before it.
+        dense: the mode, for the message.
+
+    Raises:
+        ValueError: for such a one, and for any before the cut.
+    """
+    if replaced is None or replaced.held_by(optimizer):
+        raise ValueError(
+            f"the optimizer holds parameters from before dense={dense!r} cut them over the ranks. Call "
+            "engine.data_parallel() first, then make the optimizer from module.parameters()."
+        )

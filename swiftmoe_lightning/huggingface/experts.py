@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from swiftmoe_lightning.modules.experts import compute_dtype, prepare_weights
+from swiftmoe_lightning.modules.weights import compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import Activation, SortedAssignments, combine, expert_layer, expert_rows, sort_assignments
 
 NAME: Final = "swiftmoe"

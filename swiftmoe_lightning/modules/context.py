@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import is_sharded
+from swiftmoe_lightning.distributed import RankGroup, is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
@@ -27,12 +27,14 @@ class ExpertParallelContext(ABC):
         split: the token split.
         ranks_per_node: neighbouring ranks on a node.
         placement: which ranks have which expert.
+        tensor_ranks: the ranks that have the same tokens as this one; None where it is alone.
     """
 
     rank: int
     split: str
     ranks_per_node: int
     placement: Placement
+    tensor_ranks: RankGroup | None = None
 
     @abstractmethod
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:

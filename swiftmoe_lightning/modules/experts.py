@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
-from swiftmoe_lightning.distributed import first_row, local_shard
+from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, take_share
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, sort_by_pair
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
+from swiftmoe_lightning.modules.weights import compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_assignments
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 
@@ -29,14 +30,14 @@ class ExpertsOutput:
 
     Attributes:
         hidden_TD: [T, D], the experts' weighted sum for each token.
-        popularity_E: [E] int, assignments of all ranks in this forward; on the CPU or on the layer's device.
-        world_size: ranks that took part.
+        popularity_E: [E] int, assignments of all ranks of the group in this forward; on the CPU or the layer's device.
+        num_data_ranks: ranks with tokens of their own that took part.
         recomputes: whether the forward ran inside backward (activation checkpointing).
     """
 
     hidden_TD: Tensor
     popularity_E: Tensor
-    world_size: int
+    num_data_ranks: float
     recomputes: bool
 
 
@@ -172,6 +173,9 @@ class Experts(nn.Module):
             scores_finite = weights_TK.isfinite().all()
         if isinstance(context, SingleDeviceContext) and self.capacity is None:
             return self._run_on_one_device(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
+        num_tokens, tensor_ranks = len(x_TD), context.tensor_ranks
+        if tensor_ranks is not None:
+            x_TD, expert_ids_TK, weights_TK = (take_share(t, tensor_ranks) for t in (x_TD, expert_ids_TK, weights_TK))
         by_expert = sort_assignments(expert_ids_TK, self.num_experts)
         counts_WE = context.begin_forward(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
         placement = context.placement
@@ -182,6 +186,8 @@ class Experts(nn.Module):
             arrived_RD, by_slot = dispatcher.dispatch(x_TD)
             y_RD = expert_rows(arrived_RD, by_slot, self._weights(x_TD.dtype), self.activation)
             out_TD = dispatcher.combine(y_RD, weights_TK).to(out_dtype)
+        if tensor_ranks is not None:
+            out_TD = gather_shares(out_TD, num_tokens, tensor_ranks)
         load = ExpertLoad.of(counts_WE, plan, placement)
 
         def on_backward() -> None:
@@ -192,7 +198,8 @@ class Experts(nn.Module):
             out_TD.register_hook(lambda _: context.on_backward(placement))
         popularity_E = torch.from_numpy(load.popularity_E)
         out_TD = run_once_in_backward(out_TD, on_backward)
-        return ExpertsOutput(out_TD, popularity_E, placement.world_size, _in_backward())
+        num_data_ranks = placement.world_size / (1 if tensor_ranks is None else tensor_ranks.size)
+        return ExpertsOutput(out_TD, popularity_E, num_data_ranks, _in_backward())
 
     def _run_on_one_device(
         self,
@@ -276,19 +283,3 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
         f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
         "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
     )
-
-
-def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
-    """Cast experts' tensors to `dtype`, and turn matrices that are `transposed`, [s, in, out], into [s, out, in]."""
-    cast = {name: w.to(dtype) for name, w in weights.items()}
-    if transposed:
-        cast = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in cast.items()}
-    return cast
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matmul of `x` would run: autocast's, if it is on."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype

@@ -109,11 +109,11 @@ class MoE(nn.Module):
             return None
         loss = routed.logits_TE.new_zeros(())
         if self.aux_loss_coef:
-            balance = routed.load_balancing_loss(result.popularity_E, result.world_size)
+            balance = routed.load_balancing_loss(result.popularity_E, result.num_data_ranks)
             loss = loss + self.aux_loss_coef * balance
         if self.z_loss_coef:
             num_tokens = result.popularity_E.sum() / routed.expert_ids_TK.shape[1]
-            loss = loss + self.z_loss_coef * routed.z_loss(num_tokens, result.world_size)
+            loss = loss + self.z_loss_coef * routed.z_loss(num_tokens, result.num_data_ranks)
         return loss
 
 

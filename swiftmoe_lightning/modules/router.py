@@ -42,7 +42,7 @@ class RouterOutput:
     prob_sums_E: Tensor | None = None
     square_sum: Tensor | None = None
 
-    def load_balancing_loss(self, popularity_E: Tensor, world_size: int) -> Tensor:
+    def load_balancing_loss(self, popularity_E: Tensor, num_data_ranks: float) -> Tensor:
         """See `load_balancing_loss`.
 
         Raises:
@@ -53,13 +53,13 @@ class RouterOutput:
             raise ValueError(
                 "aux_loss_coef needs a RouterOutput with probs_TE or prob_sums_E: the router gave neither."
             )
-        return load_balancing_loss(probs_TE, popularity_E, world_size, self.expert_ids_TK.shape[1])
+        return load_balancing_loss(probs_TE, popularity_E, num_data_ranks, self.expert_ids_TK.shape[1])
 
-    def z_loss(self, num_tokens: Tensor, world_size: int) -> Tensor:
+    def z_loss(self, num_tokens: Tensor, num_data_ranks: float) -> Tensor:
         """See `z_loss`."""
         if self.square_sum is None:
-            return z_loss(self.logits_TE, num_tokens, world_size)
-        return self.square_sum * (world_size / num_tokens.clamp(min=1))
+            return z_loss(self.logits_TE, num_tokens, num_data_ranks)
+        return self.square_sum * (num_data_ranks / num_tokens.clamp(min=1))
 
 
 class TopKRouter(nn.Module):
@@ -177,7 +177,7 @@ class TopKRouter(nn.Module):
             self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)
 
 
-def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int, top_k: int) -> Tensor:
+def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: int) -> Tensor:
     """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
 
     f_e is expert e's share of the assignments of ALL ranks, P_e the mean share of its score. Ranks share the
@@ -186,7 +186,7 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
     Args:
         probs_TE: [T, E] of this rank, or their sum as [1, E].
         popularity_E: [E] int of all ranks.
-        world_size: ranks that took part.
+        num_data_ranks: ranks with tokens of their own that took part.
         top_k: K, experts of each token.
 
     Returns:
@@ -195,11 +195,11 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, world_size: int,
     popularity_E = popularity_E.to(probs_TE)
     num_assignments = popularity_E.sum().clamp(min=1)
     share_E = popularity_E / num_assignments
-    mean_prob_E = probs_TE.sum(0) * (world_size * top_k / num_assignments)
+    mean_prob_E = probs_TE.sum(0) * (num_data_ranks * top_k / num_assignments)
     return len(popularity_E) * (share_E * mean_prob_E).sum()
 
 
-def z_loss(logits_TE: Tensor, num_tokens: Tensor, world_size: int) -> Tensor:
+def z_loss(logits_TE: Tensor, num_tokens: Tensor, num_data_ranks: float) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5), over the tokens of all ranks.
 
     Its mean over ranks is the loss of the global batch on one device.
@@ -207,9 +207,9 @@ def z_loss(logits_TE: Tensor, num_tokens: Tensor, world_size: int) -> Tensor:
     Args:
         logits_TE: [T, E] of this rank.
         num_tokens: [], of all ranks.
-        world_size: ranks that took part.
+        num_data_ranks: ranks with tokens of their own that took part.
 
     Returns:
         [] floating.
     """
-    return logits_TE.logsumexp(-1).square().sum() * (world_size / num_tokens.clamp(min=1))
+    return logits_TE.logsumexp(-1).square().sum() * (num_data_ranks / num_tokens.clamp(min=1))

@@ -13,6 +13,7 @@ from swiftmoe_lightning.placement.policies import (
     SymiPolicy,
     make_policy,
 )
+from swiftmoe_lightning.placement.replicas import num_elements, replica_slices
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     PeerBlock,
@@ -46,9 +47,11 @@ __all__ = [
     "imbalance",
     "imbalance_bounds",
     "make_policy",
+    "num_elements",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
+    "replica_slices",
     "shard_rows",
 ]

@@ -37,8 +37,8 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
-            `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense,
+            expert_parallel_size: see `SwiftMoEConfig`.
         **ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters,
             ...).
 
@@ -56,6 +56,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         offload_optimizer: bool = False,
         token_split: str = "balanced",
         dense: str = "ddp",
+        expert_parallel_size: int | None = None,
         **ddp_options: Any,
     ) -> None:
         self.config = SwiftMoEConfig(
@@ -67,6 +68,7 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
             offload_optimizer=offload_optimizer,
             token_split=token_split,
             dense=dense,
+            expert_parallel_size=expert_parallel_size,
         )
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)

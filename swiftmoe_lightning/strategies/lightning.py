@@ -35,11 +35,11 @@ _DIRECTORY_KEY = "swiftmoe_directory"
 class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
-    Dense parameters train as under DDP, or FSDP2 (dense="fsdp2"). Every option is JSON-able, for LightningCLI.
+    Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense: see
-            `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense,
+            expert_parallel_size: see `SwiftMoEConfig`.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
             of one plain file. Both kinds load, whatever it is set to.
         **ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
@@ -60,6 +60,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         offload_optimizer: bool = False,
         token_split: str = "balanced",
         dense: str = "ddp",
+        expert_parallel_size: int | None = None,
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
     ) -> None:
@@ -72,6 +73,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
             offload_optimizer=offload_optimizer,
             token_split=token_split,
             dense=dense,
+            expert_parallel_size=expert_parallel_size,
         )
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)
@@ -115,7 +117,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
-        if self.engine.group is not None and self.config.dense == "fsdp2":
+        if self.engine.group is not None and self.config.dense != "ddp":
             shard_dense(self._module.trainer, self.engine)
         elif any(p.requires_grad and not is_sharded(p) for p in self.lightning_module.parameters()):
             super().configure_ddp()

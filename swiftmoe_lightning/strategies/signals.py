@@ -22,7 +22,7 @@ def stop_together(trainer: Trainer, engine: SwiftMoEEngine) -> None:
     """
     # A stop that was asked for in an earlier run of this module does not stop this run.
     for layer in engine.layers:
-        layer.handshake.wants_stop = layer.handshake.stops = False
+        layer.handshake.reset_stop()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _StopTogether)]
     callbacks.append(stopper := _StopTogether(engine))

@@ -7,7 +7,7 @@ import pytest
 
 from swiftmoe_lightning.analysis import Advice, Cluster, GroupCost, ModelSizes, Workload, model_of
 from swiftmoe_lightning.analysis.cluster import BYTES_OF
-from swiftmoe_lightning.analysis.scale_advice import candidate_sizes, default_group_size
+from swiftmoe_lightning.analysis.scale_advice import candidate_sizes
 from swiftmoe_lightning.config import DTYPES, SwiftMoEConfig
 from swiftmoe_lightning.placement import Forecast, Placement, make_policy, plan_collection
 
@@ -159,13 +159,6 @@ def test_the_default_policy_has_as_many_pairs_as_slots_in_large_groups() -> None
     popularity_E = np.random.default_rng(0).multinomial(4096 * 8 * 64, shares_E / shares_E.sum())
     (placement,) = make_policy("balanced", 64, slots).place(Forecast.of(popularity_E[None]))
     assert placement.num_pairs_W.sum() == slots * 64
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "group_size"), [(1, 1), (8, 8), (64, 64), (72, 36), (96, 48), (127, 1), (1024, 64), (10000, 50)]
-)
-def test_the_default_group_is_the_largest_divisor_up_to_64(num_ranks: int, group_size: int) -> None:
-    assert default_group_size(num_ranks) == group_size
 
 
 @pytest.mark.parametrize(

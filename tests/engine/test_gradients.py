@@ -31,7 +31,7 @@ def read_numbers() -> list[float]:
     read = [gradient.norm(), gradient.norm(1), gradient.abs().max(), gradient.sum(), gradient.mean()]
     numbers = [value.item() for value in read]
     numbers += [float(bool(gradient.isnan().any())), float(bool(gradient.isfinite().all()))]
-    if engine.group is None or engine.group.rank == 0:
+    if engine.group is None or engine.group.is_first:
         local = gradient.to_local() if engine.group else gradient
         local[0, 0] = math.nan
     return [*numbers, float(bool(gradient.isnan().any())), float(bool(gradient.isfinite().all()))]

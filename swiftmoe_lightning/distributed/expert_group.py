@@ -1,0 +1,178 @@
+"""The ranks over which experts are spread: R groups of g ranks, each of which holds all experts.
+
+W = R * g ranks. Rank r * g + j of the mesh is rank j of expert group r.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from swiftmoe_lightning.distributed.group import RankGroup, meshes
+
+AXIS: Final = "expert"
+DENSE_AXIS: Final = "dense"
+_REPLICATE: Final = "replicate"
+
+
+class ExpertGroup:
+    """This rank's expert group, and the ranks across all groups that own the same rows.
+
+    Args:
+        device_type: of the meshes, and of the parameters that are cut over them.
+        expert_parallel_size: g; None takes all ranks. It must divide their number.
+        ranks_per_node: neighbouring ranks that share a node; None takes torchrun's LOCAL_WORLD_SIZE, or one
+            node without it.
+        mesh: [R, g] or [g], of all ranks; None makes one of neighbours.
+        tensor_mesh: [..., n], of all ranks, whose last axis are the ranks with the same tokens; None if all ranks have
+            tokens of their own.
+
+    Attributes:
+        mesh: [R, g], axes "replicate" and "expert" (a given one keeps its names); [g] for one group.
+        shard_mesh: of the sharded parameters: their rows are cut over "expert", and each part over "replicate".
+        expert: the g ranks of this group. For counts and tokens.
+        weights: the same ranks, so that counts and tokens do not queue behind weights; and where some ranks exchange
+            weights and others do not, the next gather of counts still runs, and its check reports them.
+        replicate: the R ranks, one of each group, between which a part of the rows is cut; None for one group.
+        tensor: the n ranks that have the same tokens as this one; None where it is alone.
+        ranks_per_node: neighbouring ranks of the group that share a node.
+
+    Raises:
+        RuntimeError: when no process group is initialized.
+        ValueError: for a mesh that is not of all ranks.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        expert_parallel_size: int | None = None,
+        ranks_per_node: int | None = None,
+        mesh: DeviceMesh | None = None,
+        tensor_mesh: DeviceMesh | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
+        self.mesh = _make_mesh(device_type, expert_parallel_size) if mesh is None else _checked(mesh)
+        self.expert = RankGroup(self.mesh.get_group(self.mesh.ndim - 1))
+        self.weights = self.expert.second(device_type)
+        self.replicate: RankGroup | None = None
+        self.shard_mesh = self.mesh
+        if self.mesh.ndim == 2:
+            replicate = self.mesh.get_group(0)
+            self.replicate = RankGroup(replicate)
+            self.shard_mesh = DeviceMesh.from_group(
+                [self.expert.process_group, replicate],
+                device_type,
+                mesh=self.mesh.mesh.t().contiguous(),
+                mesh_dim_names=(AXIS, _REPLICATE),
+            )
+        self._tensor_mesh, self.tensor = tensor_mesh, None
+        if tensor_mesh is not None:
+            _check_tensor_mesh(tensor_mesh)
+            self.tensor = RankGroup(tensor_mesh.get_group(tensor_mesh.ndim - 1))
+        launched = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        self.ranks_per_node = ranks_on_a_node(self.expert.ranks, launched if ranks_per_node is None else ranks_per_node)
+
+    @property
+    def num_ranks(self) -> int:
+        """W, of all groups."""
+        return self.mesh.size()
+
+    @property
+    def num_data_ranks(self) -> int:
+        """How many ranks have tokens of their own."""
+        return self.num_ranks // (1 if self.tensor is None else self.tensor.size)
+
+    def dense_mesh(self, is_hybrid: bool) -> DeviceMesh:
+        """The mesh over which FSDP2 cuts the dense part. A collective.
+
+        Args:
+            is_hybrid: cut it over the ranks of a group, and let all groups have copies.
+        """
+        if self._tensor_mesh is not None:
+            assert self._tensor_mesh.mesh_dim_names is not None
+            return self._tensor_mesh[self._tensor_mesh.mesh_dim_names[:-1]]
+        if is_hybrid or self.mesh.ndim == 1:
+            return self.mesh
+        return init_device_mesh(self.mesh.device_type, (self.num_ranks,), mesh_dim_names=(DENSE_AXIS,))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of all."""
+        return self.expert.rank == 0 and (self.replicate is None or self.replicate.rank == 0)
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        """[m] -> [W, m]: every rank's `row`, also of other groups."""
+        rows = self.expert.all_gather(row)
+        return rows if self.replicate is None else self.replicate.all_gather(rows.flatten()).view(-1, len(row))
+
+    def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce `value` over all ranks, in place, by a `torch.distributed.ReduceOp`. Returns it."""
+        self.expert.all_reduce(value, op)
+        return value if self.replicate is None else self.replicate.all_reduce(value, op)
+
+    def broadcast(self, value: Tensor) -> Tensor:
+        """Write the first rank's `value` to all ranks' `value`. Returns it."""
+        self.expert.broadcast(value)
+        return value if self.replicate is None else self.replicate.broadcast(value)
+
+    def broadcast_int(self, value: int, device: torch.device) -> int:
+        """The first rank's whole number `value`, on every rank. It travels from `device` to `device`."""
+        return int(self.broadcast(torch.tensor(value, device=device)).item())
+
+
+def _make_mesh(device_type: str, expert_parallel_size: int | None) -> DeviceMesh:
+    num_ranks = dist.get_world_size()
+    size = num_ranks if expert_parallel_size is None else expert_parallel_size
+    if size == num_ranks:
+        return init_device_mesh(device_type, (num_ranks,), mesh_dim_names=(AXIS,))
+    assert dist.group.WORLD is not None
+    known = meshes.setdefault(dist.group.WORLD, {})
+    if (device_type, size) not in known:
+        shape, names = (num_ranks // size, size), (_REPLICATE, AXIS)
+        known[device_type, size] = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return known[device_type, size]
+
+
+def _checked(mesh: DeviceMesh) -> DeviceMesh:
+    num_ranks = dist.get_world_size()
+    if mesh.ndim > 2 or mesh.size() != num_ranks:
+        raise ValueError(
+            f"mesh must have one axis (the expert group) or two (the replicate axis, then the expert group) with all "
+            f"{num_ranks} ranks, got {mesh}. Name the axes that ranks with different tokens lie on: "
+            'mesh["dp", "ep"].'
+        )
+    return mesh
+
+
+def _check_tensor_mesh(mesh: DeviceMesh) -> None:
+    num_ranks = dist.get_world_size()
+    if mesh.ndim < 2 or mesh.size() != num_ranks or mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"tensor_mesh must have names, all {num_ranks} ranks, and the tensor-parallel axis last, got {mesh}. Make "
+            f'it as init_device_mesh(device_type, ({num_ranks // 2}, 2), mesh_dim_names=("dp", "tp")).'
+        )
+
+
+def ranks_on_a_node(ranks: Sequence[int], node_size: int) -> int:
+    """How many neighbours of a group always share a node.
+
+    Args:
+        ranks: the group's, by their number in the world.
+        node_size: ranks 0 to node_size - 1 are on the first node, the next as many on the second.
+
+    Returns:
+        The largest b for which ranks[0:b], ranks[b:2b], ... lie on one node each.
+    """
+    nodes = [rank // node_size for rank in ranks]
+    return next(
+        b
+        for b in range(len(ranks), 0, -1)
+        if all(len(set(nodes[first : first + b])) == 1 for first in range(0, len(ranks), b))
+    )
