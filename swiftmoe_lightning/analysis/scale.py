@@ -115,8 +115,8 @@ class GroupCost:
 
     @property
     def count_seconds(self) -> float:
-        """Of a micro-batch: every rank's counts to every rank of its group, 8 bytes each."""
-        return self.model.num_layers * self._exchange_in_group(8 * (self.model.num_experts + _HEADER))
+        """Of a micro-batch: every rank's counts to every rank of its group, 4 bytes each."""
+        return self.model.num_layers * self._exchange_in_group(4 * (self.model.num_experts + _HEADER))
 
     @property
     def step_seconds(self) -> float:

@@ -1,6 +1,6 @@
 """The all-gather at the start of every layer's forward: counts, and a header by which ranks check their calls.
 
-W ranks, E experts. A rank sends one row of whole numbers: a `Header`, and then [E] counts, padded to the widest layer,
+W ranks, E experts. A rank sends one row of int32 numbers: a `Header`, and then [E] counts, padded to the widest layer,
 so that a rank that has left its evaluation loop can take part without knowing which layer the others run.
 """
 
@@ -102,7 +102,7 @@ class ForwardHandshake:
 
         Args:
             layer: its index.
-            counts_E: [E] int64, this rank's assignments to each expert.
+            counts_E: [E] int32, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that will be exchanged.
             stale: whether this rank's slots must be filled again.
@@ -116,7 +116,7 @@ class ForwardHandshake:
         """
         # In the order of `Header`, with as few copies to a GPU as there can be.
         call = counts_E.new_tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
-        finite = scores_finite.view(1).to(torch.int64)
+        finite = scores_finite.view(1).to(torch.int32)
         progress = counts_E.new_tensor([self.wants_stop, self.num_updates])
         padding = counts_E.new_zeros(self._max_experts - len(counts_E))
         return self._gather(torch.cat([call, finite, progress, counts_E, padding]))
@@ -148,7 +148,7 @@ class ForwardHandshake:
             RuntimeError: as `call` does.
         """
         row = self._row_without_counts(Call.EPOCH, trains=True)
-        row[len(Header)] = num_batches
+        row[len(Header)] = min(num_batches, torch.iinfo(row.dtype).max)
         rows = self._gather(row).rows
         if self._group.replicate is not None:
             # The other groups have made the same call, or they would not train an epoch.
@@ -157,7 +157,7 @@ class ForwardHandshake:
         return num_batches_W
 
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
-        row = torch.zeros(len(Header) + self._max_experts, dtype=torch.int64)
+        row = torch.zeros(len(Header) + self._max_experts, dtype=torch.int32)
         row[Header.CALL], row[Header.TRAINS], row[Header.FINITE] = call, trains, True
         row[Header.UPDATES] = self.num_updates
         return row.to(self._device)
@@ -218,7 +218,7 @@ class HandshakeTable:
     """The rows of all ranks in one handshake.
 
     Attributes:
-        rows: [W, header + E] int64.
+        rows: [W, header + E] int32.
         active_rows: the rows of ranks that are not done.
     """
 
@@ -253,4 +253,4 @@ class HandshakeTable:
 
     def counts_WE(self, num_experts: int) -> np.ndarray:
         """[W, E] int64, E = `num_experts`: each rank's assignments to each expert."""
-        return self.rows[:, len(Header) : len(Header) + num_experts]
+        return self.rows[:, len(Header) : len(Header) + num_experts].astype(np.int64)

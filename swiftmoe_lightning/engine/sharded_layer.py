@@ -99,7 +99,7 @@ class ShardedLayer(ExpertParallelContext):
         """Gather all ranks' counts, and fill the slots if they are stale. A collective.
 
         Args:
-            counts_E: [E] int64, this rank's assignments to each expert.
+            counts_E: [E] int32, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that this forward will exchange.
 

@@ -38,7 +38,7 @@ class ExpertParallelContext(ABC):
 
     @abstractmethod
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """Gather all ranks' counts: [E] int64 -> [W, E] int64. Afterwards `weights` and `placement` are up to date.
+        """Gather all ranks' counts: [E] int32 -> [W, E] int64. Afterwards `weights` and `placement` are up to date.
 
         Args:
             counts_E: assignments of this rank's tokens to each expert.
@@ -93,7 +93,7 @@ class SingleDeviceContext(ExpertParallelContext):
         self.placement = Placement(np.arange(num_experts), num_experts, 1)
 
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """[E] int64 -> [1, E] int64, on the CPU, which waits for the device.
+        """[E] int32 -> [1, E] int64, on the CPU, which waits for the device.
 
         Args:
             counts_E: assignments to each expert.
@@ -106,7 +106,7 @@ class SingleDeviceContext(ExpertParallelContext):
         numbers = torch.cat([counts_E, scores_finite.view(1)]).cpu().numpy()
         if not numbers[-1]:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
-        return numbers[None, :-1]
+        return numbers[None, :-1].astype(np.int64)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The layer's own parameters.

@@ -177,7 +177,7 @@ class Experts(nn.Module):
         if tensor_ranks is not None:
             x_TD, expert_ids_TK, weights_TK = (take_share(t, tensor_ranks) for t in (x_TD, expert_ids_TK, weights_TK))
         by_expert = sort_assignments(expert_ids_TK, self.num_experts)
-        counts_WE = context.begin_forward(by_expert.counts_G.to(torch.int64), scores_finite, x_TD.dtype)
+        counts_WE = context.begin_forward(by_expert.counts_G, scores_finite, x_TD.dtype)
         placement = context.placement
         plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
         rank_plan = plan.for_rank(context.rank)

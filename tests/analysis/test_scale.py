@@ -45,11 +45,11 @@ def test_two_groups_of_four_take_the_seconds_that_are_worked_out_by_hand() -> No
     assert actual.weight_seconds == pytest.approx(2 * 2 * (collect + across))
     # 16 tokens go to 2 experts as 8 numbers of 2 bytes: 512 bytes, a quarter to each rank; 4 times a layer.
     assert actual.token_seconds == pytest.approx(4 * 2 * 2 * (2 + 12.8))
-    # 4 counts and a header of 7, 8 bytes each.
-    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 8.8))
-    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 43.2)
+    # 4 counts and a header of 7, 4 bytes each.
+    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 4.4))
+    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 25.6)
     twice = cost(4, work=Workload(tokens=16, micro_batches=2))
-    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 43.2))
+    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 25.6))
 
 
 def test_two_groups_of_four_need_the_memory_that_is_worked_out_by_hand() -> None:
