@@ -226,3 +226,47 @@ def stop_on(asking: int) -> list[bool]:
 @pytest.mark.parametrize("asking", [0, 3])
 def test_a_stop_is_seen_by_all_groups_in_the_same_step(asking: int) -> None:
     assert run_ranks(stop_on, 4, asking) == [[False, False, True, True]] * 4
+
+
+def poison_one_group() -> None:
+    engine, model, optimizer = build(2)
+    train(engine, model, optimizer, range(1), torch.float32)
+    x = dense.batch(1, 0, torch.float32)[0][:6]
+    if dist.get_rank() == 3:
+        x[0] = float("nan")
+    model(x).sum().backward()
+
+
+def test_an_error_of_one_group_ends_all_ranks() -> None:
+    first, second, third, fourth = rank_errors(poison_one_group, 4)
+    for error in (third, fourth):
+        assert "FloatingPointError" in error
+        assert "on rank [3]" in error
+    for error in (first, second):
+        # They miss the ranks that have ended.
+        assert "FloatingPointError" not in error
+
+
+def move_biases(size: int) -> list[list[float]]:
+    """The router's biases after three steps."""
+    torch.manual_seed(0)
+    router = sml.TopKRouter(8, 6, 2, bias_update_rate=0.125)
+    module = sml.MoE(8, 8, 6, 2, router=router).double()
+    engine = sml.SwiftMoEEngine(module, sml.SwiftMoEConfig(expert_parallel_size=size))
+    model = engine.data_parallel()
+    optimizer = engine.prepare_optimizer(torch.optim.SGD(module.parameters(), lr=0.1))
+    biases = []
+    for step in range(3):
+        x = torch.randn(4, 20, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x[dist.get_rank()]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert router.expert_bias is not None
+        biases.append(router.expert_bias.tolist())
+    return biases
+
+
+def test_router_biases_move_by_the_tokens_of_all_groups() -> None:
+    expected = run_ranks(move_biases, 4, 4)[0]
+    assert any(any(step) for step in expected)
+    assert run_ranks(move_biases, 4, 2) == [expected] * 4
