@@ -101,6 +101,17 @@ ROWS: Final = (
         ),
     ),
     Row(
+        "Expert groups (`expert_parallel_size`)",
+        "Lightning, Fabric, Accelerate, HF Trainer, plain engine, also on a `DeviceMesh` of yours; a tensor-parallel dense "
+        'part; `dense="hsdp"`; resume with other groups and numbers of ranks',
+        "the auxiliary loss is of each group's own tokens; pipeline parallelism is not supported",
+        (
+            "engine/test_expert_groups: groups dense_part mesh resumes evaluation stop biases",
+            "engine/test_tensor_parallel: one_process",
+            "strategies/test_expert_groups: fit checkpoints accelerate fabric trainer",
+        ),
+    ),
+    Row(
         "Adapters (LoRA)",
         "on dense layers, over frozen experts",
         "on experts they are refused: merge or unload them",
