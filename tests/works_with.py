@@ -102,8 +102,8 @@ ROWS: Final = (
     ),
     Row(
         "Expert groups (`expert_parallel_size`)",
-        "Lightning, Fabric, Accelerate, HF Trainer, plain engine, also on a `DeviceMesh` of yours; a tensor-parallel dense "
-        'part; `dense="hsdp"`; resume with other groups and numbers of ranks',
+        "Lightning, Fabric, Accelerate, HF Trainer, plain engine, also on a `DeviceMesh` of yours; a tensor-parallel "
+        'dense part; `dense="hsdp"`; resume with other groups and numbers of ranks',
         "the auxiliary loss is of each group's own tokens; pipeline parallelism is not supported",
         (
             "engine/test_expert_groups: groups dense_part mesh resumes evaluation stop biases",

@@ -5,6 +5,7 @@ W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -211,17 +212,22 @@ class ShardedLayer(ExpertParallelContext):
 
 def collect_gradients(layers: list[ShardedLayer]) -> None:
     """The gradients in these layers' slots -> `.grad` of their sharded parameters. A collective."""
-    in_group: tuple[ShardedLayer, PendingCollection] | None = None
-    between_groups: tuple[ShardedLayer, PendingCollection] | None = None
-    # Layers follow each other: while the rows of one are added up, the sums of the next travel between groups, and the
-    # gradients of the one after that in the group.
-    for layer in [*sorted(layers, key=lambda layer: layer.index), None, None]:
-        started = None if layer is None else layer.slots.start_collection()
-        if in_group is not None:
-            in_group[1].start_sum_over_groups()
-        if between_groups is not None:
-            between_groups[0].add_to_sharded_gradients(between_groups[1])
-        between_groups, in_group = in_group, None if layer is None or started is None else (layer, started)
+    under_way: deque[tuple[ShardedLayer, PendingCollection]] = deque()
+    # The gradients of a layer travel while the rows of the one before are added up or, with several groups, its sums
+    # travel between groups.
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        started = layer.slots.start_collection()
+        if under_way:
+            under_way[-1][1].start_sum_over_groups()
+        while under_way and (len(under_way) > 1 or not under_way[0][1].is_between_groups):
+            finished, collection = under_way.popleft()
+            finished.add_to_sharded_gradients(collection)
+        if started is not None:
+            under_way.append((layer, started))
+    if under_way:
+        under_way[-1][1].start_sum_over_groups()
+    for layer, collection in under_way:
+        layer.add_to_sharded_gradients(collection)
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:

@@ -190,6 +190,7 @@ class PendingCollection:
 
     Attributes:
         names: the tensors that have gradients.
+        is_between_groups: whether its sums travel between groups.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class PendingCollection:
     ) -> None:
         self._exchange, self._placement, self.names = exchange, placement, names
         self._replicas, self._bytes_sent = replicas, bytes_sent
+        self.is_between_groups = False
 
     def start_sum_over_groups(self) -> None:
         """Begin to send this group's sums to the ranks that own their rows; with one group, nothing."""
@@ -211,6 +213,7 @@ class PendingCollection:
         (total_Ec,) = _sum_over_ranks([received.view(self._placement.num_pairs, -1)], self._placement)
         self._exchange = self._replicas.start_sum(total_Ec, received.dtype)
         self._bytes_sent["reduce"] += self._exchange.bytes_sent
+        self.is_between_groups = True
 
     def wait(self, shard_shapes: Mapping[str, torch.Size], num_ranks: int) -> dict[str, Tensor]:
         """Wait for each expert's gradient: the mean over all ranks with tokens of their own, as in DDP.
