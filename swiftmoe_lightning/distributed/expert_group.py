@@ -61,17 +61,14 @@ class ExpertGroup:
         self.mesh = _make_mesh(device_type, expert_parallel_size) if mesh is None else _checked(mesh)
         self.expert = RankGroup(self.mesh.get_group(self.mesh.ndim - 1))
         self.weights = self.expert.second(device_type)
-        self.replicate: RankGroup | None = None
-        self.shard_mesh = self.mesh
-        if self.mesh.ndim == 2:
-            replicate = self.mesh.get_group(0)
-            self.replicate = RankGroup(replicate)
-            self.shard_mesh = DeviceMesh.from_group(
-                [self.expert.process_group, replicate],
-                device_type,
-                mesh=self.mesh.mesh.t().contiguous(),
-                mesh_dim_names=(AXIS, _REPLICATE),
-            )
+        self.replicate = RankGroup(self.mesh.get_group(0)) if self.mesh.ndim == 2 else None
+        groups = [self.expert, *([] if self.replicate is None else [self.replicate])]
+        self.shard_mesh = DeviceMesh.from_group(
+            [group.process_group for group in groups],
+            device_type,
+            mesh=self.mesh.mesh.t().contiguous(),
+            mesh_dim_names=(AXIS, _REPLICATE)[: self.mesh.ndim],
+        )
         self._tensor_mesh, self.tensor = tensor_mesh, None
         if tensor_mesh is not None:
             _check_tensor_mesh(tensor_mesh)
