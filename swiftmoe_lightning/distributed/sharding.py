@@ -36,8 +36,12 @@ def sharded_like(local: Tensor, sharded: Tensor) -> DTensor:
 
 
 def shard_of(full: Tensor, sharded: Tensor) -> Tensor:
-    """This rank's shard of `full` if it were cut as the DTensor `sharded` is; shares its storage."""
+    """This rank's shard of `full` if it were cut as the DTensor `sharded` is; may share its storage."""
     assert isinstance(sharded, DTensor)
+    if not all(placement.is_replicate() or type(placement) is Shard for placement in sharded.placements):
+        # FSDP2's cut of a tensor-parallel parameter is not one range.
+        whole = full.to(sharded.device)
+        return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
     for dim, (first, last) in shard_ranges(sharded).items():
         full = full.narrow(dim, first, last - first)
     return full

@@ -61,7 +61,11 @@ def train(shape: tuple[int, ...], size: int | None, mode: str, options: dict[str
         optimizer.step()
         optimizer.zero_grad()
     assert not shape or isinstance(model.up.weight, DTensor)
-    return engine.full_state_dict()
+    state = {name: value.clone() for name, value in engine.full_state_dict().items()}
+    # Whole values load into what is cut over both axes, and are what is gathered again.
+    model.load_state_dict({name: value + 1 for name, value in state.items()})
+    assert all(torch.equal(value, state[name] + 1) for name, value in engine.full_state_dict().items())
+    return state
 
 
 AUX = {"aux_loss_coef": 0.1, "z_loss_coef": 0.01}
