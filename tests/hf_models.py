@@ -65,11 +65,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str, seed: int = 0) -> Any:
+def build(family: str, seed: int = 0, num_experts: int = 5) -> Any:
     """A model of this family, as from_config gives it, in float32."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES[family]})
+    options = {**_COMMON, **FAMILIES[family]}
+    for name in {"num_experts", "num_local_experts", "n_routed_experts"} & options.keys():
+        options[name] = num_experts
+    config = CONFIG_MAPPING[family](**options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

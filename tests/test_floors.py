@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "swiftmoe_lightning"
 KERNELS = PACKAGE / "ops" / "triton"
 TRAINER = PACKAGE / "huggingface" / "trainer.py"
+EXPERT_PARALLEL = PACKAGE / "huggingface" / "expert_parallel.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
@@ -48,6 +49,7 @@ OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
 LATE = {
     "swiftmoe_lightning.ops.triton": (KERNELS, {"triton"}),
     "swiftmoe_lightning.huggingface.trainer": (TRAINER, {"transformers"}),
+    "swiftmoe_lightning.huggingface.expert_parallel": (EXPERT_PARALLEL, {"transformers"}),
 }
 WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 
@@ -64,6 +66,7 @@ TESTED_IN = {
     "distributed/dtensor_scalars.py": "engine/test_gradients.py",
     "distributed/dtensor_writes.py": "distributed/test_dtensor_extension.py",
     "distributed/group.py": "engine/test_weight_traffic.py",
+    "distributed/loaded_experts.py": "huggingface/test_expert_parallel.py",
     "distributed/private.py": "test_private_names.py",
     "distributed/sharding.py": "engine/test_matches_dense_reference.py",
     "distributed/store_barrier.py": "huggingface/test_save_pretrained.py",
@@ -87,6 +90,7 @@ TESTED_IN = {
     "engine/slots.py": "engine/test_weight_traffic.py",
     "engine/stale_parameters.py": "engine/test_engine_setup.py",
     "huggingface/layouts.py": "huggingface/test_convert.py",
+    "huggingface/sharded_at_load.py": "huggingface/test_expert_parallel.py",
     "modules/context.py": "modules/test_single_device.py",
     "modules/dispatch.py": "engine/test_matches_dense_reference.py",
     "modules/experts.py": "modules/test_moe.py",

@@ -58,7 +58,7 @@ def test_signatures_are_what_they_were() -> None:
     ]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
     assert arguments(sml.convert) == ["model"]
-    assert arguments(sml.register_hf_experts) == []
+    assert arguments(sml.register_hf_experts) == ["config"]
     options = [
         "slots_per_rank",
         "placement",

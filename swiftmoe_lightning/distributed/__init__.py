@@ -4,6 +4,7 @@ from swiftmoe_lightning.distributed import private as private
 from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
+from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
@@ -26,6 +27,8 @@ __all__ = [
     "ExpertGroup",
     "PendingExchange",
     "RankGroup",
+    "cut_by_experts",
+    "cut_by_rows",
     "extend_dtensors",
     "first_row",
     "full_tensor",

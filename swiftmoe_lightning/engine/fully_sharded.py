@@ -133,6 +133,13 @@ class FullyShardedDense:
         order.clear()
 
 
+def reshard_all(module: nn.Module) -> None:
+    """Cut all weights in `module` again that FSDP2 has gathered, whoever cut them first. No communication."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def _state_of(module: nn.Module) -> Any:
     return fully_shard.state(module)  # type: ignore[attr-defined]
 

@@ -20,21 +20,24 @@ class GradientCollector:
     Autograd drops the callbacks of a backward that raises. So backwards are told apart by autograd's number: one that
     failed is never taken for one that is still running. Reentrant activation checkpointing runs backwards inside a
     backward; each of them has its own number and its own end.
+
+    Attributes:
+        syncs: whether the next backward collects; `no_sync()` sets it, too.
     """
 
     def __init__(self) -> None:
-        self._syncs = True
+        self.syncs = True
         self._running: dict[int, dict[ShardedLayer, None]] = {}
         self._waiting: dict[ShardedLayer, None] = {}
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward leaves gradients in the slots."""
-        previous, self._syncs = self._syncs, False
+        previous, self.syncs = self.syncs, False
         try:
             yield
         finally:
-            self._syncs = previous
+            self.syncs = previous
 
     def refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Refuse a step inside `no_sync()` of an optimizer of experts while gradients wait in the slots.
@@ -42,7 +45,7 @@ class GradientCollector:
         Raises:
             RuntimeError: for such a step.
         """
-        if self._syncs or not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        if self.syncs or not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
             return
         if any(layer.holds_gradients() for layer in self._waiting):
             raise RuntimeError(
@@ -70,7 +73,7 @@ class GradientCollector:
 
     def _end_backward(self, backward: int) -> None:
         self._waiting |= self._running.pop(backward)
-        if self._syncs:
+        if self.syncs:
             self.collect()
 
     def collect(self) -> None:

@@ -37,7 +37,9 @@ def _with_gathered_experts(save: Any) -> Any:
     def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
-        if bound.arguments["state_dict"] is None and any(is_sharded(p) for p in model.parameters()):
+        # transformers gathers a model itself that it has distributed.
+        gathers = getattr(model, "is_distributed_loading_by_transformers", False)
+        if bound.arguments["state_dict"] is None and not gathers and any(is_sharded(p) for p in model.parameters()):
             store_barrier(_NAME, _TIMEOUT_S)
             writes = dist.get_rank() == 0
             bound.arguments["state_dict"] = full_state(dict(model.state_dict()), keep=writes)

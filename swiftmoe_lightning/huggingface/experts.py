@@ -1,26 +1,33 @@
 """`experts_implementation="swiftmoe"`: Hugging Face models keep their experts, and run them on our layer.
 
-This is for one device. Under an engine use `convert`.
+This is for one device. Under an engine use `convert`, or `ep_implementation="swiftmoe"`.
 T tokens, D model dim, F hidden dim, E experts, K top-k, N = T * K assignments.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.modules.weights import compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import Activation, SortedAssignments, combine, expert_layer, expert_rows, sort_assignments
 
 NAME: Final = "swiftmoe"
 
 
-def register_hf_experts() -> None:
+def register_hf_experts(config: SwiftMoEConfig | None = None) -> None:
     """Make `experts_implementation="swiftmoe"` known to transformers, as for `model.set_experts_implementation`.
 
-    Repeatable. `import swiftmoe_lightning` does it when transformers was imported before.
+    And `ep_implementation="swiftmoe"`, for its `DistributedConfig`, where transformers has that (5.24). Repeatable.
+    `import swiftmoe_lightning` does it when transformers was imported before.
+
+    Args:
+        config: of the engines of models that are loaded with `ep_implementation="swiftmoe"` from now on, whose
+            `ep_size` stands for its `expert_parallel_size`. None takes the defaults.
 
     Raises:
         ImportError: without transformers 5 or later.
@@ -32,6 +39,10 @@ def register_hf_experts() -> None:
             'experts_implementation="swiftmoe" needs transformers 5 or later: pip install "swiftmoe-lightning[hf]".'
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, run_hf_experts)
+    if find_spec("transformers.distributed") and find_spec("transformers.distributed.expert_parallel"):
+        from swiftmoe_lightning.huggingface.expert_parallel import register_expert_parallel
+
+        register_expert_parallel(config)
 
 
 def run_hf_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,13 @@ from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.engine.checkpoint_files import save_whole
 from swiftmoe_lightning.engine.parameter_swap import parameter_names, swap_parameters
 from swiftmoe_lightning.huggingface.convert import convert
+from swiftmoe_lightning.huggingface.sharded_at_load import (
+    check_sharded_at_load,
+    copy_pretrained,
+    engine_of,
+    merge_groups,
+    saves_models_only,
+)
 from swiftmoe_lightning.private_names import check_names
 
 # Methods that are overridden below and are not public. transformers 5 has them all.
@@ -57,6 +66,9 @@ class SwiftMoETrainer(Trainer):
 
     Experts are spread when training begins, and `engine` is None before. Call `save_model` on all processes.
 
+    A model that was loaded with `ep_implementation="swiftmoe"` stays as it is. `transformers.Trainer` trains it, too,
+    but this one alone writes and resumes its optimizer, at any number of processes and any `ep_size`.
+
     Args:
         model: a Hugging Face MoE model, whose experts `convert` takes over, or any module with `Experts`.
         args: as of `transformers.Trainer`.
@@ -84,7 +96,13 @@ class SwiftMoETrainer(Trainer):
         self._prepared_optimizer: Optimizer | None = None
         self._drops_state = False
         self._whole: dict[str, Any] | None = None
-        super().__init__(model if model is None else convert(model), args, *rest, **options)
+        is_spread = model is not None and engine_of(model) is not None
+        if is_spread:
+            check_sharded_at_load(args, swiftmoe_config)
+        elif model is not None:
+            model = convert(model)
+        with saves_models_only(args) if is_spread and args is not None else nullcontext():
+            super().__init__(model, args, *rest, **options)
         check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
 
     @override
@@ -95,10 +113,15 @@ class SwiftMoETrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         # Made from whole parameters, before the engine: then its groups are those of the plain Trainer, and a
         # checkpoint can be resumed by either.
+        is_new = self.optimizer is None
         created: Optimizer = super().create_optimizer(model)
         # In a second `train()` Accelerate has wrapped it already.
         optimizer: Optimizer = getattr(created, "optimizer", created)
-        if self.engine is None or self.engine.module is not self.model:
+        if self._is_sharded_at_load:
+            self.engine = engine_of(self.model)
+            if is_new:
+                merge_groups(optimizer, self._parameters_by_decay())
+        elif self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
             names = parameter_names(self.model)
             self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
@@ -106,6 +129,7 @@ class SwiftMoETrainer(Trainer):
             share_scaler(self.accelerator, self.engine)
             gather_state_dicts(self.accelerator)
             swap_parameters(optimizer, self.model, names)
+        assert self.engine is not None
         if optimizer is not self._prepared_optimizer:
             self.engine.prepare_optimizer(optimizer)
             self._prepared_optimizer = optimizer
@@ -118,19 +142,32 @@ class SwiftMoETrainer(Trainer):
         wrapped: nn.Module = super()._wrap_model(model, training, *rest, **options)
         if not training or wrapped is not self.model or self.engine is None or self.engine.group is None:
             return wrapped
+        if self._is_sharded_at_load:
+            # transformers has cut the dense part, and FSDP2 averages its gradients.
+            return wrapped
         # Adds autocast and compilation. The Trainer does not wrap a model again that is returned wrapped.
         wrapped = self.accelerator.prepare_model(wrapped, evaluation_mode=True)
         return data_parallel(self.accelerator, self.engine, wrapped)
 
+    def _parameters_by_decay(self) -> list[list[nn.Parameter]]:
+        """The parameters that weight decay applies to, and the others, as the Trainer groups them."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [[p for name, p in trained if (name in decayed) is decays] for decays in (True, False)]
+
+    @property
+    def _is_sharded_at_load(self) -> bool:
+        return engine_of(self.model) is not None
+
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
         # False selects Accelerate's clipping, which takes DTensors and plain tensors together. The Trainer's own
-        # clipping does not undo a loss scale.
-        return False
+        # clipping does not undo a loss scale, but takes parameters of several meshes.
+        return self._is_sharded_at_load
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # A collective, so it is made here, which runs on all processes: transformers 5.17 calls `_save` on one.
-        if self.engine is not None and self.engine.group is not None:
+        if self.engine is not None and self.engine.group is not None and not self._is_sharded_at_load:
             self._whole = full_state(dict(self.model.state_dict()), keep=self.args.should_save)
         super().save_model(output_dir, _internal_call)
         self._whole = None
@@ -162,6 +199,8 @@ class SwiftMoETrainer(Trainer):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self._is_sharded_at_load:
+            copy_pretrained(model, resume_from_checkpoint, lambda info: check_loaded(resume_from_checkpoint, info))
         else:
             load_pretrained(model, resume_from_checkpoint)
 
@@ -208,10 +247,23 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
         ValueError: naming the keys, where the files and the model differ.
     """
     saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
+    check_loaded(folder, info)
+    model.load_state_dict(saved.state_dict())
+
+
+def check_loaded(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+    """Refuse a folder that `from_pretrained` could not read all of, or that does not hold all of the model.
+
+    Args:
+        folder: that was read.
+        info: what `from_pretrained` has returned besides the model.
+
+    Raises:
+        ValueError: naming the keys.
+    """
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(
             f"{str(folder)!r} belongs to another model: {wrong}. Build the model that was saved, or resume from "
             "another checkpoint."
         )
-    model.load_state_dict(saved.state_dict())
