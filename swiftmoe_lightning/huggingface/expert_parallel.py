@@ -19,22 +19,32 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface, MoEParamShard
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed import expert_parallel, parallel_utils
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.distributed import cut_by_experts, cut_by_rows
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.huggingface.experts import NAME
 from swiftmoe_lightning.huggingface.layouts import as_experts
+from swiftmoe_lightning.private_names import check_names
 
-_PARAM_STYLE = "grouped_gemm"
+check_names(
+    "transformers",
+    {
+        expert_parallel: ["EPImplementation", "EPImplementationInterface", "MoEParamShard"],
+        parallel_utils: ["ALL_PARALLEL_STYLES"],
+    },
+    "transformers>=5.24,<6",
+)
+
+# The name by which plans cut expert parameters.
+_PARAM_STYLE: Final = "grouped_gemm"
 
 
 def register_expert_parallel(config: SwiftMoEConfig | None) -> None:
@@ -43,13 +53,14 @@ def register_expert_parallel(config: SwiftMoEConfig | None) -> None:
     Args:
         config: of models that are loaded from now on; `ep_size` stands for its `expert_parallel_size`.
     """
-    EPImplementationInterface.register(NAME, ExpertParallelism(check_config(config)))
-    style = ALL_PARALLEL_STYLES[_PARAM_STYLE]
-    if type(style) is MoEParamShard:
-        ALL_PARALLEL_STYLES.register(_PARAM_STYLE, _UnlessAdaptive(style.placement, shards_expert_dim=True))
+    expert_parallel.EPImplementationInterface.register(NAME, ExpertParallelism(check_config(config)))
+    styles = parallel_utils.ALL_PARALLEL_STYLES
+    style = styles[_PARAM_STYLE]
+    if type(style) is expert_parallel.MoEParamShard:
+        styles.register(_PARAM_STYLE, _UnlessAdaptive(style.placement, shards_expert_dim=True))
 
 
-class _UnlessAdaptive(MoEParamShard):
+class _UnlessAdaptive(expert_parallel.MoEParamShard):
     """transformers' cut of expert parameters, which refuses E that g does not divide; ours makes its own."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
@@ -125,7 +136,7 @@ class ExpertsOfModel:
             self.engine.prepare_optimizer(optimizer)
 
 
-class SwiftMoEExpertParallel(EPImplementation):
+class SwiftMoEExpertParallel(expert_parallel.EPImplementation):
     """One experts module of transformers under the engine.
 
     Args:
