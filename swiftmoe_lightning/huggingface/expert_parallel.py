@@ -51,9 +51,19 @@ def register_expert_parallel(config: SwiftMoEConfig | None) -> None:
     """Make `ep_implementation="swiftmoe"` known to transformers. Repeatable.
 
     Args:
-        config: of models that are loaded from now on; `ep_size` stands for its `expert_parallel_size`.
+        config: of models that are loaded from now on.
+
+    Raises:
+        ValueError: for settings that are transformers' own here.
     """
-    expert_parallel.EPImplementationInterface.register(NAME, ExpertParallelism(check_config(config)))
+    config = check_config(config)
+    if config.dense != "ddp" or config.expert_parallel_size is not None:
+        raise ValueError(
+            f"dense={config.dense!r} and expert_parallel_size={config.expert_parallel_size} are fsdp_size (and "
+            "dp_replicate_size) and ep_size of transformers' DistributedConfig. Set them there, and leave them out "
+            "here."
+        )
+    expert_parallel.EPImplementationInterface.register(NAME, ExpertParallelism(config))
     styles = parallel_utils.ALL_PARALLEL_STYLES
     style = styles[_PARAM_STYLE]
     if type(style) is expert_parallel.MoEParamShard:
@@ -110,7 +120,7 @@ class ExpertsOfModel:
         assert group is not None
         # transformers' groups are neighbours, too, since it combines token dispatch with no pipeline.
         assert list(group.expert.ranks) == mesh.mesh.tolist(), mesh
-        self._known_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._prepared_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self_ref = weakref.ref(self)
 
         def prepare(optimizer: Optimizer, *_: object) -> None:
@@ -128,12 +138,12 @@ class ExpertsOfModel:
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Prepare an optimizer of these experts before its first step."""
-        if optimizer in self._known_optimizers:
+        if optimizer in self._prepared_optimizers:
             return
-        self._known_optimizers.add(optimizer)
         ids = {id(p) for p in self.engine.module.parameters()}
         if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
             self.engine.prepare_optimizer(optimizer)
+            self._prepared_optimizers.add(optimizer)
 
 
 class SwiftMoEExpertParallel(expert_parallel.EPImplementation):

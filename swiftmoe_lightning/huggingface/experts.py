@@ -26,11 +26,12 @@ def register_hf_experts(config: SwiftMoEConfig | None = None) -> None:
     `import swiftmoe_lightning` does it when transformers was imported before.
 
     Args:
-        config: of the engines of models that are loaded with `ep_implementation="swiftmoe"` from now on, whose
-            `ep_size` stands for its `expert_parallel_size`. None takes the defaults.
+        config: of the engines of models that are loaded with `ep_implementation="swiftmoe"` from now on. None takes
+            the defaults.
 
     Raises:
         ImportError: without transformers 5 or later.
+        ValueError: for a config with `dense` or `expert_parallel_size`, which `DistributedConfig` sets.
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,41 @@ def refuse(path: str, case: str) -> None:
 def test_what_cannot_be_combined_is_refused_with_the_fix(case: str, message: str, tmp_path: Path) -> None:
     for error in rank_errors(refuse, 2, save("qwen3_moe", tmp_path), case):
         assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("options", [{"dense": "fsdp2"}, {"expert_parallel_size": 2}])
+def test_settings_of_transformers_are_refused_here(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"are fsdp_size .* and ep_size of transformers' DistributedConfig"):
+        sml.register_hf_experts(sml.SwiftMoEConfig(**options))
+
+
+def test_a_transformers_without_the_names_that_are_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.distributed import expert_parallel
+
+    monkeypatch.delattr(expert_parallel, "MoEParamShard")
+    monkeypatch.delitem(sys.modules, "swiftmoe_lightning.huggingface.expert_parallel", raising=False)
+    message = (
+        r"transformers \S+ lacks .*\.MoEParamShard\. Install one that has them: pip install 'transformers>=5.24,<6'"
+    )
+    with pytest.raises(ImportError, match=message):
+        sml.register_hf_experts()
+
+
+def save_directory(path: str, folder: str) -> dict[str, Tensor]:
+    """The state of a trained model of 2 groups of 2, whose ranks each write their part of it."""
+    model = load(path)
+    train(model, dist.get_rank(), dist.get_world_size())
+    model.save_pretrained(folder, distributed_checkpoint=True)
+    return full_state(dict(model.state_dict()), keep=True)
+
+
+def load_directory(folder: str) -> dict[str, Tensor]:
+    return full_state(dict(load(folder).state_dict()), keep=True)
+
+
+def test_a_distributed_checkpoint_loads_with_another_number_of_groups(tmp_path: Path) -> None:
+    folder = str(tmp_path / "directory")
+    saved = run_ranks(save_directory, 4, save("qwen3_moe", tmp_path), folder)[0]
+    for loaded in run_ranks(load_directory, 2, folder):
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
