@@ -162,6 +162,14 @@ ROWS: Final = (
         ("huggingface/test_trainer: plain_trainer resumes", "huggingface/test_trainer_misuse: misuse deepspeed"),
     ),
     Row(
+        'transformers\' own expert parallelism (`ep_implementation="swiftmoe"`)',
+        "6 families, any number of experts, several groups, HSDP; `transformers.Trainer`, plain loops, distributed "
+        "checkpoints; `SwiftMoETrainer` resumes at any number of ranks and any `ep_size`",
+        "from transformers 5.24; `tp_size` and, under `SwiftMoETrainer`, fp16 are refused; an auxiliary loss is of "
+        "each rank's own tokens",
+        ("huggingface/test_expert_parallel: one_process own_trainer resumes distributed_checkpoint refused",),
+    ),
+    Row(
         "Hugging Face models",
         "tiny random ones of 13 families on one device, 6 of them over ranks; in a LightningModule",
         "the auxiliary loss is of each rank's own tokens, as under DDP",

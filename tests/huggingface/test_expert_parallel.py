@@ -173,6 +173,8 @@ def train_under_their_trainer(path: str, folder: str) -> dict[str, Any]:
         made = trainer(load(path), folder, **options)
         made.train()
         outcomes[case] = logs(made)
+    # Lets `save_pretrained` of its classes gather, which transformers does itself for the other model.
+    sml.SwiftMoEEngine(sml.convert(hf_models.build("qwen3_moe")))
     made.save_model()
     return outcomes
 
