@@ -67,10 +67,10 @@ def register_expert_parallel(config: SwiftMoEConfig | None) -> None:
     styles = parallel_utils.ALL_PARALLEL_STYLES
     style = styles[_PARAM_STYLE]
     if type(style) is expert_parallel.MoEParamShard:
-        styles.register(_PARAM_STYLE, _UnlessAdaptive(style.placement, shards_expert_dim=True))
+        styles.register(_PARAM_STYLE, _ExpertParamShard(style.placement, shards_expert_dim=True))
 
 
-class _UnlessAdaptive(expert_parallel.MoEParamShard):
+class _ExpertParamShard(expert_parallel.MoEParamShard):
     """transformers' cut of expert parameters, which refuses E that g does not divide; ours makes its own."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
@@ -88,19 +88,19 @@ class ExpertParallelism:
 
     def __init__(self, config: SwiftMoEConfig) -> None:
         self._config = config
-        self._latest: weakref.ref[ExpertsOfModel] | None = None
+        self._latest: weakref.ref[AdaptiveModel] | None = None
 
     def __call__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> SwiftMoEExpertParallel:
         """As `EPImplementation`'s constructor."""
         latest = None if self._latest is None else self._latest()
         # transformers slices one mesh for all modules of a model, and makes another for the next model.
         if latest is None or latest.mesh is not ep_mesh:
-            latest = ExpertsOfModel(ep_mesh, self._config)
+            latest = AdaptiveModel(ep_mesh, self._config)
             self._latest = weakref.ref(latest)
         return SwiftMoEExpertParallel(experts, ep_mesh, tp_mesh, latest)
 
 
-class ExpertsOfModel:
+class AdaptiveModel:
     """The adaptive layers of one model, with their engine.
 
     Args:
@@ -124,8 +124,8 @@ class ExpertsOfModel:
         self_ref = weakref.ref(self)
 
         def prepare(optimizer: Optimizer, *_: object) -> None:
-            if (experts := self_ref()) is not None:
-                experts.prepare(optimizer)
+            if (model := self_ref()) is not None:
+                model.prepare(optimizer)
 
         # Anyone's optimizer: transformers' Trainer has no other place between making one and its first step.
         hook = register_optimizer_step_pre_hook(prepare)
@@ -163,7 +163,7 @@ class SwiftMoEExpertParallel(expert_parallel.EPImplementation):
         ValueError: for experts that `convert` would not take over, and for tensor parallelism.
     """
 
-    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, model: ExpertsOfModel) -> None:
+    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, model: AdaptiveModel) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         if tp_mesh.size() > 1:
             raise ValueError(
