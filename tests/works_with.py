@@ -163,10 +163,10 @@ ROWS: Final = (
     ),
     Row(
         'transformers\' own expert parallelism (`ep_implementation="swiftmoe"`)',
-        "6 families, any number of experts, several groups, HSDP; `transformers.Trainer`, plain loops, distributed "
-        "checkpoints; `SwiftMoETrainer` resumes at any number of ranks and any `ep_size`",
-        "from transformers 5.24; `tp_size` and, under `SwiftMoETrainer`, fp16 are refused; an auxiliary loss is of "
-        "each rank's own tokens",
+        "6 families, any number of experts, several groups, HSDP, tensor parallel dense parts; `transformers.Trainer`, "
+        "plain loops, distributed checkpoints; `SwiftMoETrainer` resumes at any number of ranks and any `ep_size`",
+        "from transformers 5.24; `SwiftMoETrainer` refuses fp16; `tp_size` is tested in plain loops; an auxiliary loss "
+        "is of each rank's own tokens",
         ("huggingface/test_expert_parallel: one_process own_trainer resumes distributed_checkpoint refused",),
     ),
     Row(

@@ -8,6 +8,7 @@ from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
+    gradient_shard,
     is_cut_over,
     is_first_copy,
     is_sharded,
@@ -33,6 +34,7 @@ __all__ = [
     "first_row",
     "full_tensor",
     "gather_shares",
+    "gradient_shard",
     "is_cut_over",
     "is_first_copy",
     "is_sharded",

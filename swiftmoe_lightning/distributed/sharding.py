@@ -110,6 +110,19 @@ def local_shard(value: Tensor) -> Tensor:
         return value.to_local()
 
 
+def gradient_shard(parameter: Tensor) -> Tensor:
+    """This rank's shard of a sharded parameter's gradient, cut as the parameter is.
+
+    A collective if it is not yet: under tensor parallelism autograd may leave another cut, or parts to be summed.
+    """
+    gradient = parameter.grad
+    assert isinstance(parameter, DTensor)
+    assert isinstance(gradient, DTensor)
+    if gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local_shard(gradient)
+
+
 def write_counts(value: Tensor) -> tuple[int, int]:
     """Counts of writes to a DTensor and to its shard: a write to one does not count on the other."""
     return value._version, local_shard(value)._version

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swiftmoe_lightning.distributed import is_sharded, local_shard, shard_of, sharded_like
+from swiftmoe_lightning.distributed import gradient_shard, is_sharded, local_shard, shard_of, sharded_like
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 
 
@@ -100,8 +100,7 @@ class ShardedUpdate:
                     continue
                 shard = nn.Parameter(local_shard(sharded), requires_grad=sharded.requires_grad)
                 if has_gradient(sharded):
-                    assert sharded.grad is not None
-                    shard.grad = local_shard(sharded.grad)
+                    shard.grad = gradient_shard(sharded)
                 param_group["params"][i] = shard
                 self._swapped.append((param_group, i, sharded))
                 if sharded in state:

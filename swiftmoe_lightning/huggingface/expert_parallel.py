@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.distributed import expert_parallel, parallel_utils
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
-from swiftmoe_lightning.distributed import cut_by_experts, cut_by_rows
+from swiftmoe_lightning.distributed import RankGroup, cut_by_experts, cut_by_rows
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.huggingface.experts import NAME
 from swiftmoe_lightning.huggingface.layouts import as_experts
@@ -95,7 +95,7 @@ class ExpertParallelism:
         latest = None if self._latest is None else self._latest()
         # transformers slices one mesh for all modules of a model, and makes another for the next model.
         if latest is None or latest.mesh is not ep_mesh:
-            latest = AdaptiveModel(ep_mesh, self._config)
+            latest = AdaptiveModel(ep_mesh, tp_mesh, self._config)
             self._latest = weakref.ref(latest)
         return SwiftMoEExpertParallel(experts, ep_mesh, tp_mesh, latest)
 
@@ -105,10 +105,11 @@ class AdaptiveModel:
 
     Args:
         mesh: the ranks of this rank's expert group.
+        tp_mesh: the ranks with the same tokens.
         config: the engine's, but for the groups.
     """
 
-    def __init__(self, mesh: Any, config: SwiftMoEConfig) -> None:
+    def __init__(self, mesh: Any, tp_mesh: Any, config: SwiftMoEConfig) -> None:
         self.mesh = mesh
         self.layers: list[SwiftMoEExpertParallel] = []
         device = torch.device("cpu")
@@ -120,6 +121,9 @@ class AdaptiveModel:
         assert group is not None
         # transformers' groups are neighbours, too, since it combines token dispatch with no pipeline.
         assert list(group.expert.ranks) == mesh.mesh.tolist(), mesh
+        if tp_mesh.size() > 1:
+            # Each computes a share of the tokens. The dense part, and so the rest of that mesh, is transformers'.
+            group.tensor = RankGroup(tp_mesh.get_group())
         self._prepared_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self_ref = weakref.ref(self)
 
@@ -160,16 +164,11 @@ class SwiftMoEExpertParallel(expert_parallel.EPImplementation):
         is_cut_by_rows: whether the parameters have been read, and are the engine's.
 
     Raises:
-        ValueError: for experts that `convert` would not take over, and for tensor parallelism.
+        ValueError: for experts that `convert` would not take over.
     """
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, model: AdaptiveModel) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        if tp_mesh.size() > 1:
-            raise ValueError(
-                f'ep_implementation="swiftmoe" takes ranks with different tokens, got tp_size={tp_mesh.size()}. Set '
-                "fsdp_size to the number of ranks, and leave tp_size out."
-            )
         self._host, self._model, self.is_cut_by_rows = experts, model, False
         parameters = dict(experts.named_parameters(recurse=False))
         for name, parameter in parameters.items():

@@ -103,7 +103,8 @@ class SwiftMoETrainer(Trainer):
             model = convert(model)
         with saves_models_only(args) if is_spread and args is not None else nullcontext():
             super().__init__(model, args, *rest, **options)
-        check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
+        if not is_spread:
+            check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
 
     @override
     def call_model_init(self, trial: Any = None) -> nn.Module:

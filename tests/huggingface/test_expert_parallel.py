@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.distributed import full_tensor
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.huggingface.sharded_at_load import engine_of
 from tests import hf_models
@@ -47,29 +50,38 @@ def load(path: str, implementation: str = "swiftmoe", placement: Any = RandomPol
     return AutoModelForCausalLM.from_pretrained(path, distributed_config=distributed_config)
 
 
-def train(model: Any, rank: int = 0, num_ranks: int = 1, seen: set[str] | None = None) -> list[float]:
+def data_rank(tp_size: int) -> tuple[int, int]:
+    """Which part of a batch this rank has, of how many."""
+    return dist.get_rank() // tp_size, dist.get_world_size() // tp_size
+
+
+def train(model: Any, part: tuple[int, int] = (0, 1), seen: set[str] | None = None) -> list[float]:
     """A loop as transformers' documentation has it. Returns the losses of the global batches.
 
-    seen: gets the placement of every step.
+    Args:
+        model: loaded with or without ranks.
+        part: of every batch that this rank has, of how many.
+        seen: gets the placement of every step.
     """
     model.train()
-    experts = {id(p): p for name, p in model.named_parameters() if ".experts." in name}
-    dense = [p for p in model.parameters() if id(p) not in experts]
+    by_mesh = defaultdict(list)
+    for parameter in model.parameters():
+        by_mesh[getattr(parameter, "device_mesh", None)].append(parameter)
     # A group for each mesh, as the Trainer makes them: the stock optimizer cannot mix them.
-    groups = [{"params": list(experts.values())}, {"params": dense}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-6)
+    optimizer = torch.optim.AdamW([{"params": group} for group in by_mesh.values()], lr=1e-2, eps=1e-6)
     losses = []
     for step in range(STEPS):
-        ids = hf_models.tokens(step).chunk(num_ranks)[rank]
+        ids = hf_models.tokens(step).chunk(part[1])[part[0]]
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if seen is not None and (engine := engine_of(model)) is not None:
             seen.add(str(engine.placements))
         optimizer.step()
         optimizer.zero_grad()
-        loss = loss.detach() / num_ranks
-        if num_ranks > 1:
+        loss = full_tensor(loss.detach())
+        if dist.is_initialized():
             dist.all_reduce(loss)
+            loss /= dist.get_world_size()
         losses.append(float(loss))
     return losses
 
@@ -77,11 +89,13 @@ def train(model: Any, rank: int = 0, num_ranks: int = 1, seen: set[str] | None =
 def train_families(
     paths: list[str], implementation: str, sizes: dict[str, int]
 ) -> list[tuple[list[float], dict[str, Tensor]]]:
+    # torch's, of the views that tensor-parallel modules return.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     trained = []
     for path in paths:
         model = load(path, implementation, **sizes)
         seen: set[str] = set()
-        losses = train(model, dist.get_rank(), dist.get_world_size(), seen)
+        losses = train(model, data_rank(sizes.get("tp_size", 1)), seen)
         assert len(seen) == (STEPS if implementation == "swiftmoe" else 0)
         trained.append((losses, full_state(dict(model.state_dict()), keep=True)))
     return trained
@@ -110,6 +124,8 @@ def test_six_families_train_like_one_process(tmp_path: Path) -> None:
         # The last rank's part of 5 experts would be none.
         (["mixtral"], {"ep_size": 4}),
         (["deepseek_v3"], {"fsdp_size": 2, "dp_replicate_size": 2}),
+        (["qwen3_moe", "mixtral"], {"fsdp_size": 2, "tp_size": 2}),
+        (["qwen3_moe"], {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}),
     ],
 )
 def test_several_groups_train_like_one_process(families: list[str], sizes: dict[str, int], tmp_path: Path) -> None:
@@ -237,8 +253,6 @@ def test_a_run_resumes_with_other_numbers_of_ranks_and_other_groups_and_without_
 
 
 def refuse(path: str, case: str) -> None:
-    if case == "tensor parallel":
-        load(path, fsdp_size=1, tp_size=2)
     model = load(path)
     # A rank that has raised would no longer help the others to connect the groups.
     dist.barrier()
@@ -251,7 +265,6 @@ def refuse(path: str, case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("tensor parallel", "takes ranks with different tokens, got tp_size=2. Set fsdp_size"),
         ("config", r"Call register_hf_experts\(config\) before from_pretrained"),
         ("fp16", "without undoing the loss scale. Use bf16=True"),
     ],
@@ -282,7 +295,7 @@ def test_a_transformers_without_the_names_that_are_used_is_refused(monkeypatch: 
 def save_directory(path: str, folder: str) -> dict[str, Tensor]:
     """The state of a trained model of 2 groups of 2, whose ranks each write their part of it."""
     model = load(path)
-    train(model, dist.get_rank(), dist.get_world_size())
+    train(model, data_rank(1))
     model.save_pretrained(folder, distributed_checkpoint=True)
     return full_state(dict(model.state_dict()), keep=True)
 
