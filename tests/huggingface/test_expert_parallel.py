@@ -133,6 +133,10 @@ def test_several_groups_train_like_one_process(families: list[str], sizes: dict[
     assert_like_one_process([save(family, tmp_path, num_experts) for family in families], 4, sizes)
 
 
+def test_ranks_that_all_have_the_same_tokens_train_like_one_process(tmp_path: Path) -> None:
+    assert_like_one_process([save("qwen3_moe", tmp_path)], 2, {"fsdp_size": 1, "tp_size": 2})
+
+
 def test_losses_are_those_of_transformers_own_expert_parallelism(tmp_path: Path) -> None:
     paths = [save(family, tmp_path, num_experts=6) for family in ("qwen3_moe", "gpt_oss")]
     ours, theirs = (run_ranks(train_families, 2, paths, kind, {}) for kind in ("swiftmoe", "all_to_all"))
