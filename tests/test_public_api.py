@@ -65,6 +65,7 @@ def test_signatures_are_what_they_were() -> None:
         "replace_every",
         "token_split",
         "dense",
+        "expert_parallel_size",
         "param_dtype",
         "reduce_dtype",
         "offload_optimizer",
