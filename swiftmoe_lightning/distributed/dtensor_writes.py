@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from swiftmoe_lightning.distributed.dtensor_handlers import by_default, handle
 from swiftmoe_lightning.distributed.sharding import shard_of, sharded_like
@@ -44,7 +44,7 @@ def _write_data(tensor: DTensor, value: Any) -> None:
 
 
 def _is_cut(tensor: DTensor) -> bool:
-    return all(placement.is_replicate() or type(placement) is Shard for placement in tensor.placements)
+    return not any(placement.is_partial() for placement in tensor.placements)
 
 
 def _count(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -50,10 +50,13 @@ def shard_ranges(sharded: DTensor) -> dict[int, tuple[int, int]]:
 
 def _ranges_of(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, tuple[int, int]]:
     ranges: dict[int, tuple[int, int]] = {}
-    for axis, placement in enumerate(placements):
+    # Of a dim that tensor parallelism has cut, FSDP2 cuts each part, though its axis comes first: a _StridedShard.
+    is_strided = [not placement.is_replicate() and type(placement) is not Shard for placement in placements]
+    for axis in sorted(range(len(placements)), key=is_strided.__getitem__):
+        placement: Any = placements[axis]
         if placement.is_replicate():
             continue
-        assert type(placement) is Shard, placement
+        assert type(placement) is Shard or placement.split_factor, placement
         first, last = ranges.get(placement.dim, (0, shape[placement.dim]))
         part = shard_rows(last - first, mesh.size(axis))[mesh.get_local_rank(axis)]
         ranges[placement.dim] = (first + part[0], first + part[1])

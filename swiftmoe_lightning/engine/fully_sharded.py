@@ -56,12 +56,14 @@ class FullyShardedDense:
         for tensor in [*dense, *module.buffers()]:
             if not is_sharded(tensor):
                 group.broadcast(tensor.detach())
-        self.stale_parameters.add(dense)
         has_float64 = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if has_float64 else wire_dtype)
         mesh = group.dense_mesh(is_hybrid)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=expert_parameters)
+            # The user may have cut some of the blocks.
+            if not isinstance(part, FSDPModule):
+                fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=expert_parameters)
+        self.stale_parameters.add(set(dense).difference(module.parameters()))
         # FSDP2 does this in the first forward, but evaluation may gather before it.
         _state_of(module)._lazy_init()
         for part in module.modules():
