@@ -24,6 +24,7 @@ DOCUMENTS = [
     "docs/training-step.md",
     "docs/placement.md",
     "docs/scale.md",
+    "docs/parallel-axes.md",
     "docs/checkpoints.md",
     "docs/stopping-and-resuming.md",
     "benchmarks/README.md",

@@ -36,16 +36,13 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Like `accelerator.prepare(model, optimizer, *rest)`, with the model's experts spread over the processes.
 
-    The loop stays as it is: `accumulate`, `backward`, `clip_grad_norm_`, `clip_grad_value_`, schedulers, mixed
-    precision, `save_state` and `load_state` (whose folders a plain Accelerate run reads and writes alike),
-    `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
-    returned as Accelerate prepares it.
+    The loop stays as it is: `accumulate`, `backward`, clipping, schedulers, mixed precision, `save_state` and
+    `load_state` (whose folders a plain Accelerate run reads and writes alike), `get_state_dict`, `unwrap_model`. The
+    engine is `model.engine` of what is returned; on one process the model is returned as Accelerate prepares it.
 
     Args:
-        accelerator: of data parallelism, or with a `ParallelismConfig` of dp_replicate, dp_shard, cp and tp: see
-            `parallel_axes`.
-        model: with `Experts`, not prepared before. Under tp, its dense part is parallelized by the user, on
-            `accelerator.torch_device_mesh["tp"]`.
+        accelerator: of data parallelism, or with a `ParallelismConfig`: see `parallel_axes`.
+        model: with `Experts`, not prepared before, and parallelized by the user on the accelerator's tp axis.
         optimizer: made from `model.parameters()`, without a step so far. The experts' sharded parameters replace the
             whole ones in it.
         *rest: data loaders, schedulers and more optimizers, in any order.

@@ -129,6 +129,12 @@ def is_cut_over(value: Tensor, group: ExpertGroup) -> bool:
     return value.device_mesh == group.shard_mesh and list(value.placements) == _by_rows(group.shard_mesh)
 
 
+def is_on(value: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether it is a DTensor on an axis of this mesh, by the axes' names."""
+    names = value.device_mesh.mesh_dim_names if isinstance(value, DTensor) else None
+    return not set(names or ()).isdisjoint(mesh.mesh_dim_names or ())
+
+
 def is_first_copy(value: Tensor) -> bool:
     """Whether this rank's shard of a DTensor counts: of ranks that have the same one, the first's does."""
     if not isinstance(value, DTensor):

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -14,6 +18,8 @@ from torch.utils.data import DataLoader
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.strategies.tensor_parallel import mesh_shape
+from tests.engine import dense, models
+from tests.engine import test_tensor_parallel as test_engine
 from tests.engine.models import RandomPolicy
 from tests.helpers import run_ranks
 from tests.strategies import cases
@@ -113,6 +119,45 @@ def test_a_run_goes_on_at_another_tensor_parallel_size(directory: bool, tmp_path
         cases.assert_close(state, expected)
 
 
+def parallelize(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return parallelize_module(module, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def run_fabric(world_size: int, size: int | None, path: str) -> dict[str, Tensor]:
+    """Three clipped steps of two micro-batches each, on from `path` if it is there, else saved there."""
+    options = {"placement": RandomPolicy, "tensor_parallel_size": size, "parallelize_fn": parallelize}
+    ours = sml.SwiftMoEFabricStrategy(dense="fsdp2", **options) if size else "auto"
+    fabric = Fabric(accelerator="cpu", strategy=ours, devices=world_size)
+    fabric.launch()
+    built = test_engine.WithMLP(torch.float64)
+    model, optimizer = fabric.setup(built, torch.optim.AdamW(built.parameters(), lr=1e-2))
+    progress = {"model": model, "optimizer": optimizer, "step": 0}
+    if is_resumed := Path(path).exists():
+        fabric.load(path, progress)
+    part = fabric.strategy.distributed_sampler_kwargs if size else {"rank": 0, "num_replicas": 1}
+    for step in range(progress["step"], progress["step"] + 3):
+        for micro_batch in range(2):
+            batch = dense.batch(step, micro_batch, torch.float64)
+            x, target = (models.my_part(t, part["rank"], part["num_replicas"]) for t in batch)
+            with fabric.no_backward_sync(model, enabled=bool(size) and micro_batch == 0):
+                fabric.backward(F.mse_loss(model(x), target))
+        fabric.clip_gradients(model, optimizer, max_norm=0.2)
+        optimizer.step()
+        optimizer.zero_grad()
+    if not is_resumed:
+        fabric.save(path, {**progress, "step": 3})
+    return cases.whole(built)
+
+
+def test_a_fabric_loop_goes_on_at_another_tensor_parallel_size(tmp_path: Path) -> None:
+    alone, path = str(tmp_path / "alone.ckpt"), str(tmp_path / "two.ckpt")
+    for _ in range(2):
+        (expected,) = run_ranks(run_fabric, 1, 1, None, alone, init=False)
+    run_ranks(run_fabric, 4, 4, 2, path, init=False)
+    for state in run_ranks(run_fabric, 2, 2, 1, path, init=False):
+        cases.assert_close(state, expected, 1e-9)
+
+
 def test_the_mesh_has_lightnings_axes_and_all_ranks() -> None:
     assert mesh_shape(8, 2) == (4, 2)
     assert mesh_shape(2, 2) == (1, 2)
@@ -120,5 +165,7 @@ def test_the_mesh_has_lightnings_axes_and_all_ranks() -> None:
         mesh_shape(6, 4)
     with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number of 1 or more, got 0"):
         sml.SwiftMoEStrategy(tensor_parallel_size=0)
+    with pytest.raises(ValueError, match="parallelize_fn needs a mesh. Set tensor_parallel_size"):
+        sml.SwiftMoEFabricStrategy(parallelize_fn=parallelize)
     with pytest.raises(RuntimeError, match="there is no device mesh: set tensor_parallel_size"):
         _ = sml.SwiftMoEStrategy().device_mesh
