@@ -47,6 +47,13 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
     run_script(sys.executable, "script.py", cwd=tmp_path)
 
 
+def test_the_tensor_parallel_example_trains(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/parallel-axes.md").read_text(), flags=re.DOTALL)
+    trainer = 'trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, logger=False)\n'
+    (tmp_path / "script.py").write_text(block + trainer + FIT.replace("== 4", "== 8"))
+    run_script(sys.executable, "script.py", cwd=tmp_path)
+
+
 def test_the_plain_loop_runs() -> None:
     import swiftmoe_lightning as sml
 

@@ -102,8 +102,8 @@ ROWS: Final = (
     ),
     Row(
         "Tensor parallelism of the dense part",
-        "Lightning (`tensor_parallel_size=`), Fabric, Accelerate (`tp_size`), plain engine (`tensor_mesh=`); with FSDP2 "
-        "beside it, accumulation, clipping, uneven evaluation, resume at another size",
+        "Lightning (`tensor_parallel_size=`), Fabric, Accelerate (`tp_size`), plain engine (`tensor_mesh=`); with "
+        "FSDP2 beside it, accumulation, clipping, uneven evaluation, resume at another size",
         "experts are spread over all ranks; pipeline parallelism is refused: [axes](docs/parallel-axes.md)",
         (
             "strategies/test_tensor_parallel: one_process another_tensor_parallel_size fabric",
@@ -152,7 +152,8 @@ ROWS: Final = (
         "Accelerate",
         "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, fp16, trackers, `save_state`, "
         "`load_state`, `get_state_dict`, `unwrap_model`",
-        "folders go on under plain Accelerate and back; `ParallelismConfig` is read; DeepSpeed, FSDP and Megatron-LM are refused",
+        "folders go on under plain Accelerate and back; `ParallelismConfig` is read; DeepSpeed, FSDP and Megatron-LM "
+        "are refused",
         (
             "accelerate/test_prepare: plain_accelerate four_ranks fp16 trackers folder",
             "accelerate/test_prepare_misuse: misuse another_parallelism",
