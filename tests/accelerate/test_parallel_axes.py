@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.engine import dense, models
 from tests.engine.test_matches_dense_reference import relative_error
 from tests.engine.test_tensor_parallel import WithMLP
 from tests.helpers import run_ranks
+from tests.huggingface import test_trainer as test_hf_trainer
 
 STEPS = 5
 
@@ -72,12 +74,16 @@ def accelerator_on(axes: dict[str, int], kind: str = "MULTI_CPU") -> Accelerator
     GradientState._reset_state()
     made = Accelerator(cpu=True, gradient_accumulation_steps=2)
     if axes:
-        parallelism = ParallelismConfig(**axes)
-        made.state.parallelism_config = parallelism
-        made.state.device_mesh = parallelism.get_device_mesh("cpu")
+        set_axes(made, axes)
         made.state.distributed_type = DistributedType[kind]
         made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if kind == "FSDP" else None
     return made
+
+
+def set_axes(accelerator: Accelerator, axes: dict[str, int]) -> None:
+    parallelism = ParallelismConfig(**axes)
+    accelerator.state.parallelism_config = parallelism
+    accelerator.state.device_mesh = parallelism.get_device_mesh("cpu")
 
 
 def train(axes: dict[str, int]) -> dict[str, Tensor]:
@@ -126,6 +132,21 @@ def test_a_loop_on_axes_trains_like_one_process(axes: dict[str, int]) -> None:
         errors = {name: relative_error(state[name], expected[name]) for name in expected}
         assert state.keys() == expected.keys()
         assert max(errors.values()) <= 1e-9, errors
+
+
+def train_with_trainer(folder: str, axes: dict[str, int]) -> dict[str, Any]:
+    made = test_hf_trainer.trainer(folder, max_grad_norm=0.5, gradient_accumulation_steps=2)
+    if axes:
+        set_axes(made.accelerator, axes)
+    made.train()
+    assert (made.engine.dense is not None) == bool(axes)
+    return test_hf_trainer.result(made)
+
+
+def test_the_trainer_of_transformers_cuts_the_dense_part_as_its_axes_say(tmp_path: Path) -> None:
+    (expected, _) = run_ranks(train_with_trainer, 2, str(tmp_path / "whole"), {}, init=False)
+    for actual in run_ranks(train_with_trainer, 2, str(tmp_path / "cut"), {"dp_shard_size": 2}, init=False):
+        test_hf_trainer.same("cut", actual, expected)
 
 
 class GatherSequence(torch.autograd.Function):
