@@ -56,7 +56,7 @@ WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 # Source file -> the test that covers it, for every file that `tests/` has no file of the same name for.
 TESTED_IN = {
     "__main__.py": "demo/test_run.py",
-    "accelerate.py": "accelerate/test_prepare.py",
+    "accelerate/preparation.py": "accelerate/test_prepare.py",
     "demo/both.py": "demo/test_run.py",
     "demo/options.py": "demo/test_run.py",
     "distributed/backends.py": "test_doctor.py",
@@ -225,7 +225,7 @@ def test_what_is_optional_is_imported_only_where_it_is_used(path: Path) -> None:
         ("ops/permute.py", "from swiftmoe_lightning.ops.triton.permute import permute"),
         ("modules/moe.py", "from swiftmoe_lightning.ops import triton"),
         ("ops/triton/permute.py", "import pyarrow"),
-        ("accelerate.py", "import transformers"),
+        ("accelerate/preparation.py", "import transformers"),
         ("huggingface/__init__.py", "from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer"),
         ("huggingface/trainer.py", "import triton"),
     ],

@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/placement.md",
     "docs/scale.md",
     "docs/transformers.md",
+    "docs/parallel-axes.md",
     "docs/checkpoints.md",
     "docs/stopping-and-resuming.md",
     "benchmarks/README.md",
@@ -44,6 +45,13 @@ def test_the_lightning_example_trains(tmp_path: Path) -> None:
     on_cpu = BLOCKS[0].replace('accelerator="auto"', 'accelerator="cpu", max_epochs=1, logger=False')
     assert on_cpu != BLOCKS[0]
     (tmp_path / "script.py").write_text(on_cpu + FIT)
+    run_script(sys.executable, "script.py", cwd=tmp_path)
+
+
+def test_the_tensor_parallel_example_trains(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/parallel-axes.md").read_text(), flags=re.DOTALL)
+    trainer = 'trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, logger=False)\n'
+    (tmp_path / "script.py").write_text(block + trainer + FIT.replace("== 4", "== 8"))
     run_script(sys.executable, "script.py", cwd=tmp_path)
 
 

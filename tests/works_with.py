@@ -112,6 +112,23 @@ ROWS: Final = (
         ),
     ),
     Row(
+        "Tensor parallelism of the dense part",
+        "Lightning (`tensor_parallel_size=`), Fabric, Accelerate (`tp_size`), plain engine (`tensor_mesh=`); with "
+        "FSDP2 beside it, accumulation, clipping, uneven evaluation, resume at another size",
+        "experts are spread over all ranks; pipeline parallelism is refused: [axes](docs/parallel-axes.md)",
+        (
+            "strategies/test_tensor_parallel: one_process another_tensor_parallel_size fabric",
+            "accelerate/test_parallel_axes: one_process refused",
+            "engine/test_tensor_parallel: one_process",
+        ),
+    ),
+    Row(
+        "Context parallelism",
+        "Accelerate (`cp_size`), any loop whose ranks have equal parts of a sequence",
+        "attention is the user's, or Accelerate's; not tried on GPUs",
+        ("accelerate/test_parallel_axes: parts_of_a_sequence",),
+    ),
+    Row(
         "Adapters (LoRA)",
         "on dense layers, over frozen experts",
         "on experts they are refused: merge or unload them",
@@ -146,7 +163,8 @@ ROWS: Final = (
         "Accelerate",
         "`accumulate`, `backward`, clipping by norm and value, schedulers, bf16, fp16, trackers, `save_state`, "
         "`load_state`, `get_state_dict`, `unwrap_model`",
-        "folders go on under plain Accelerate and back; DeepSpeed, FSDP, Megatron-LM, tp and cp are refused",
+        "folders go on under plain Accelerate and back; `ParallelismConfig` is read; DeepSpeed, FSDP and Megatron-LM "
+        "are refused",
         (
             "accelerate/test_prepare: plain_accelerate four_ranks fp16 trackers folder",
             "accelerate/test_prepare_misuse: misuse another_parallelism",

@@ -30,7 +30,7 @@ def _read_data(tensor: DTensor) -> Tensor:
 
 
 def _write_data(tensor: DTensor, value: Any) -> None:
-    if type(value) is Tensor and value.shape == tensor.shape:
+    if type(value) is Tensor and value.shape == tensor.shape and _is_cut(tensor):
         value = sharded_like(shard_of(value, tensor).to(tensor.device), tensor)
     if not isinstance(value, DTensor):
         raise TypeError(
@@ -41,6 +41,10 @@ def _write_data(tensor: DTensor, value: Any) -> None:
     Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
     tensor._local_tensor, tensor._spec = value._local_tensor, value._spec
     torch.autograd.graph.increment_version(tensor)
+
+
+def _is_cut(tensor: DTensor) -> bool:
+    return not any(placement.is_partial() for placement in tensor.placements)
 
 
 def _count(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

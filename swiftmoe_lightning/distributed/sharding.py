@@ -36,12 +36,8 @@ def sharded_like(local: Tensor, sharded: Tensor) -> DTensor:
 
 
 def shard_of(full: Tensor, sharded: Tensor) -> Tensor:
-    """This rank's shard of `full` if it were cut as the DTensor `sharded` is; may share its storage."""
+    """This rank's shard of `full` if it were cut as the DTensor `sharded` is; shares its storage."""
     assert isinstance(sharded, DTensor)
-    if not all(placement.is_replicate() or type(placement) is Shard for placement in sharded.placements):
-        # FSDP2's cut of a tensor-parallel parameter is not one range.
-        whole = full.to(sharded.device)
-        return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
     for dim, (first, last) in shard_ranges(sharded).items():
         full = full.narrow(dim, first, last - first)
     return full
@@ -54,10 +50,13 @@ def shard_ranges(sharded: DTensor) -> dict[int, tuple[int, int]]:
 
 def _ranges_of(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, tuple[int, int]]:
     ranges: dict[int, tuple[int, int]] = {}
-    for axis, placement in enumerate(placements):
+    # Of a dim that tensor parallelism has cut, FSDP2 cuts each part, though its axis comes first: a _StridedShard.
+    is_strided = [not placement.is_replicate() and type(placement) is not Shard for placement in placements]
+    for axis in sorted(range(len(placements)), key=is_strided.__getitem__):
+        placement: Any = placements[axis]
         if placement.is_replicate():
             continue
-        assert type(placement) is Shard, placement
+        assert type(placement) is Shard or placement.split_factor, placement
         first, last = ranges.get(placement.dim, (0, shape[placement.dim]))
         part = shard_rows(last - first, mesh.size(axis))[mesh.get_local_rank(axis)]
         ranges[placement.dim] = (first + part[0], first + part[1])
@@ -141,6 +140,12 @@ def is_cut_over(value: Tensor, group: ExpertGroup) -> bool:
     if not isinstance(value, DTensor):
         return False
     return value.device_mesh == group.shard_mesh and list(value.placements) == _by_rows(group.shard_mesh)
+
+
+def is_on(value: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether it is a DTensor on an axis of this mesh, by the axes' names."""
+    names = value.device_mesh.mesh_dim_names if isinstance(value, DTensor) else None
+    return not set(names or ()).isdisjoint(mesh.mesh_dim_names or ())
 
 
 def is_first_copy(value: Tensor) -> bool:

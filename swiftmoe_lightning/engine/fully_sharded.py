@@ -7,10 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from swiftmoe_lightning.distributed import ExpertGroup, is_cut_over, is_sharded, shard_whole_values
+from swiftmoe_lightning.distributed import (
+    ExpertGroup,
+    is_cut_over,
+    is_on,
+    is_sharded,
+    local_shard,
+    shard_whole_values,
+)
 from swiftmoe_lightning.engine.stale_parameters import StaleParameters
 
 
@@ -53,15 +61,21 @@ class FullyShardedDense:
     def _shard(self, module: nn.Module, group: ExpertGroup, is_hybrid: bool, wire_dtype: torch.dtype) -> None:
         expert_parameters = {p for p in module.parameters() if is_cut_over(p, group)}
         dense = [p for p in module.parameters() if p not in expert_parameters]
+        mesh = group.dense_mesh(is_hybrid)
         for tensor in [*dense, *module.buffers()]:
             if not is_sharded(tensor):
                 group.broadcast(tensor.detach())
-        self.stale_parameters.add(dense)
+            elif not is_on(tensor, mesh):
+                # Tensor-parallel: the values of the first rank on the other axes.
+                for axis in range(mesh.ndim):
+                    dist.broadcast(local_shard(tensor), group=mesh.get_group(axis), group_src=0)
         has_float64 = any(p.dtype == torch.float64 for p in dense)
         policy = MixedPrecisionPolicy(reduce_dtype=None if has_float64 else wire_dtype)
-        mesh = group.dense_mesh(is_hybrid)
         for part in [*dict.fromkeys(_blocks_of(module)), module]:
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=expert_parameters)
+            # The user may have cut some of the blocks.
+            if not isinstance(part, FSDPModule):
+                fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=expert_parameters)
+        self.stale_parameters.add(set(dense).difference(module.parameters()))
         # FSDP2 does this in the first forward, but evaluation may gather before it.
         _state_of(module)._lazy_init()
         for part in module.modules():

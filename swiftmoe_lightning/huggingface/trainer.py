@@ -19,6 +19,7 @@ from swiftmoe_lightning.accelerate import (
     check_processes,
     data_parallel,
     gather_state_dicts,
+    make_engine,
     share_scaler,
 )
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config
@@ -125,7 +126,7 @@ class SwiftMoETrainer(Trainer):
         elif self.engine is None or self.engine.module is not self.model:
             check_fresh(optimizer, self.model)
             names = parameter_names(self.model)
-            self.engine = SwiftMoEEngine(self.model, self._swiftmoe_config, device=self.args.device)
+            self.engine = make_engine(self.accelerator, self.model, self._swiftmoe_config)
             self.engine.shard_dense()
             share_scaler(self.accelerator, self.engine)
             gather_state_dicts(self.accelerator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
@@ -11,6 +12,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,12 +26,13 @@ from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_ste
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
+from swiftmoe_lightning.strategies.tensor_parallel import TensorParallelMixin
 
 # The entry of a checkpoint that holds each model's placements, by the key under which the user saves the model.
 STATE_KEY: Final = "swiftmoe_engines"
 
 
-class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
+class SwiftMoEFabricStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     The loop stays as under "ddp": `setup` (optimizers may be made before it), `setup_module` and
@@ -39,11 +42,14 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
     Args:
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense,
             expert_parallel_size: see `SwiftMoEConfig`.
+        parallelize_fn: called with a module that is set up and `device_mesh`, as under `ModelParallelStrategy`; returns
+            the module, with tensor-parallel dense layers.
+        tensor_parallel_size: ranks that get the same batches. None gives every rank batches of its own, and no mesh.
         **ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters,
             ...).
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or parallelize_fn without tensor_parallel_size.
     """
 
     def __init__(  # noqa: PLR0913 - public options
@@ -57,6 +63,8 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         token_split: str = "balanced",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
+        parallelize_fn: Callable[[nn.Module, DeviceMesh], nn.Module] | None = None,
+        tensor_parallel_size: int | None = None,
         **ddp_options: Any,
     ) -> None:
         self.config = SwiftMoEConfig(
@@ -70,6 +78,10 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
             dense=dense,
             expert_parallel_size=expert_parallel_size,
         )
+        if parallelize_fn is not None and tensor_parallel_size is None:
+            raise ValueError("parallelize_fn needs a mesh. Set tensor_parallel_size, the ranks of its last axis.")
+        self._parallelize_fn = parallelize_fn
+        self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)
         self._backward_sync_control = _SyncControl()
@@ -95,7 +107,15 @@ class SwiftMoEFabricStrategy(WholeFileMixin, DDPStrategy):
         engine = next((engine for engine in self._engines if engine.module is module), None)
         if engine is None:
             self._names.append(parameter_names(module))
-            engine = SwiftMoEEngine(module, self.config, device=self.root_device, ranks_per_node=self.num_processes)
+            if self._parallelize_fn is not None:
+                module = self._parallelize_fn(module, self.device_mesh)
+            engine = SwiftMoEEngine(
+                module,
+                self.config,
+                device=self.root_device,
+                ranks_per_node=self.num_processes,
+                tensor_mesh=self._device_mesh,
+            )
             self._engines.append(engine)
             self._share_scaler(engine)
         else:

@@ -27,12 +27,13 @@ from swiftmoe_lightning.strategies.precision import shard_precision
 from swiftmoe_lightning.strategies.shard_dense import shard_dense
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
 from swiftmoe_lightning.strategies.start_methods import refuse_start_method
+from swiftmoe_lightning.strategies.tensor_parallel import TensorParallelMixin
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
 
 
-class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
+class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
@@ -40,6 +41,8 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     Args:
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense,
             expert_parallel_size: see `SwiftMoEConfig`.
+        tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
+            under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
             of one plain file. Both kinds load, whatever it is set to.
         **ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
@@ -61,6 +64,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         token_split: str = "balanced",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
+        tensor_parallel_size: int | None = None,
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
     ) -> None:
@@ -75,6 +79,7 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
             dense=dense,
             expert_parallel_size=expert_parallel_size,
         )
+        self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)
         refuse_start_method(self._start_method)
         self._save_distributed_checkpoint = save_distributed_checkpoint
@@ -97,6 +102,8 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        if self._device_mesh is not None:
+            self._module._device_mesh = self._device_mesh
         # Before the setup hooks: callbacks that copy the module there (EMA) then copy sharded parameters.
         self._attach()
 
@@ -141,7 +148,11 @@ class SwiftMoEStrategy(WholeFileMixin, DDPStrategy):
         assert module is not None
         if self._engine is None or self._engine.module is not module:
             self._engine = SwiftMoEEngine(
-                module, self.config, device=self.root_device, ranks_per_node=self.num_processes
+                module,
+                self.config,
+                device=self.root_device,
+                ranks_per_node=self.num_processes,
+                tensor_mesh=self._device_mesh,
             )
             if self._engine.group is not None:
                 self.precision_plugin = shard_precision(self.precision_plugin, self._engine)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from swiftmoe_lightning.engine import SwiftMoEEngine
 
-_STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step")
-
 
 def shard_dense(trainer: Trainer, engine: SwiftMoEEngine) -> None:
-    """Cut the dense part of the trainer's module over the ranks, and treat its steps like its forward. Repeatable.
+    """Cut the dense part of the trainer's module over the ranks, and let training steps use it. Repeatable.
 
     Raises:
         ValueError: for callbacks that have copied the module already.
@@ -27,7 +23,7 @@ def shard_dense(trainer: Trainer, engine: SwiftMoEEngine) -> None:
                 "would not match. Use dense='ddp' with it."
             )
     engine.shard_dense()
-    for step in _STEPS:
-        # FSDP2 then gathers the root's weights for these steps as it does for forward, so that they can use them.
-        if step not in vars(engine.module):
-            register_fsdp_forward_method(engine.module, step)
+    if "training_step" not in vars(engine.module):
+        # FSDP2 then gathers the root's weights for it as it does for forward, so that it can use them. Other steps find
+        # all weights gathered; FSDP2 would cut them again where a step calls forward, after each batch.
+        register_fsdp_forward_method(engine.module, "training_step")

@@ -93,6 +93,24 @@ def test_it_trains_like_one_process(shape: Any, size: int, mode: str, options: d
         assert max(errors.values()) <= 1e-11, errors
 
 
+def start_with_own_seeds() -> tuple[Tensor, Tensor]:
+    """[12, DIM]: this rank's weight of a tensor-parallel layer before the engine, whole; and after the cut."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    model = WithMLP(torch.float64)
+    torch.nn.init.normal_(model.up.weight, generator=torch.Generator().manual_seed(dist.get_rank()))
+    own = model.up.weight.detach().clone()
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    engine = sml.SwiftMoEEngine(model, sml.SwiftMoEConfig(dense="fsdp2"), tensor_mesh=mesh)
+    engine.data_parallel()
+    return own, engine.full_state_dict()["up.weight"]
+
+
+def test_copies_of_tensor_parallel_parts_start_with_the_values_of_rank_zero() -> None:
+    (first, _), *others = outcomes = run_ranks(start_with_own_seeds, 4)
+    assert not any(torch.equal(own, first) for own, _ in others)
+    assert all(torch.equal(cut, first) for _, cut in outcomes)
+
+
 def share_and_gather(num_rows: int) -> tuple[list[float], list[float], list[float]]:
     ranks = RankGroup(dist.group.WORLD)
     rows = torch.arange(num_rows, dtype=torch.float64).view(-1, 1).requires_grad_()

@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: the engine in a plain Accelerate loop."""
+"""`prepare`, and what an Accelerate loop and `transformers.Trainer` have in common."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from swiftmoe_lightning.accelerate.parallel_axes import check_processes, make_engine
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # Name in a folder of `accelerator.save_state`, beside the files that Accelerate itself writes and reads.
 STATE_FILE: Final = "swiftmoe.pt"
-_KNOWN_TYPES: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
 def prepare(
@@ -37,14 +36,13 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Like `accelerator.prepare(model, optimizer, *rest)`, with the model's experts spread over the processes.
 
-    The loop stays as it is: `accumulate`, `backward`, `clip_grad_norm_`, `clip_grad_value_`, schedulers, mixed
-    precision, `save_state` and `load_state` (whose folders a plain Accelerate run reads and writes alike),
-    `get_state_dict`, `unwrap_model`. The engine is `model.engine` of what is returned; on one process the model is
-    returned as Accelerate prepares it.
+    The loop stays as it is: `accumulate`, `backward`, clipping, schedulers, mixed precision, `save_state` and
+    `load_state` (whose folders a plain Accelerate run reads and writes alike), `get_state_dict`, `unwrap_model`. The
+    engine is `model.engine` of what is returned; on one process the model is returned as Accelerate prepares it.
 
     Args:
-        accelerator: of plain data parallelism.
-        model: with `Experts`, not prepared before.
+        accelerator: of data parallelism, or with a `ParallelismConfig`: see `parallel_axes`.
+        model: with `Experts`, not prepared before, and parallelized by the user on the accelerator's tp axis.
         optimizer: made from `model.parameters()`, without a step so far. The experts' sharded parameters replace the
             whole ones in it.
         *rest: data loaders, schedulers and more optimizers, in any order.
@@ -73,7 +71,7 @@ def prepare(
         return tuple(accelerator.prepare(model, optimizer, *rest))
     names = parameter_names(model)
     callable_model = accelerator.prepare_model(model, evaluation_mode=True)
-    engine = SwiftMoEEngine(model, config, device=accelerator.device)
+    engine = make_engine(accelerator, model, config)
     wrapped = data_parallel(accelerator, engine, callable_model, **ddp_options)
     for each in optimizers:
         swap_parameters(each, model, names)
@@ -112,34 +110,6 @@ def share_scaler(accelerator: Accelerator, engine: SwiftMoEEngine) -> None:
     """Let the processes skip a step together, if there is a loss scaler. Call it before optimizers are prepared."""
     if accelerator.scaler is not None and engine.group is not None:
         accelerator.scaler = engine.scaler_like(accelerator.scaler, accelerator.device.type)
-
-
-def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
-    """Make sure that Accelerate, torch and the launcher agree on the processes, and that they are data-parallel only.
-
-    Args:
-        accelerator: of the processes.
-        kind: its name in messages.
-        on_cpu: the code that makes it without GPUs, for messages.
-
-    Raises:
-        ValueError: for processes that do not agree, or another parallelism.
-    """
-    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started, but this {kind} sees {accelerator.num_processes}: each would "
-            f"train alone. Without GPUs make it as {on_cpu}."
-        )
-    parallelism_kind = accelerator.distributed_type.name
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    axes = [axis for axis in ("tp", "cp", "sp") if getattr(parallelism, f"{axis}_enabled", False)]
-    if parallelism_kind not in _KNOWN_TYPES or axes:
-        refused = " and ".join([*([parallelism_kind] if parallelism_kind not in _KNOWN_TYPES else []), *axes])
-        raise ValueError(
-            f"Accelerate is set up for {refused}, which cannot be combined with spread experts. Configure plain data "
-            "parallelism (multi-GPU or multi-CPU); leave DeepSpeed, FSDP, Megatron-LM and the tp, cp and sp axes out."
-        )
 
 
 def _warn_of_one_process(accelerator: Accelerator) -> None:
