@@ -30,7 +30,7 @@ class Coldest(PlacementPolicy):
 
 def train(policy: Any, rank: int, num_steps: int) -> None:
     """Steps of two layers with one hot expert; the placer is dropped in the end, as with an engine."""
-    group = SimpleNamespace(rank=rank, world_size=W, ranks_per_node=W)
+    group = SimpleNamespace(is_first=rank == 0, expert=SimpleNamespace(size=W), ranks_per_node=W)
     placer = make_placer(SwiftMoEConfig(placement=policy, slots_per_rank=2), group)  # type: ignore[arg-type]
     counts_1E = np.array([[100, 90, 80, 1]])
     placements = placer.planned({"a.experts": E, "b.experts": E})

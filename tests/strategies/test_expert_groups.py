@@ -21,7 +21,7 @@ GROUPS = {"placement": RandomPolicy, "expert_parallel_size": 1}
 
 
 def fit_groups(world_size: int, size: int, strategy: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
-    """The end state of a fit that validates twice; ranks have differently many batches of it."""
+    """The end state of a fit that validates twice."""
     model = Blocks()
     ours = sml.SwiftMoEStrategy(placement=RandomPolicy, expert_parallel_size=size, **strategy)
     runner = cases.trainer(world_size, ours, **options)
