@@ -118,6 +118,8 @@ def share_and_gather(num_rows: int) -> tuple[list[float], list[float], list[floa
     whole = gather_shares(own * (1 + ranks.rank), num_rows, ranks)
     (whole * torch.arange(1, num_rows + 1).view(-1, 1)).sum().backward()
     assert rows.grad is not None
+    # Nobody leaves before all have what they wait for.
+    dist.barrier()
     return own.flatten().tolist(), whole.flatten().tolist(), rows.grad.flatten().tolist()
 
 
