@@ -7,10 +7,10 @@ axes. The functions also take FSDP2's parameters, which are cut along their firs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
@@ -153,13 +153,9 @@ def is_first_copy(value: Tensor) -> bool:
     if not isinstance(value, DTensor):
         return True
     mesh, axes = value.device_mesh, enumerate(value.placements)
-    # A mesh of some ranks, as for tensor parallelism, has twins with copies.
-    return _has_rank_zero(mesh) and all(mesh.get_local_rank(axis) == 0 for axis, p in axes if p.is_replicate())
-
-
-@lru_cache(maxsize=64)
-def _has_rank_zero(mesh: DeviceMesh) -> bool:
-    return bool((mesh.mesh == 0).any())
+    # A mesh of some ranks, as for tensor parallelism, has twins with copies. The one with rank 0 counts.
+    is_first_mesh = mesh.size() == dist.get_world_size() or bool((mesh.mesh == 0).any())
+    return is_first_mesh and all(mesh.get_local_rank(axis) == 0 for axis, p in axes if p.is_replicate())
 
 
 def is_sharded(value: object) -> bool:

@@ -47,7 +47,7 @@ def clip_grad_norm(
     total = grad_norm(parameters, group, norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in itertools.chain(*_split_gradients(parameters)):
-        gradient.mul_(factor.to(gradient.device))
+        local_shard(gradient).mul_(factor.to(gradient.device))
     return total
 
 
@@ -65,15 +65,14 @@ def grad_norm(parameters: Iterable[nn.Parameter], group: ExpertGroup | None, nor
     Returns:
         [] float32 or wider, equal on all ranks.
     """
-    parameters = list(parameters)
-    dense, shards = _split_gradients(parameters)
-    device = next((g.device for g in dense + shards), torch.device("cpu"))
-    dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + shards), torch.float32)
+    dense, sharded = _split_gradients(parameters)
+    device = next((g.device for g in dense + sharded), torch.device("cpu"))
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in dense + sharded), torch.float32)
     # torch also takes strings: users of Fabric write "inf".
     norm_type = float(norm_type)
     # Several ranks may have the same shard (dense="hsdp").
-    _, first_shards = _split_gradients([p for p in parameters if p.grad is not None and is_first_copy(p.grad)])
-    norms = torch.stack([_norm(part, norm_type, device) for part in (dense, first_shards)])
+    shards = [local_shard(gradient) for gradient in sharded if is_first_copy(gradient)]
+    norms = torch.stack([_norm(part, norm_type, device) for part in (dense, shards)])
     if group is not None:
         norms = torch.cat([norms[:1], group.all_gather(norms[1:]).flatten()])
     return torch.linalg.vector_norm(norms, norm_type).to(dtype)
@@ -101,9 +100,8 @@ def clip_grad_value(parameters: Iterable[nn.Parameter], clip_value: float) -> No
         ValueError: for a clip_value below 0, or that is no number.
     """
     _check_limit("clip_value", clip_value)
-    dense, shards = _split_gradients(parameters)
-    for gradient in dense + shards:
-        gradient.clamp_(-clip_value, clip_value)
+    for gradient in itertools.chain(*_split_gradients(parameters)):
+        local_shard(gradient).clamp_(-clip_value, clip_value)
 
 
 def _check_limit(name: str, value: object) -> None:
@@ -114,13 +112,14 @@ def _check_limit(name: str, value: object) -> None:
 
 
 def _split_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """(whole gradients, DTensors), without placeholders."""
     dense: list[Tensor] = []
-    shards: list[Tensor] = []
+    sharded: list[Tensor] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if has_gradient(parameter):
             assert parameter.grad is not None
-            (shards if is_sharded(parameter.grad) else dense).append(local_shard(parameter.grad))
-    return dense, shards
+            (sharded if is_sharded(parameter.grad) else dense).append(parameter.grad)
+    return dense, sharded
 
 
 class ShardedGradScaler(torch.amp.GradScaler):

@@ -64,6 +64,8 @@ def refuse_fully_sharded(module: nn.Module, group: ExpertGroup) -> None:
     """
     cut = {p for part in module.modules() if isinstance(part, Experts) for p in part.expert_parameters().values()}
     cut = {p for p in cut if is_sharded(p) and not is_cut_over(p, group)}
+    if not cut:
+        return
     for name, part in reversed([*module.named_modules()]):
         if cut.intersection(part.parameters()) and isinstance(part, FSDPModule):
             raise ValueError(

@@ -97,14 +97,14 @@ class SwiftMoETrainer(Trainer):
         self._prepared_optimizer: Optimizer | None = None
         self._drops_state = False
         self._whole: dict[str, Any] | None = None
-        is_spread = model is not None and engine_of(model) is not None
-        if is_spread:
+        self._is_sharded_at_load = model is not None and engine_of(model) is not None
+        if self._is_sharded_at_load:
             check_sharded_at_load(args, swiftmoe_config)
         elif model is not None:
             model = convert(model)
-        with saves_models_only(args) if is_spread and args is not None else nullcontext():
+        with saves_models_only(args) if self._is_sharded_at_load and args is not None else nullcontext():
             super().__init__(model, args, *rest, **options)
-        if not is_spread:
+        if not self._is_sharded_at_load:
             check_processes(self.accelerator, "Trainer", "TrainingArguments(..., use_cpu=True)")
 
     @override
@@ -156,10 +156,6 @@ class SwiftMoETrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(self.model))
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         return [[p for name, p in trained if (name in decayed) is decays] for decays in (True, False)]
-
-    @property
-    def _is_sharded_at_load(self) -> bool:
-        return engine_of(self.model) is not None
 
     def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
         # False selects Accelerate's clipping, which takes DTensors and plain tensors together. The Trainer's own
