@@ -5,6 +5,7 @@ from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
+from swiftmoe_lightning.distributed.phase import phase
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
     full_tensor,
@@ -42,6 +43,7 @@ __all__ = [
     "is_sharded",
     "local_rows",
     "local_shard",
+    "phase",
     "shard_from_rank_zero",
     "shard_of",
     "shard_whole_values",
