@@ -23,6 +23,7 @@ from swiftmoe_lightning.distributed.sharding import (
     sharded_like,
     write_counts,
 )
+from swiftmoe_lightning.distributed.side_stream import SideStream, side_stream
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
 from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
 
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertGroup",
     "PendingExchange",
     "RankGroup",
+    "SideStream",
     "cut_by_experts",
     "cut_by_rows",
     "extend_dtensors",
@@ -49,6 +51,7 @@ __all__ = [
     "shard_whole_values",
     "sharded_from_local",
     "sharded_like",
+    "side_stream",
     "store_barrier",
     "take_share",
     "write_counts",

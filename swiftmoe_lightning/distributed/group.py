@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from swiftmoe_lightning.ops import reused_empty
+
 
 class RankGroup:
     """A process group, with the collectives of its ranks.
@@ -92,13 +94,21 @@ class RankGroup:
             send_splits: for each rank, how much of dim 0 goes there.
             receive_splits: for each rank, how much comes from there.
         """
-        received = send.new_empty((sum(receive_splits), *send.shape[1:]))
+        received = reused_empty((sum(receive_splits), *send.shape[1:]), send.dtype, send.device)
         work = dist.all_to_all_single(
             received, send, receive_splits, send_splits, group=self.process_group, async_op=True
         )
         row_bytes = send.element_size() * (send[0].numel() if send.dim() > 1 and len(send) else 1)
         num_sent = sum(send_splits) - send_splits[self.rank]
         return PendingExchange(work, send, received, num_sent * row_bytes)
+
+    def start_send(self, value: Tensor, rank: int) -> Any:
+        """Begin to send a contiguous `value` to a rank of the group; it must stay as it is until the work's `wait()`."""
+        return dist.isend(value, group=self.process_group, group_dst=rank)
+
+    def start_receive(self, value: Tensor, rank: int) -> Any:
+        """Begin to receive a contiguous `value` from a rank of the group; it is there after the work's `wait()`."""
+        return dist.irecv(value, group=self.process_group, group_src=rank)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Send rows to their ranks by all-to-all. Backward sends their gradients back.

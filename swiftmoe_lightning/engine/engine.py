@@ -16,6 +16,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
+from swiftmoe_lightning.engine.distribution_window import DistributionWindow
 from swiftmoe_lightning.engine.fully_sharded import FullyShardedDense
 from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 from swiftmoe_lightning.engine.gradients import (
@@ -87,7 +88,7 @@ class SwiftMoEEngine:
         self._wants_stop = False
         self._states: list[LayerState] = []
         self._updates: dict[int, ShardedUpdate] = {}
-        self._collector = GradientCollector()
+        self._collector, self._window = GradientCollector(), DistributionWindow()
         self.attach(module)
 
     @property
@@ -118,7 +119,7 @@ class SwiftMoEEngine:
             max_experts = max(layer.experts.num_experts for layer in self.layers)
             handshake = ForwardHandshake(self.group, [state.name for state in self._states], max_experts, self._device)
             for layer in self.layers:
-                layer.connect(handshake, self._collector)
+                layer.connect(handshake, self._collector, self._window)
             gather_before_save_pretrained(module)
 
     def data_parallel(self, module: nn.Module | None = None, **ddp_options: Any) -> nn.Module:
@@ -207,18 +208,23 @@ class SwiftMoEEngine:
         return {due[name].index: placement for name, placement in placements.items()}
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
-        """Phase 4: begin to send parameters' rows to the experts' ranks; a layer's next forward waits for them."""
+        """Phase 4: send parameters' rows to the experts' ranks, layer by layer ahead of the next forward."""
+        updated = []
         for state in states:
             if state.sharded is None:
                 continue
             if state.holds_gradients():
                 # Gradients that wait in the slots belong to the current placement.
                 state.sharded.stale = True
-            else:
-                state.sharded.distribute(placements.get(state.index, state.sharded.placement))
-        # The rows of all layers travel between groups before the first ones are waited for.
+            elif state.sharded.queue_distribution(placements.get(state.index, state.sharded.placement)):
+                updated.append(state.sharded)
+        self._window.add(updated)
+
+    def wait_for_weights(self) -> None:
+        """Wait until all slots have the weights that were sent to them, as the layers' next forwards would."""
+        self._window.flush()
         for layer in self.layers:
-            layer.slots.continue_distribution()
+            layer.slots.finish_distribution()
 
     def mark_stale(self) -> None:
         """After a write to parameters (EMA, by hand): let next forwards fill the slots again. Call on all ranks."""
@@ -245,6 +251,8 @@ class SwiftMoEEngine:
             self.dense.begin_forward(evaluates=True)
         if not self.layers:
             return
+        # Ranks of other groups run forwards that this group may not, and all send weights in one order.
+        self._window.flush()
         handshake = self.layers[0].handshake
         while len((table := handshake.done()).active_rows):
             self.layers[table.layer].serve(table)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import is_sharded
-from swiftmoe_lightning.engine.sharded_layer import ShardedLayer, collect_gradients
+from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
+from swiftmoe_lightning.engine.slots import PendingCollection
+
+# Layers whose gradients are under way at the same time: one is received while those of the next are sent.
+_MOST_UNDER_WAY: Final = 2
 
 
 class GradientCollector:
-    """Collects gradients at the end of every backward outside of `no_sync()`, also after backwards that failed.
+    """Collects gradients in every backward outside of `no_sync()`, also after backwards that failed.
+
+    A layer's gradients leave its slots as soon as backward has added all that it will, and travel while it computes
+    those of the layers below; the last are waited for at its end. Autograd runs equal graphs in the same order, so all
+    ranks send the layers' gradients in one order; what is left at the end goes in the order of the module.
 
     Autograd drops the callbacks of a backward that raises. So backwards are told apart by autograd's number: one that
     failed is never taken for one that is still running. Reentrant activation checkpointing runs backwards inside a
@@ -29,6 +38,8 @@ class GradientCollector:
         self.syncs = True
         self._running: dict[int, dict[ShardedLayer, None]] = {}
         self._waiting: dict[ShardedLayer, None] = {}
+        self._under_way: deque[tuple[ShardedLayer, PendingCollection]] = deque()
+        self._collected: dict[ShardedLayer, None] = {}
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -71,6 +82,11 @@ class GradientCollector:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, backward))
         self._running[backward][layer] = None
 
+    def on_gradients(self, layer: ShardedLayer) -> None:
+        """Backward has added all gradients that it will to the slots of `layer`."""
+        if self.syncs:
+            self._start(layer)
+
     def _end_backward(self, backward: int) -> None:
         self._waiting |= self._running.pop(backward)
         if self.syncs:
@@ -78,5 +94,26 @@ class GradientCollector:
 
     def collect(self) -> None:
         """The gradients that wait in the slots -> `.grad` of the parameters, averaged over ranks. A collective."""
-        layers, self._waiting = list(self._waiting), {}
-        collect_gradients([layer for layer in layers if layer.holds_gradients()])
+        waiting, self._waiting = self._waiting, {}
+        for layer in sorted(waiting, key=lambda layer: layer.index):
+            self._start(layer)
+        while self._under_way:
+            self._finish_first()
+        collected, self._collected = self._collected, {}
+        for layer in collected:
+            layer.add_to_sharded_gradients()
+
+    def _start(self, layer: ShardedLayer) -> None:
+        while len(self._under_way) >= _MOST_UNDER_WAY:
+            self._finish_first()
+        started = layer.start_collection()
+        # With several groups, sums travel between groups while the gradients of the next layer do in them.
+        for _, collection in self._under_way:
+            collection.start_sum_over_groups()
+        if started is not None:
+            self._under_way.append((layer, started))
+
+    def _finish_first(self) -> None:
+        layer, collection = self._under_way.popleft()
+        layer.finish_collection(collection)
+        self._collected[layer] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class GradientPlaceholder:
 
     def __init__(self, sharded: nn.Parameter) -> None:
         if sharded.grad is None:
-            shard = torch.zeros_like(local_shard(sharded))
+            shard = _zeros_like(local_shard(sharded))
             shard.view(-1)[:1] = max(torch.finfo(shard.dtype).tiny, 2.0**-100)
             sharded.grad = sharded_like(shard, sharded)
             setattr(sharded.grad, _MARK, self)
@@ -46,6 +47,13 @@ class GradientPlaceholder:
         if gradient is self._gradient and write_counts(gradient) == self._versions:
             return False
         return not local_shard(gradient).any()
+
+
+def _zeros_like(shard: Tensor) -> Tensor:
+    """Zeros that cost no pass over memory on the CPU: pages of zeros, which the system gives out when they are read."""
+    if shard.device.type != "cpu" or not shard.numel():
+        return torch.zeros_like(shard)
+    return torch.from_numpy(np.zeros(shard.nbytes, dtype=np.uint8)).view(shard.dtype).view(shard.shape)
 
 
 def is_placeholder(gradient: Tensor) -> bool:

@@ -142,7 +142,7 @@ class LayerState:
             placement = placer.planned({self.name: current.num_experts})[self.name]
         # Gradients that wait in the slots belong to the current placement.
         if not self.holds_gradients():
-            self.sharded.slots.move_to(placement)
+            self.sharded.slots.queue_distribution(placement)
         self.sharded.stale = True
 
 

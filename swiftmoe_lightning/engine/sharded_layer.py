@@ -5,8 +5,8 @@ W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from swiftmoe_lightning.distributed import (
     ExpertGroup,
     local_shard,
+    phase,
     shard_whole_values,
     sharded_like,
 )
@@ -26,6 +27,7 @@ from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.distribution_window import DistributionWindow
     from swiftmoe_lightning.engine.gradient_collector import GradientCollector
 
 
@@ -51,12 +53,24 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
+        self._window: DistributionWindow | None = None
         self._placeholders: dict[str, GradientPlaceholder] = {}
+        self._watched: dict[str, Tensor] = {}
+        self._arrived: set[str] = set()
+        # Gradients that have left the slots: those under way, and the sums of those that have come.
+        self._pending: list[PendingCollection] = []
+        self._totals: dict[str, Tensor] = {}
         self._announced: HandshakeTable | None = None
 
-    def connect(self, handshake: ForwardHandshake, collector: GradientCollector) -> None:
-        """Connect the layer with the engine's handshake and gradient collector."""
-        self._handshake, self._collector = handshake, collector
+    def connect(self, handshake: ForwardHandshake, collector: GradientCollector, window: DistributionWindow) -> None:
+        """Connect the layer with what the engine's layers share."""
+        self._handshake, self._collector, self._window = handshake, collector, window
+
+    @property
+    def window(self) -> DistributionWindow:
+        """The engine's, once connected."""
+        assert self._window is not None
+        return self._window
 
     @property
     def collector(self) -> GradientCollector:
@@ -117,17 +131,26 @@ class ShardedLayer(ExpertParallelContext):
         if table is None:
             table = self.handshake.call(self.index, counts_E, scores_finite, dtype, self.stale)
         if table.any_stale:
-            self.slots.start_distribution(self.placement)
-            self.stale = False
-        self.slots.finish_distribution()
+            self.window.refill(self)
+        self.window.advance(self)
         return table.counts_WE(len(counts_E))
 
     def weights(self) -> Mapping[str, Tensor]:
         """The slots by name, each [s, ...], which require gradients where the sharded parameters do."""
         # Freezing, toggling and fine-tuning schedules flip requires_grad on the sharded parameters alone.
         for name, sharded in self.experts.expert_parameters().items():
-            self.slots.weights[name].requires_grad_(sharded.requires_grad)
+            slot = self.slots.weights[name].requires_grad_(sharded.requires_grad)
+            if slot.requires_grad and self._watched.get(name) is not slot:
+                slot.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+                self._watched[name] = slot
         return self.slots.weights
+
+    def _on_gradient(self, name: str, _: Tensor) -> None:
+        """Backward has added all that it will to the gradient of a slot."""
+        self._arrived.add(name)
+        if all(name in self._arrived for name, slot in self.slots.weights.items() if slot.requires_grad):
+            self._arrived.clear()
+            self.collector.on_gradients(self)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Send rows to their ranks; differentiable. See `RankGroup.exchange_rows`."""
@@ -137,21 +160,20 @@ class ShardedLayer(ExpertParallelContext):
         """The module has overwritten its parameters: the slots are stale."""
         self.stale = True
 
-    def distribute(self, placement: Placement) -> None:
-        """Begin to send parameters' rows to the ranks of `placement`. Frozen experts that do not move are not sent."""
+    def queue_distribution(self, placement: Placement) -> bool:
+        """Let the weights be sent to the ranks of `placement`. Returns whether they must: experts may be frozen."""
         is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # A parameter that was frozen between backward and step still has a gradient, and was updated.
         if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
-            return
-        self.slots.start_distribution(placement)
-        self.stale = False
+            return False
+        self.slots.queue_distribution(placement)
+        return True
 
     def fill_if_stale(self) -> None:
         """Fill stale slots outside of a forward. A collective of all groups."""
         if self.stale:
-            self.slots.start_distribution(self.placement)
-            self.slots.finish_distribution()
-            self.stale = False
+            self.window.refill(self)
+            self.window.advance(self)
 
     def on_backward(self, placement: Placement) -> None:
         """Backward has reached the layer: its gradients will be collected at the end.
@@ -167,6 +189,7 @@ class ShardedLayer(ExpertParallelContext):
                 "backward through a forward from before the last optimizer step (or load): its experts' weights have "
                 "been replaced since, as an in-place update would. Run forward again after each step."
             )
+        self._arrived.clear()
         self.collector.on_backward(self)
 
     def place_placeholders(self) -> None:
@@ -183,11 +206,14 @@ class ShardedLayer(ExpertParallelContext):
             if placeholder.was_discarded(parameters[name]):
                 self._placeholders.pop(name).release()
                 self.slots.weights[name].grad = None
+                self._totals.pop(name, None)
+                for collection in self._pending:
+                    collection.discarded.add(name)
 
     def holds_gradients(self) -> bool:
-        """Whether gradients wait in the slots, which were neither collected nor discarded by the user."""
+        """Whether gradients wait that are neither in `.grad` nor discarded by the user: in the slots, or under way."""
         self.discard_gradients()
-        return self.slots.has_gradients
+        return self.slots.has_gradients or bool(self._totals) or bool(self._pending)
 
     @torch.no_grad()
     def serve(self, table: HandshakeTable) -> None:
@@ -198,36 +224,39 @@ class ShardedLayer(ExpertParallelContext):
         no_assignments = torch.empty(0, 1, device=device)
         self.experts.run(x_TD, no_assignments.long(), no_assignments, torch.ones((), dtype=torch.bool, device=device))
 
+    def start_collection(self) -> PendingCollection | None:
+        """Begin to send the gradients in the slots to the ranks that own their rows. A collective.
+
+        Returns:
+            None when there are none.
+        """
+        self.discard_gradients()
+        collection = self.slots.start_collection()
+        if collection is not None:
+            self._pending.append(collection)
+        return collection
+
     @torch.no_grad()
-    def add_to_sharded_gradients(self, collection: PendingCollection) -> None:
-        """Wait for the collected rows, and add them to `.grad` of the parameters; the user's hooks on them run."""
+    def finish_collection(self, collection: PendingCollection) -> None:
+        """Wait for collected rows, and keep their sums until the end of backward."""
+        with phase("collect"):
+            device = next(iter(self.experts.parameters())).device
+            for name, total in collection.wait(self._group.num_data_ranks, device).items():
+                if name in self._totals:
+                    self.slots.join((self._totals[name], total))
+                    total = self._totals[name].add_(total)
+                self._totals[name] = total
+            self._pending.remove(collection)
+
+    @torch.no_grad()
+    def add_to_sharded_gradients(self) -> None:
+        """Add the collected sums to `.grad` of the parameters; the user's hooks on them run."""
         parameters = self.experts.expert_parameters()
-        shards = {name: local_shard(parameters[name]) for name in collection.names}
-        shapes = {name: shard.shape for name, shard in shards.items()}
-        for name, total in collection.wait(shapes, self._group.num_data_ranks).items():
+        totals, self._totals = self._totals, {}
+        self.slots.join(totals.values())
+        for name, total in totals.items():
             self._placeholders.pop(name, None)
-            # Contiguous: fused optimizer kernels ignore strides.
-            accumulate_gradient(parameters[name], total.to(shards[name]))
-
-
-def collect_gradients(layers: list[ShardedLayer]) -> None:
-    """The gradients in these layers' slots -> `.grad` of their sharded parameters. A collective."""
-    under_way: deque[tuple[ShardedLayer, PendingCollection]] = deque()
-    # The gradients of a layer travel while the rows of the one before are added up or, with several groups, its sums
-    # travel between groups.
-    for layer in sorted(layers, key=lambda layer: layer.index):
-        started = layer.slots.start_collection()
-        if under_way:
-            under_way[-1][1].start_sum_over_groups()
-        while under_way and (len(under_way) > 1 or not under_way[0][1].is_between_groups):
-            finished, collection = under_way.popleft()
-            finished.add_to_sharded_gradients(collection)
-        if started is not None:
-            under_way.append((layer, started))
-    if under_way:
-        under_way[-1][1].start_sum_over_groups()
-    for layer, collection in under_way:
-        layer.add_to_sharded_gradients(collection)
+            accumulate_gradient(parameters[name], total.to(local_shard(parameters[name])))
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:

@@ -1,25 +1,34 @@
 """One layer's weights on this rank, in slots, and the two exchanges between them and the sharded parameters.
 
-In each exchange a rank has two buffers. One is of the whole experts in its slots, whose rows lie as `plan_buffer` says.
-The other is of its part of every expert's rows: [P, c], for each pair these rows of the pair's expert. With one expert
-group a rank owns its part; with several, `ReplicaExchange` adds up and shares out between those that have the same one.
+Rows travel between a rank's slots and the ranks of its group that own its part of them, by `direct_exchange` where
+blocks are worth messages of their own, else by `packed_exchange`. With one expert group a rank owns its part; with
+several, `ReplicaExchange` adds up and shares out between those that have the same one.
 
-W ranks, g ranks of the group, E experts, s slots of this rank, d different experts on it, P (rank, expert) pairs of the
-group, c elements of one expert in this rank's part, over all its tensors.
+E experts, s slots of this rank, d different experts on it, r rows of a tensor that this rank owns.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange, local_shard, write_counts
+from swiftmoe_lightning.distributed import (
+    ExpertGroup,
+    PendingExchange,
+    SideStream,
+    local_shard,
+    phase,
+    side_stream,
+    write_counts,
+)
+from swiftmoe_lightning.engine.direct_exchange import DirectCollection, DirectDistribution, travels_directly
+from swiftmoe_lightning.engine.packed_exchange import PackedCollection, PackedDistribution
 from swiftmoe_lightning.engine.replica_exchange import ReplicaExchange
-from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution
+from swiftmoe_lightning.placement import Placement, shard_rows
 
 # What is sent: gradients in the expert group and between groups, then weights between groups and in the group.
 PHASES: Final = ("collect", "reduce", "gather", "distribute")
@@ -40,6 +49,7 @@ class ExpertSlots:
         wire_dtype: dtype in which gradients are sent, except float64 ones.
 
     Attributes:
+        placement: by which the slots are filled, or will be by the next distribution.
         weights: name -> slots.
         bytes_sent: phase -> bytes that this rank has sent to other ranks so far.
     """
@@ -55,73 +65,93 @@ class ExpertSlots:
     ) -> None:
         self._parameters, self._group, self._device = parameters, group, device
         self._param_dtype, self._wire_dtype = param_dtype, wire_dtype
+        self._stream = side_stream(device)
         self.placement = placement
         self.weights: dict[str, Tensor] = {}
-        self._gather: PendingExchange | None = None
-        self._distribution: PendingExchange | None = None
+        self._filled: Placement | None = None
+        self._is_queued = False
+        self._gather: tuple[ReplicaExchange, PendingExchange] | None = None
+        self._distribution: DirectDistribution | PackedDistribution | None = None
         self._sent_versions: list[tuple[int, int]] = []
         self.bytes_sent = dict.fromkeys(PHASES, 0)
 
-    def start_distribution(self, placement: Placement) -> None:
+    def queue_distribution(self, placement: Placement) -> None:
+        """The parameters were updated, and the slots will be filled by `placement`."""
+        self.placement, self._is_queued = placement, True
+        self._sent_versions = _versions(self._parameters())
+
+    @torch.no_grad()
+    def start_distribution(self, allows_writes: bool) -> None:
         """Begin to send this rank's rows of every expert to the ranks that have the expert in `placement`.
 
         With several groups it first shares rows between groups; `continue_distribution` then goes on.
-        """
-        self.move_to(placement)
-        parameters = self._parameters()
-        self._sent_versions = _versions(parameters)
-        self._match_slots(parameters)
-        dtype = next(iter(self.weights.values())).dtype
-        # First one copy of every expert's rows, on the device and in the dtype to send; then one for each pair.
-        rows_Ec = torch.cat([local_shard(p).flatten(1) for p in parameters.values()], dim=1).to(self._device, dtype)
-        if self._group.replicate is None:
-            self._send_rows(rows_Ec)
-        else:
-            self._gather = self._replicas(parameters).start_gather(rows_Ec)
-            self.bytes_sent["gather"] += self._gather.bytes_sent
 
+        Args:
+            allows_writes: parameters may have been written since the distribution was queued.
+        """
+        self.finish_distribution()
+        with phase("distribute"), self._stream.after_model():
+            parameters = self._parameters()
+            is_new = self._is_queued or self._sent_versions != _versions(parameters)
+            if allows_writes or not self._is_queued:
+                self._sent_versions = _versions(parameters)
+            if self.placement is self._filled and is_new:
+                # Forwards with the old weights know them by this object.
+                self.placement = copy.copy(self.placement)
+            self._match_slots(parameters)
+            self._filled, self._is_queued = self.placement, False
+            # From CPU memory each layer's rows travel by themselves.
+            shards = {
+                name: local_shard(p).to(self._device, self.weights[name].dtype, non_blocking=True)
+                for name, p in parameters.items()
+            }
+            if self._group.replicate is None:
+                self._send_rows(shards)
+            else:
+                replicas = ReplicaExchange(self._group.replicate, self._part_shapes(self.weights))
+                gather = replicas.start_gather(shards)
+                self._gather = (replicas, gather)
+                self.bytes_sent["gather"] += gather.bytes_sent
+
+    @torch.no_grad()
     def continue_distribution(self) -> None:
         """Send the rows on to their ranks in this group, once they have come from the other groups."""
         if self._gather is not None:
-            received, self._gather = self._gather.wait(), None
-            parameters = self._parameters()
-            self._send_rows(self._replicas(parameters).finish_gather(received, self.placement.num_experts))
+            with phase("distribute"), self._stream.beside_model():
+                (replicas, gather), self._gather = self._gather, None
+                self._send_rows(replicas.finish_gather(gather.wait()))
 
-    def _send_rows(self, rows_Ec: Tensor) -> None:
-        expert_P = torch.from_numpy(self.placement.pair_expert_P).to(self._device)
-        send = rows_Ec.index_select(0, expert_P).flatten()
-        plan, ranks = plan_distribution(self.placement, _row_elements(self._parameters())), self._group.weights
-        self._distribution = ranks.start_all_to_all(send, plan.send_splits(ranks.rank), plan.receive_splits(ranks.rank))
+    def _send_rows(self, part: Mapping[str, Tensor]) -> None:
+        ranks = self._group.weights
+        assert self._filled is not None
+        slots = {name: weight.detach() for name, weight in self.weights.items()}
+        travel = DirectDistribution if travels_directly(slots, ranks.size) else PackedDistribution
+        self._distribution = travel(part, slots, self._filled, ranks)
         self.bytes_sent["distribute"] += self._distribution.bytes_sent
-
-    def _replicas(self, tensors: Mapping[str, Tensor]) -> ReplicaExchange:
-        return ReplicaExchange(self._group, _row_elements(tensors))
-
-    def move_to(self, placement: Placement) -> None:
-        """Let the next distribution fill the slots by `placement`.
-
-        It first waits for weights that were sent by the old placement, which says how their buffer is laid out.
-        """
-        self.finish_distribution()
-        self.placement = placement
 
     @torch.no_grad()
     def finish_distribution(self) -> None:
-        """Wait for weights that are being sent, if any, and copy them to the slots."""
+        """Wait for weights that are being sent, if any."""
         self.continue_distribution()
-        if self._distribution is None:
-            return
-        received, self._distribution = self._distribution.wait(), None
-        for part, rows in self._rows_in(received, self.weights):
-            rows.copy_(part)
+        if self._distribution is not None:
+            with phase("distribute"):
+                distribution, self._distribution = self._distribution, None
+                with self._stream.beside_model():
+                    distribution.finish()
+                self._stream.join()
 
     def holds(self, placement: Placement) -> bool:
         """Whether the slots still have the weights of the last forward under `placement`."""
-        return self._gather is None and self._distribution is None and placement is self.placement
+        is_under_way = self._is_queued or self._gather is not None or self._distribution is not None
+        return not is_under_way and placement is self._filled
+
+    def join(self, totals: Collection[Tensor]) -> None:
+        """Let the model's stream, or the CPU, wait for the sums of a collection."""
+        self._stream.join(totals)
 
     @property
     def is_outdated(self) -> bool:
-        """Whether parameters were written in place since they were last sent, by an optimizer or otherwise."""
+        """Whether parameters were written in place since they were last sent, or queued to be."""
         return self._sent_versions != _versions(self._parameters())
 
     @property
@@ -129,41 +159,42 @@ class ExpertSlots:
         """Whether backward has left gradients in the slots that have not been collected."""
         return any(w.grad is not None for w in self.weights.values())
 
+    @torch.no_grad()
     def start_collection(self) -> PendingCollection | None:
         """Begin to send each gradient's rows to the ranks that own them, and remove the gradients from the slots.
 
         Returns:
             None when there are none.
         """
-        names = [name for name, w in self.weights.items() if w.grad is not None]
-        if not names:
+        gradients = {name: w.grad for name, w in self.weights.items() if w.grad is not None}
+        if not gradients:
             return None
-        gradients = {name: gradient for name in names if (gradient := self.weights[name].grad) is not None}
-        plan, ranks = plan_collection(self.placement, _row_elements(gradients)), self._group.weights
-        is_double = self.weights[names[0]].dtype == torch.float64
-        wire_dtype = torch.float64 if is_double else self._wire_dtype
-        send = torch.empty(sum(plan.send_splits(ranks.rank)), dtype=wire_dtype, device=self._device)
-        for part, rows in self._rows_in(send, gradients):
-            part.copy_(rows)
-        replicas = None if self._group.replicate is None else self._replicas(gradients)
-        for name in names:
-            self.weights[name].grad = None
-        pending = ranks.start_all_to_all(send, plan.send_splits(ranks.rank), plan.receive_splits(ranks.rank))
-        self.bytes_sent["collect"] += pending.bytes_sent
-        return PendingCollection(pending, self.placement, names, replicas, self.bytes_sent)
+        assert self._filled is not None
+        with phase("collect"), self._stream.after_model(gradients.values()):
+            for name in gradients:
+                self.weights[name].grad = None
+            dtype = next(iter(gradients.values())).dtype
+            wire_dtype = torch.float64 if dtype == torch.float64 else self._wire_dtype
+            ranks = self._group.weights
+            is_direct = dtype == wire_dtype and dtype.itemsize >= torch.float32.itemsize
+            collection: DirectCollection | PackedCollection
+            if is_direct and travels_directly(gradients, ranks.size):
+                collection = DirectCollection(gradients, self._filled, ranks)
+            else:
+                collection = PackedCollection(gradients, self._filled, ranks, wire_dtype)
+            self.bytes_sent["collect"] += collection.bytes_sent
+            replicas = None
+            if self._group.replicate is not None:
+                replicas = ReplicaExchange(self._group.replicate, self._part_shapes(gradients))
+            return PendingCollection(collection, replicas, wire_dtype, self.bytes_sent, self._stream)
 
-    def _rows_in(self, buffer: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(piece of the buffer, rows of a tensor that lie there), both as [peers, d, rows, ...] views."""
-        num_experts = int(self.placement.num_pairs_W[self._group.expert.rank])
-        for block in plan_buffer(_row_elements(tensors), self._group.expert.size, num_experts):
-            shape = (len(block.peers), num_experts, sum(block.widths))
-            elements = buffer[block.offset : block.offset + math.prod(shape)]
-            pieces = elements.view(shape).split(list(block.widths), dim=2)
-            for tensor, rows, piece in zip(tensors.values(), block.rows, pieces, strict=True):
-                if rows:
-                    rows_of_peers = tensor[:num_experts, rows.start : rows.stop].unflatten(1, (len(block.peers), -1))
-                    by_peer = rows_of_peers.transpose(0, 1)
-                    yield piece.unflatten(2, by_peer.shape[2:]), by_peer
+    def _part_shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        """Name -> [E, rows of this rank's part, ...]."""
+        shapes, ranks = {}, self._group.expert
+        for name, tensor in tensors.items():
+            first, last = shard_rows(tensor.shape[1], ranks.size)[ranks.rank]
+            shapes[name] = torch.Size((self.placement.num_experts, last - first, *tensor.shape[2:]))
+        return shapes
 
     def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
         """Allocate the slots, again if the sharded parameters' dtype or sizes have changed."""
@@ -182,85 +213,62 @@ class PendingCollection:
     """A layer's gradients on their way to the owners of their rows: in the expert group, then between groups.
 
     Args:
-        exchange: in the group.
-        placement: of the gradients.
-        names: the tensors that have gradients.
+        collection: in the group.
         replicas: between groups; None for one group.
+        wire_dtype: in which gradients travel.
         bytes_sent: as of `ExpertSlots`; changed in place.
+        stream: on which sums are taken.
 
     Attributes:
-        names: the tensors that have gradients.
-        is_between_groups: whether its sums travel between groups.
+        discarded: names of gradients that the user has discarded meanwhile.
     """
 
     def __init__(
         self,
-        exchange: PendingExchange,
-        placement: Placement,
-        names: list[str],
+        collection: DirectCollection | PackedCollection,
         replicas: ReplicaExchange | None,
+        wire_dtype: torch.dtype,
         bytes_sent: dict[str, int],
+        stream: SideStream,
     ) -> None:
-        self._exchange, self._placement, self.names = exchange, placement, names
-        self._replicas, self._bytes_sent = replicas, bytes_sent
-        self.is_between_groups = False
+        self._stream = stream
+        self._collection: DirectCollection | PackedCollection | None = collection
+        self._replicas, self._wire_dtype, self._bytes_sent = replicas, wire_dtype, bytes_sent
+        self._between: PendingExchange | None = None
+        self.discarded: set[str] = set()
 
     def start_sum_over_groups(self) -> None:
-        """Begin to send this group's sums to the ranks that own their rows; with one group, nothing."""
-        if self._replicas is None:
-            return
-        received = self._exchange.wait()
-        (total_Ec,) = _sum_over_ranks([received.view(self._placement.num_pairs, -1)], self._placement)
-        self._exchange = self._replicas.start_sum(total_Ec, received.dtype)
-        self._bytes_sent["reduce"] += self._exchange.bytes_sent
-        self.is_between_groups = True
+        """Begin to send this group's sums to the ranks that own their rows; with one group, or again, nothing."""
+        if self._replicas is not None and self._collection is not None:
+            with self._stream.beside_model():
+                self._between = self._replicas.start_sum(self._collection.finish(), self._wire_dtype)
+            self._bytes_sent["reduce"] += self._between.bytes_sent
+            # And with it the gradients that it sent from.
+            self._collection = None
 
-    def wait(self, shard_shapes: Mapping[str, torch.Size], num_ranks: int) -> dict[str, Tensor]:
+    def wait(self, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
         """Wait for each expert's gradient: the mean over all ranks with tokens of their own, as in DDP.
 
-        Contributions are added in rank order, in float32 or wider, so the sum does not depend on their arrival.
+        Contributions are added in rank order, in float32 or wider, so the sum does not depend on their arrival. On a
+        GPU they are added on the side stream, which the CPU does not wait for.
 
         Args:
-            shard_shapes: for each of `names`, the shape of this rank's shard.
             num_ranks: how many those are.
+            device: of the sharded parameters.
 
         Returns:
-            Name -> [E, this rank's rows, ...].
+            Name -> [E, r, ...], of those that are not discarded; to be used after the stream's `join`.
         """
-        received = self._exchange.wait()
-        widths = [shard_shapes[name][1:].numel() for name in self.names]
-        if self._replicas is None:
-            totals = _sum_over_ranks(received.view(self._placement.num_pairs, -1).split(widths, dim=1), self._placement)
-        else:
-            total_Ec = self._replicas.finish_sum(received, self._placement.num_experts)
-            totals = [part_Ec.contiguous() for part_Ec in total_Ec.split(widths, dim=1)]
-        return {
-            name: total_Ec.div_(num_ranks).view(shard_shapes[name])
-            for name, total_Ec in zip(self.names, totals, strict=True)
-        }
-
-
-def _sum_over_ranks(parts: Sequence[Tensor], placement: Placement) -> list[Tensor]:
-    """Each [P, columns] -> [E, columns], in float32 or wider: the sum of each expert's pairs, in rank order."""
-    device, expert_P = parts[0].device, placement.pair_expert_P
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    replicas = [
-        (torch.from_numpy(pairs).to(device), torch.from_numpy(expert_P[pairs]).to(device))
-        for pairs in placement.pairs_by_replica_index
-    ]
-    totals = []
-    for part_Pc in parts:
-        # The first array has one pair of every expert, in the order of the experts.
-        total_Ec = part_Pc.index_select(0, replicas[0][0]).to(wide)
-        for pairs, experts in replicas[1:]:
-            total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
-        totals.append(total_Ec)
-    return totals
+        self.start_sum_over_groups()
+        with self._stream.beside_model():
+            if self._between is not None and self._replicas is not None:
+                totals = self._replicas.finish_sum(self._between.wait())
+            else:
+                assert self._collection is not None
+                totals = self._collection.finish()
+            kept = {name: total.div_(num_ranks) for name, total in totals.items() if name not in self.discarded}
+        return {name: self._stream.to(total, device) for name, total in kept.items()}
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     return [write_counts(parameter) for parameter in parameters.values()]
-
-
-def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((tensor.shape[1], tensor.shape[2:].numel()) for tensor in tensors.values())

@@ -3,6 +3,7 @@
 from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
 from swiftmoe_lightning.ops.grouped import expert_mlp
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
+from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
 from swiftmoe_lightning.ops.route import SCORES, Routing, route
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
@@ -19,6 +20,7 @@ __all__ = [
     "expert_mlp",
     "expert_rows",
     "permute",
+    "reused_empty",
     "route",
     "sort_assignments",
     "unpermute",

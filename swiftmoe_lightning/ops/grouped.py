@@ -16,6 +16,7 @@ from torch import Tensor
 from swiftmoe_lightning.ops.activation import Activation, activate
 from swiftmoe_lightning.ops.bias import add_bias
 from swiftmoe_lightning.ops.common import refuse_second_derivative, save_nothing
+from swiftmoe_lightning.ops.memory import reused_empty
 
 
 def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
@@ -49,7 +50,7 @@ def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Te
     if torch.compiler.is_compiling():
         y_RO: Tensor = _grouped_linear(x_RI, weight_sOI, ends_s)
     elif _fits_grouped_mm(x_RI, weight_sOI):
-        y_RO = _ContiguousGradient.apply(F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s))
+        y_RO = _GroupedMM.apply(x_RI, weight_sOI, ends_s)
     else:
         y_RO = eager_grouped_linear(x_RI, weight_sOI, ends_s)
     return y_RO if bias_sO is None else add_bias(y_RO, bias_sO, ends_s)
@@ -90,17 +91,34 @@ def _filled(parts: list[Tensor], num_rows: int) -> Tensor:
     return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])])
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """Forward: identity. Backward: makes the gradient contiguous, which grouped_mm needs (`y.sum()` gives an expanded
-    one)."""
+class _GroupedMM(torch.autograd.Function):
+    """`F.grouped_mm` with a gradient of the matrices in memory that is there already."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(ctx: Any, x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_sOI, ends_s)
+        return F.grouped_mm(x_RI, weight_sOI.transpose(-2, -1), offs=ends_s)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RI, weight_sOI, ends_s = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_grouped_linear_backward(grad_RO, x_RI, weight_sOI, ends_s), None
+        # grouped_mm refuses an expanded gradient, as `y.sum()` gives.
+        grad_RO = grad_RO.contiguous()
+        grad_x_RI = F.grouped_mm(grad_RO, weight_sOI, offs=ends_s) if ctx.needs_input_grad[0] else None
+        grad_weight_sOI = _matrix_gradient(grad_RO, x_RI, ends_s) if ctx.needs_input_grad[1] else None
+        return grad_x_RI, grad_weight_sOI, None
+
+
+def _matrix_gradient(grad_RO: Tensor, x_RI: Tensor, ends_s: Tensor) -> Tensor:
+    """[s, O, I]: each slot's product of its rows' gradients and its rows."""
+    if x_RI.device.type != "cpu":
+        return F.grouped_mm(grad_RO.t(), x_RI, offs=ends_s)
+    grad_sOI = reused_empty((len(ends_s), grad_RO.shape[1], x_RI.shape[1]), x_RI.dtype, x_RI.device)
+    for grad_OI, grad, rows in zip(grad_sOI, _by_slot(grad_RO, ends_s), _by_slot(x_RI, ends_s), strict=True):
+        torch.mm(grad.t(), rows, out=grad_OI)
+    return grad_sOI
 
 
 def _fits_grouped_mm(x_RI: Tensor, weight_sOI: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
+from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -13,7 +14,6 @@ from swiftmoe_lightning.placement.policies import (
     SymiPolicy,
     make_policy,
 )
-from swiftmoe_lightning.placement.replicas import num_elements, replica_slices
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     PeerBlock,
@@ -33,12 +33,15 @@ __all__ = [
     "ExpertLoad",
     "Forecast",
     "LayerMemory",
+    "Messages",
     "PackedPolicy",
     "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
     "RankPlan",
+    "ShardBlock",
+    "SlotBlock",
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
@@ -47,11 +50,10 @@ __all__ = [
     "imbalance",
     "imbalance_bounds",
     "make_policy",
-    "num_elements",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
-    "replica_slices",
+    "plan_messages",
     "shard_rows",
 ]

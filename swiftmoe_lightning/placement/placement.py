@@ -114,6 +114,13 @@ class Placement:
         return np.searchsorted(self.pair_expert_P[self.by_expert_P], np.arange(self.num_experts))
 
     @cached_property
+    def is_first_pair_P(self) -> np.ndarray:
+        """[P] bool: whether a pair is the first of its expert, in rank order."""
+        is_first_P = np.zeros(self.num_pairs, dtype=bool)
+        is_first_P[self.by_expert_P[self.first_pair_E]] = True
+        return is_first_P
+
+    @cached_property
     def pairs_by_replica_index(self) -> list[np.ndarray]:
         """For i = 0, 1, ...: the indices of the i-th pairs of all experts that have more than i pairs, by expert.
 

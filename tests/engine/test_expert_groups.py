@@ -108,6 +108,7 @@ def bytes_of_two_steps() -> dict[str, int]:
     for _ in range(2):
         model(torch.randn(16, 8)).sum().backward()
         optimizer.step()
+    engine.wait_for_weights()
     return engine.traffic
 
 

@@ -39,6 +39,7 @@ def count_bytes(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, i
         for layer in engine.layers:
             plan = plan_distribution(layer.placement, shapes[layer.experts])
             expected["distribute"] += plan.elements_sent(rank) * slot
+    engine.wait_for_weights()
     return dict(engine.traffic), expected
 
 

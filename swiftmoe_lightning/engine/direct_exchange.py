@@ -1,0 +1,145 @@
+"""The two weight exchanges without a copy: every expert's rows travel from where they are to where they belong.
+
+Each block, the rows of one tensor of one expert that one rank owns, is a message of its own, sent from the sharded
+parameter and received in the slot, or sent from the slot's gradient and received in the sum. For groups whose messages
+cost little beside a copy of large blocks: gloo's. `packed_exchange` is the reference.
+
+E experts, P (rank, expert) pairs, d pairs of one rank, r rows of a tensor that this rank owns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from swiftmoe_lightning.distributed import RankGroup
+from swiftmoe_lightning.ops import reused_empty
+from swiftmoe_lightning.placement import Placement, plan_messages, shard_rows
+
+
+class DirectDistribution:
+    """Weights on their way from the owners of their rows into this rank's slots.
+
+    Args:
+        shards: name -> [E, r, ...], this rank's rows of every expert. Nothing may write them before `finish()`.
+        slots: name -> [s, rows, ...], which will have the weights; of the shards' dtype.
+        placement: of the slots.
+        ranks: of the group.
+
+    Attributes:
+        bytes_sent: to other ranks.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, Tensor], slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+    ) -> None:
+        sources, targets = list(shards.values()), list(slots.values())
+        num_rows = tuple(target.shape[1] for target in targets)
+        messages = plan_messages(placement, num_rows, ranks.rank)
+        self._works: list[Any] = []
+        for block in messages.in_slots:
+            self._works.append(ranks.start_receive(targets[block.tensor][block.index, block.rows], block.peer))
+        self.bytes_sent = 0
+        for shard in messages.in_shards:
+            rows = sources[shard.tensor][shard.expert]
+            self._works.append(ranks.start_send(rows, shard.peer))
+            self.bytes_sent += rows.nbytes
+        for source, target in zip(sources, targets, strict=True):
+            own = slice(*shard_rows(target.shape[1], ranks.size)[ranks.rank])
+            for index, expert in enumerate(placement.experts_of(ranks.rank).tolist()):
+                target[index, own].copy_(source[expert])
+
+    def finish(self) -> None:
+        """Wait until the slots have the weights, and this rank's rows have left."""
+        for work in self._works:
+            work.wait()
+
+
+class DirectCollection:
+    """Gradients on their way from the ranks that have an expert to the owners of its rows.
+
+    Args:
+        gradients: name -> [s, rows, ...], of this rank's slots, float32 or float64. Nothing may write them before
+            `finish()`.
+        placement: of the gradients.
+        ranks: of the group.
+
+    Attributes:
+        bytes_sent: to other ranks.
+    """
+
+    def __init__(self, gradients: Mapping[str, Tensor], placement: Placement, ranks: RankGroup) -> None:
+        self._placement, self._rank = placement, ranks.rank
+        num_rows = tuple(gradient.shape[1] for gradient in gradients.values())
+        messages = plan_messages(placement, num_rows, ranks.rank)
+        self._works: list[Any] = []
+        self.bytes_sent = 0
+        own_rows = [slice(*shard_rows(rows, ranks.size)[ranks.rank]) for rows in num_rows]
+        self._own = [gradient[:, rows] for gradient, rows in zip(gradients.values(), own_rows, strict=True)]
+        self._totals = {
+            name: reused_empty((placement.num_experts, *own.shape[1:]), own.dtype, own.device)
+            for name, own in zip(gradients, self._own, strict=True)
+        }
+        self._parts_P = self._places()
+        for shard in messages.in_shards:
+            self._works.append(ranks.start_receive(self._parts_P[shard.pair][shard.tensor], shard.peer))
+        sources = list(gradients.values())
+        for block in messages.in_slots:
+            rows = sources[block.tensor][block.index, block.rows]
+            self._works.append(ranks.start_send(rows, block.peer))
+            self.bytes_sent += rows.nbytes
+
+    def _places(self) -> list[Sequence[Tensor]]:
+        """[P] of one tensor [r, ...] for each gradient: where each pair's rows come.
+
+        Those of an expert's first pair come in its sum; this rank's own stay where they are.
+        """
+        placement, own_pairs = self._placement, self._placement.pairs_of(self._rank, self._rank + 1)
+        totals, shapes = list(self._totals.values()), [total.shape[1:] for total in self._totals.values()]
+        is_first_P = placement.is_first_pair_P.tolist()
+        num_others = placement.num_pairs - placement.num_experts
+        scratch = reused_empty((num_others, sum(map(math.prod, shapes))), totals[0].dtype, totals[0].device)
+        spare = iter(scratch)
+        places: list[Sequence[Tensor]] = []
+        for pair, expert in enumerate(placement.pair_expert_P.tolist()):
+            if own_pairs.start <= pair < own_pairs.stop:
+                places.append([own[pair - own_pairs.start] for own in self._own])
+            elif is_first_P[pair]:
+                places.append([total[expert] for total in totals])
+            else:
+                parts = next(spare).split([math.prod(shape) for shape in shapes])
+                places.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        return places
+
+    def finish(self) -> dict[str, Tensor]:
+        """Wait for all rows. Returns name -> [E, r, ...], the sum of each expert's pairs, in rank order."""
+        for work in self._works:
+            work.wait()
+        totals, is_first_P = list(self._totals.values()), self._placement.is_first_pair_P.tolist()
+        own_pairs = self._placement.pairs_of(self._rank, self._rank + 1)
+        for pair, expert in enumerate(self._placement.pair_expert_P.tolist()):
+            for total, part in zip(totals, self._parts_P[pair], strict=True):
+                if not is_first_P[pair]:
+                    total[expert].add_(part)
+                elif own_pairs.start <= pair < own_pairs.stop:
+                    total[expert].copy_(part)
+        return self._totals
+
+
+# Up to this size a copy into a buffer costs no more than a message (gloo, two and four ranks of one machine).
+_LEAST_MESSAGE = 32 * 1024
+
+
+def travels_directly(tensors: Mapping[str, Tensor], world_size: int) -> bool:
+    """Whether the blocks of experts are worth messages of their own; the same answer on all ranks.
+
+    Args:
+        tensors: name -> [experts, rows, ...], whole experts.
+        world_size: ranks of the group.
+    """
+    some = next(iter(tensors.values()))
+    block = sum(tensor[0].nbytes for tensor in tensors.values()) / len(tensors) / world_size
+    return some.device.type == "cpu" and block >= _LEAST_MESSAGE

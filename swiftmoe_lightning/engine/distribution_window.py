@@ -1,0 +1,60 @@
+"""Phase 4 of a step: decides when the weights of each layer are sent to their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
+
+# Layers whose weights are under way while one runs: enough for links to be busy, and for few buffers.
+_NUM_AHEAD: Final = 2
+
+
+class DistributionWindow:
+    """The layers whose weights wait to be sent, in the order in which they will be: that of the module.
+
+    After an optimizer step the first ones are sent. Each forward of a layer then waits for its own weights, and lets
+    the next ones be sent, so that they travel while layers before them compute. The order is the same on all ranks and
+    in all groups, whichever layers a forward reaches; only how early they begin is not.
+    """
+
+    def __init__(self) -> None:
+        self._queue: dict[ShardedLayer, None] = {}
+        self._under_way: dict[ShardedLayer, None] = {}
+
+    def add(self, layers: Iterable[ShardedLayer]) -> None:
+        """Let these layers' weights be sent, by the placements that their slots have been queued for."""
+        self._queue.update(dict.fromkeys(layers))
+        self._start(_NUM_AHEAD - len(self._under_way))
+
+    def advance(self, layer: ShardedLayer) -> None:
+        """`layer` is about to run: wait for its weights, and let the next ones be sent."""
+        if layer in self._queue:
+            self._start(1 + list(self._queue).index(layer))
+        layer.slots.finish_distribution()
+        self._under_way.pop(layer, None)
+        for following in list(self._under_way)[:1]:
+            # From other groups its rows have come while the layer before waited.
+            following.slots.continue_distribution()
+        self._start(_NUM_AHEAD - len(self._under_way))
+
+    def refill(self, layer: ShardedLayer) -> None:
+        """Start to send the weights of `layer`, which has stale slots on some rank, after all that wait."""
+        is_queued = layer in self._queue
+        self.flush()
+        if not is_queued:
+            self._queue[layer] = None
+            self.flush()
+
+    def flush(self) -> None:
+        """Start to send all weights that wait."""
+        self._start(len(self._queue))
+
+    def _start(self, number: int) -> None:
+        for layer in list(self._queue)[: max(number, 0)]:
+            del self._queue[layer]
+            self._under_way[layer] = None
+            layer.slots.start_distribution(allows_writes=layer.stale)
+            layer.stale = False

@@ -1,0 +1,137 @@
+"""The two weight exchanges as one all-to-all each, packed into one buffer; on any backend, of any dtypes.
+
+In each exchange a rank has two buffers. One is of the whole experts in its slots, whose rows lie as `plan_buffer` says.
+The other is of its part of every expert's rows: [P, c], for each pair these rows of the pair's expert.
+
+W ranks, E experts, s slots of this rank, d different experts on it, P (rank, expert) pairs of the group, r rows of a
+tensor that this rank owns, c elements of one expert in these rows, over all its tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from swiftmoe_lightning.distributed import RankGroup
+from swiftmoe_lightning.ops import reused_empty
+from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution, shard_rows
+
+
+class PackedDistribution:
+    """Weights on their way from the owners of their rows into this rank's slots.
+
+    Args:
+        shards: name -> [E, r, ...], this rank's rows of every expert.
+        slots: name -> [s, rows, ...], which will have the weights; of the shards' dtype.
+        placement: of the slots.
+        ranks: of the group.
+
+    Attributes:
+        bytes_sent: to other ranks.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, Tensor], slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+    ) -> None:
+        self._slots, self._placement, self._ranks = slots, placement, ranks
+        plan = plan_distribution(placement, _row_elements(slots))
+        flat = [shard.flatten(1) for shard in shards.values()]
+        expert_P = torch.from_numpy(placement.pair_expert_P).to(flat[0].device)
+        shape = (placement.num_pairs, sum(shard_Ec.shape[1] for shard_Ec in flat))
+        send_Pc = reused_empty(shape, flat[0].dtype, flat[0].device)
+        columns = send_Pc.split([shard_Ec.shape[1] for shard_Ec in flat], dim=1)
+        for shard_Ec, column_Pc in zip(flat, columns, strict=True):
+            torch.index_select(shard_Ec, 0, expert_P, out=column_Pc)
+        self._exchange = ranks.start_all_to_all(
+            send_Pc.flatten(), plan.send_splits(ranks.rank), plan.receive_splits(ranks.rank)
+        )
+        self.bytes_sent = self._exchange.bytes_sent
+
+    def finish(self) -> None:
+        """Wait for the weights, and copy them to the slots."""
+        for part, rows in _rows_in(self._exchange.wait(), self._slots, self._placement, self._ranks):
+            rows.copy_(part)
+
+
+class PackedCollection:
+    """Gradients on their way from the ranks that have an expert to the owners of its rows.
+
+    Args:
+        gradients: name -> [s, rows, ...], of this rank's slots.
+        placement: of the gradients.
+        ranks: of the group.
+        wire_dtype: in which they travel.
+
+    Attributes:
+        bytes_sent: to other ranks.
+    """
+
+    def __init__(
+        self, gradients: Mapping[str, Tensor], placement: Placement, ranks: RankGroup, wire_dtype: torch.dtype
+    ) -> None:
+        self._placement = placement
+        plan = plan_collection(placement, _row_elements(gradients))
+        device, splits = next(iter(gradients.values())).device, plan.send_splits(ranks.rank)
+        send = reused_empty((sum(splits),), wire_dtype, device)
+        for part, rows in _rows_in(send, gradients, placement, ranks):
+            part.copy_(rows)
+        self._exchange = ranks.start_all_to_all(send, splits, plan.receive_splits(ranks.rank))
+        self.bytes_sent = self._exchange.bytes_sent
+        self._shapes = {}
+        for name, gradient in gradients.items():
+            first, last = shard_rows(gradient.shape[1], ranks.size)[ranks.rank]
+            self._shapes[name] = (last - first, *gradient.shape[2:])
+
+    def finish(self) -> dict[str, Tensor]:
+        """Wait for all rows. Returns name -> [E, r, ...], the sum of each expert's pairs, in rank order.
+
+        Sums are taken in float32 or wider, so they do not depend on who arrives first.
+        """
+        widths = [math.prod(shape) for shape in self._shapes.values()]
+        received_Pc = self._exchange.wait().view(self._placement.num_pairs, sum(widths))
+        totals = _sum_over_ranks(received_Pc.split(widths, dim=1), self._placement)
+        return {
+            name: total_Ec.view(len(total_Ec), *shape)
+            for (name, shape), total_Ec in zip(self._shapes.items(), totals, strict=True)
+        }
+
+
+def _rows_in(
+    buffer: Tensor, tensors: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(piece of the buffer, rows of a tensor that lie there), both as [peers, d, rows, ...] views."""
+    num_experts = int(placement.num_pairs_W[ranks.rank])
+    for block in plan_buffer(_row_elements(tensors), ranks.size, num_experts):
+        shape = (len(block.peers), num_experts, sum(block.widths))
+        elements = buffer[block.offset : block.offset + math.prod(shape)]
+        pieces = elements.view(shape).split(list(block.widths), dim=2)
+        for tensor, rows, piece in zip(tensors.values(), block.rows, pieces, strict=True):
+            if rows:
+                rows_of_peers = tensor[:num_experts, rows.start : rows.stop].unflatten(1, (len(block.peers), -1))
+                by_peer = rows_of_peers.transpose(0, 1)
+                yield piece.unflatten(2, by_peer.shape[2:]), by_peer
+
+
+def _sum_over_ranks(parts: Sequence[Tensor], placement: Placement) -> list[Tensor]:
+    """Each [P, columns] -> [E, columns], in float32 or wider: the sum of each expert's pairs, in rank order."""
+    device, expert_P = parts[0].device, placement.pair_expert_P
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    replicas = [
+        (torch.from_numpy(pairs).to(device), torch.from_numpy(expert_P[pairs]).to(device))
+        for pairs in placement.pairs_by_replica_index
+    ]
+    totals = []
+    for part_Pc in parts:
+        # The first array has one pair of every expert, in the order of the experts.
+        total_Ec = part_Pc.index_select(0, replicas[0][0]).to(wide)
+        for pairs, experts in replicas[1:]:
+            total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
+        totals.append(total_Ec)
+    return totals
+
+
+def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((tensor.shape[1], tensor.shape[2:].numel()) for tensor in tensors.values())
