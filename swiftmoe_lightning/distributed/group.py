@@ -103,7 +103,7 @@ class RankGroup:
         return PendingExchange(work, send, received, num_sent * row_bytes)
 
     def start_send(self, value: Tensor, rank: int) -> Any:
-        """Begin to send a contiguous `value` to a rank of the group; it must stay as it is until the work's `wait()`."""
+        """Begin to send a contiguous `value` to a rank of the group; it must stay as it is until `wait()`."""
         return dist.isend(value, group=self.process_group, group_dst=rank)
 
     def start_receive(self, value: Tensor, rank: int) -> Any:
