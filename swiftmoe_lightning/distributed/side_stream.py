@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -23,19 +23,14 @@ class SideStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def after_model(self, used: Iterable[Tensor] = ()) -> Iterator[None]:
+    def after_model(self) -> Iterator[None]:
         """Inside, work runs after all that the model's stream has been given so far.
 
-        Args:
-            used: tensors of the model's stream that may be freed before the work is done.
+        Tensors of the model's stream that it uses must be alive until `join`.
         """
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        for tensor in used:
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with self.beside_model():
             yield
 
     @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -14,9 +13,6 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.slots import PendingCollection
-
-# Layers whose gradients are under way at the same time: one is received while those of the next are sent.
-_MOST_UNDER_WAY: Final = 2
 
 
 class GradientCollector:
@@ -38,7 +34,7 @@ class GradientCollector:
         self.syncs = True
         self._running: dict[int, dict[ShardedLayer, None]] = {}
         self._waiting: dict[ShardedLayer, None] = {}
-        self._under_way: deque[tuple[ShardedLayer, PendingCollection]] = deque()
+        self._under_way: list[tuple[ShardedLayer, PendingCollection]] = []
         self._collected: dict[ShardedLayer, None] = {}
 
     @contextmanager
@@ -98,22 +94,24 @@ class GradientCollector:
         for layer in sorted(waiting, key=lambda layer: layer.index):
             self._start(layer)
         while self._under_way:
-            self._finish_first()
+            self._advance()
         collected, self._collected = self._collected, {}
         for layer in collected:
             layer.add_to_sharded_gradients()
 
     def _start(self, layer: ShardedLayer) -> None:
-        while len(self._under_way) >= _MOST_UNDER_WAY:
-            self._finish_first()
+        # The gradients of the layer before have left: two layers' are held at any time.
+        self._advance()
         started = layer.start_collection()
-        # With several groups, sums travel between groups while the gradients of the next layer do in them.
-        for _, collection in self._under_way:
-            collection.start_sum_over_groups()
         if started is not None:
             self._under_way.append((layer, started))
 
-    def _finish_first(self) -> None:
-        layer, collection = self._under_way.popleft()
-        layer.finish_collection(collection)
-        self._collected[layer] = None
+    def _advance(self) -> None:
+        """Wait for each exchange under way; with several groups, sums then travel between groups."""
+        under_way, self._under_way = self._under_way, []
+        for layer, collection in under_way:
+            if collection.advance():
+                layer.finish_collection(collection)
+                self._collected[layer] = None
+            else:
+                self._under_way.append((layer, collection))

@@ -238,10 +238,10 @@ class ShardedLayer(ExpertParallelContext):
 
     @torch.no_grad()
     def finish_collection(self, collection: PendingCollection) -> None:
-        """Wait for collected rows, and keep their sums until the end of backward."""
+        """Keep the sums of a collection that is through until the end of backward."""
         with phase("collect"):
             device = next(iter(self.experts.parameters())).device
-            for name, total in collection.wait(self._group.num_data_ranks, device).items():
+            for name, total in collection.means(self._group.num_data_ranks, device).items():
                 if name in self._totals:
                     self.slots.join((self._totals[name], total))
                     total = self._totals[name].add_(total)

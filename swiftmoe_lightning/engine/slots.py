@@ -170,7 +170,7 @@ class ExpertSlots:
         if not gradients:
             return None
         assert self._filled is not None
-        with phase("collect"), self._stream.after_model(gradients.values()):
+        with phase("collect"), self._stream.after_model():
             for name in gradients:
                 self.weights[name].grad = None
             dtype = next(iter(gradients.values())).dtype
@@ -212,6 +212,9 @@ class ExpertSlots:
 class PendingCollection:
     """A layer's gradients on their way to the owners of their rows: in the expert group, then between groups.
 
+    Contributions are added in rank order, in float32 or wider, so sums do not depend on their arrival. On a GPU they are
+    added on the side stream: the model's waits for them, and the CPU does not.
+
     Args:
         collection: in the group.
         replicas: between groups; None for one group.
@@ -231,26 +234,32 @@ class PendingCollection:
         bytes_sent: dict[str, int],
         stream: SideStream,
     ) -> None:
-        self._stream = stream
         self._collection: DirectCollection | PackedCollection | None = collection
         self._replicas, self._wire_dtype, self._bytes_sent = replicas, wire_dtype, bytes_sent
+        self._stream = stream
         self._between: PendingExchange | None = None
+        self._totals: dict[str, Tensor] | None = None
         self.discarded: set[str] = set()
 
-    def start_sum_over_groups(self) -> None:
-        """Begin to send this group's sums to the ranks that own their rows; with one group, or again, nothing."""
-        if self._replicas is not None and self._collection is not None:
-            with self._stream.beside_model():
-                self._between = self._replicas.start_sum(self._collection.finish(), self._wire_dtype)
-            self._bytes_sent["reduce"] += self._between.bytes_sent
-            # And with it the gradients that it sent from.
-            self._collection = None
+    def advance(self) -> bool:
+        """Wait for the exchange under way. Returns whether it was the last one; else the one between groups begins."""
+        # Freed at the end, when the model's stream has waited: the gradients that were sent, and buffers.
+        collection, self._collection = self._collection, None
+        with self._stream.beside_model():
+            if collection is not None:
+                sums = collection.finish()
+                if self._replicas is None:
+                    self._totals = sums
+                else:
+                    self._between = self._replicas.start_sum(sums, self._wire_dtype)
+                    self._bytes_sent["reduce"] += self._between.bytes_sent
+            elif self._replicas is not None and self._between is not None:
+                self._totals = self._replicas.finish_sum(self._between.wait())
+        self._stream.join()
+        return self._totals is not None
 
-    def wait(self, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
-        """Wait for each expert's gradient: the mean over all ranks with tokens of their own, as in DDP.
-
-        Contributions are added in rank order, in float32 or wider, so the sum does not depend on their arrival. On a
-        GPU they are added on the side stream, which the CPU does not wait for.
+    def means(self, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
+        """Each expert's gradient, after the last exchange: the mean over all ranks with tokens of their own, as in DDP.
 
         Args:
             num_ranks: how many those are.
@@ -259,15 +268,10 @@ class PendingCollection:
         Returns:
             Name -> [E, r, ...], of those that are not discarded; to be used after the stream's `join`.
         """
-        self.start_sum_over_groups()
+        assert self._totals is not None
+        kept = {name: total for name, total in self._totals.items() if name not in self.discarded}
         with self._stream.beside_model():
-            if self._between is not None and self._replicas is not None:
-                totals = self._replicas.finish_sum(self._between.wait())
-            else:
-                assert self._collection is not None
-                totals = self._collection.finish()
-            kept = {name: total.div_(num_ranks) for name, total in totals.items() if name not in self.discarded}
-        return {name: self._stream.to(total, device) for name, total in kept.items()}
+            return {name: self._stream.to(total.div_(num_ranks), device) for name, total in kept.items()}
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
