@@ -72,7 +72,8 @@ class PackedCollection:
     def __init__(
         self, gradients: Mapping[str, Tensor], placement: Placement, ranks: RankGroup, wire_dtype: torch.dtype
     ) -> None:
-        self._placement = placement
+        # The gradients stay until the end: a side stream may copy them after the model's has gone on.
+        self._placement, self._gradients = placement, gradients
         plan = plan_collection(placement, _row_elements(gradients))
         device, splits = next(iter(gradients.values())).device, plan.send_splits(ranks.rank)
         send = reused_empty((sum(splits),), wire_dtype, device)

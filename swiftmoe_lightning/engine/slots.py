@@ -212,8 +212,8 @@ class ExpertSlots:
 class PendingCollection:
     """A layer's gradients on their way to the owners of their rows: in the expert group, then between groups.
 
-    Contributions are added in rank order, in float32 or wider, so sums do not depend on their arrival. On a GPU they are
-    added on the side stream: the model's waits for them, and the CPU does not.
+    Contributions are added in rank order, in float32 or wider, so sums do not depend on their arrival. On a GPU they
+    are added on the side stream: the model's waits for them, and the CPU does not.
 
     Args:
         collection: in the group.
