@@ -40,8 +40,9 @@ class SwiftMoEConfig:
             own.
         reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in
             float32 or wider.
-        offload_optimizer: keep experts and optimizer state in CPU memory. Needs a process group that also serves the
-            CPU ("cpu:gloo,cuda:nccl").
+        offload_optimizer: keep the experts' sharded parameters and optimizer state in the CPU's memory, and update them
+            there (pass fused=True to the optimizer: torch has fused updates for the CPU). Gradients come down and
+            weights go up layer by layer. Needs a process group that also serves the CPU ("cpu:gloo,cuda:nccl").
 
     Raises:
         ValueError: for a value that a field cannot have, or fields that do not go together.
@@ -77,11 +78,6 @@ class SwiftMoEConfig:
         if not isinstance(self.offload_optimizer, bool):
             raise ValueError(
                 f"offload_optimizer must be True or False, got {self.offload_optimizer!r}. Leave it out for False."
-            )
-        if self.dense != "ddp" and self.offload_optimizer:
-            raise ValueError(
-                f"offload_optimizer=True keeps experts in CPU memory, and dense={self.dense!r} needs all parameters on "
-                "one kind of device. Leave one of them out."
             )
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)

@@ -96,11 +96,6 @@ def test_config_cannot_change_once_made():
         SwiftMoEConfig().slots_per_rank = 2
 
 
-def test_cut_dense_parameters_and_experts_in_host_memory_are_refused_together():
-    with pytest.raises(ValueError, match="Leave one of them out"):
-        SwiftMoEConfig(dense="fsdp2", offload_optimizer=True)
-
-
 @pytest.mark.parametrize("value", [None, 3, 0.5, ["balanced"]])
 def test_a_placement_that_is_neither_a_name_nor_a_class_is_refused(value):
     names = ", ".join(map(repr, PLACEMENTS))

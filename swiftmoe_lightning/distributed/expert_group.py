@@ -25,13 +25,14 @@ class ExpertGroup:
     """This rank's expert group, and the ranks across all groups that own the same rows.
 
     Args:
-        device_type: of the meshes, and of the parameters that are cut over them.
+        device_type: of the experts' working weights, and of what is sent.
         expert_parallel_size: g; None takes all ranks. It must divide their number.
         ranks_per_node: neighbouring ranks that share a node; None takes torchrun's LOCAL_WORLD_SIZE, or one
             node without it.
         mesh: [R, g] or [g], of all ranks; None makes one of neighbours.
         tensor_mesh: [..., n], of all ranks, whose last axis are the ranks with the same tokens; None if all ranks have
             tokens of their own.
+        shard_device_type: of the sharded parameters; None takes `device_type`.
 
     Attributes:
         mesh: [R, g], axes "replicate" and "expert" (a given one keeps its names); [g] for one group.
@@ -55,6 +56,8 @@ class ExpertGroup:
         ranks_per_node: int | None = None,
         mesh: DeviceMesh | None = None,
         tensor_mesh: DeviceMesh | None = None,
+        *,
+        shard_device_type: str | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
@@ -65,7 +68,7 @@ class ExpertGroup:
         groups = [self.expert, *([] if self.replicate is None else [self.replicate])]
         self.shard_mesh = DeviceMesh.from_group(
             [group.process_group for group in groups],
-            device_type,
+            shard_device_type or device_type,
             mesh=self.mesh.mesh.t().contiguous(),
             mesh_dim_names=(AXIS, _REPLICATE)[: self.mesh.ndim],
         )

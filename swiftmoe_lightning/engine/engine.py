@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
-from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors
+from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors, phase
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.distribution_window import DistributionWindow
@@ -191,7 +191,8 @@ class SwiftMoEEngine:
     def after_update(self, states: list[LayerState] | None = None) -> None:
         """Phases 3 and 4, after an update of these layers (None: of all). `optimizer.step()` calls it. A collective."""
         states = self._states if states is None else states
-        next_placements = self.place([state for state in states if not state.holds_gradients()])
+        with phase("place"):
+            next_placements = self.place([state for state in states if not state.holds_gradients()])
         self.distribute(states, next_placements)
 
     def place(self, states: list[LayerState]) -> dict[int, Placement]:

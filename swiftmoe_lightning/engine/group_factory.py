@@ -41,8 +41,8 @@ def make_group(
             f"expert_parallel_size={size}, and the last axis of the mesh has {mesh.size(-1)} ranks: {mesh}. Leave "
             "one of them out."
         )
-    device_type = "cpu" if config.offload_optimizer else device.type
-    group = ExpertGroup(device_type, size, ranks_per_node, mesh, tensor_mesh)
+    shard_device_type = "cpu" if config.offload_optimizer else device.type
+    group = ExpertGroup(device.type, size, ranks_per_node, mesh, tensor_mesh, shard_device_type=shard_device_type)
     if config.dense == "ddp" and group.tensor is not None and group.num_data_ranks > 1:
         raise ValueError(
             f"dense='ddp' cannot average tensor-parallel parameters over the other axes of {tensor_mesh}. Set "

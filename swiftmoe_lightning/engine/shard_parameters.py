@@ -12,6 +12,7 @@ from swiftmoe_lightning.distributed import (
     is_cut_over,
     is_sharded,
     local_rows,
+    local_shard,
     shard_from_rank_zero,
     sharded_from_local,
 )
@@ -19,7 +20,9 @@ from swiftmoe_lightning.modules import Experts
 
 
 @torch.no_grad()
-def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device) -> dict[str, nn.Parameter]:
+def shard_parameters(
+    experts: Experts, group: ExpertGroup, device: torch.device, pins: bool = False
+) -> dict[str, nn.Parameter]:
     """Shard the module's parameters, in place; those that are sharded already stay as they are. A collective.
 
     Rank 0's values are used, as in DDP. Meta parameters are never allocated whole: each rank draws its own rows, with
@@ -29,12 +32,14 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
     Args:
         experts: its parameters are replaced.
         group: the ranks that get the rows.
-        device: of this rank's rows.
+        device: of this rank's rows; those that a `module.to()` has moved come back.
+        pins: keep them in the CPU's pinned memory, from which a GPU copies them by itself.
 
     Returns:
         Name -> the parameter that was replaced.
     """
-    replaced = {name: p for name, p in experts.expert_parameters().items() if not is_cut_over(p, group)}
+    parameters = experts.expert_parameters()
+    replaced = {name: p for name, p in parameters.items() if not (is_cut_over(p, group) and _is_on(p, device))}
     seed = group.broadcast_int(int(torch.randint(2**31, ()).item()), device) if experts.is_meta else 0
     for name, parameter in replaced.items():
         if parameter.is_meta:
@@ -43,17 +48,26 @@ def shard_parameters(experts: Experts, group: ExpertGroup, device: torch.device)
             local = torch.empty(shape, dtype=parameter.dtype, device=device)
             experts.initialize_rows(name, local, first, seed)
             sharded = sharded_from_local(local, parameter.shape, group)
+        elif is_cut_over(parameter, group):
+            sharded = sharded_from_local(local_shard(parameter).to(device), parameter.shape, group)
         elif is_sharded(parameter):
             first, last = local_rows(parameter.shape, group)
             local = full_tensor(parameter)[:, first:last].to(device, copy=True)
             sharded = sharded_from_local(local, parameter.shape, group)
         else:
             sharded = shard_from_rank_zero(parameter.to(device), group)
+        if pins:
+            sharded = sharded_from_local(local_shard(sharded).pin_memory(), parameter.shape, group)
         new_parameter = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             setattr(new_parameter, kind, getattr(parameter, kind, None))
         experts.register_parameter(name, new_parameter)
     return replaced
+
+
+def _is_on(sharded: nn.Parameter, device: torch.device) -> bool:
+    # An index may be left out: "cuda" is the current one.
+    return local_shard(sharded).device.type == device.type
 
 
 def refuse_fully_sharded(module: nn.Module, group: ExpertGroup) -> None:
