@@ -26,7 +26,7 @@ from benchmarks.common.command_line import command_line
 from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import spread
 from benchmarks.convergence.corpus import load_corpus
-from benchmarks.convergence.links import Links, missing_for_links, shaped
+from benchmarks.common.links import Links, missing_for_links, shaped
 from benchmarks.convergence.real_ranks import PHASES, RankRun, train_on_ranks
 from benchmarks.convergence.settings import Setting
 from tests.helpers import run_ranks
