@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -27,3 +28,14 @@ def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float]
     resamples = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
     return {**spread(ratios), "low": float(low), "high": float(high)}
+
+
+def median_of(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Median, least, most and number of some runs' values, JSON-able: None where a value is not finite."""
+
+    def number(value: float) -> float | None:
+        return round(float(value), 4) if math.isfinite(value) else None
+
+    ordered = sorted(values)
+    middle = float(np.median(ordered)) if math.isfinite(ordered[0]) else ordered[len(ordered) // 2]
+    return {"median": number(middle), "min": number(ordered[0]), "max": number(ordered[-1]), "runs": len(ordered)}
