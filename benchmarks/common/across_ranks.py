@@ -24,10 +24,11 @@ def least(values: list[float]) -> list[float]:
 
 
 def pin_to_core() -> None:
-    """Keep this rank on one core, which no other rank has where there are as many. Call it before threads start."""
+    """Keep this rank on a core of its own, where there are as many as ranks. Call it before threads start."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
+        if len(cores) >= dist.get_world_size():
+            os.sched_setaffinity(0, {cores[dist.get_rank()]})
 
 
 def _reduced(values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:

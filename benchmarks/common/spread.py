@@ -17,6 +17,11 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90), "count": len(values)}
 
 
+def pair_ratios(values: Sequence[float] | np.ndarray, baseline: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[pairs] the ratios of `paired_ratio`."""
+    return np.reshape(values, (-1, 2)).sum(1) / np.reshape(baseline, (-1, 2)).sum(1)
+
+
 def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float] | np.ndarray) -> dict[str, float]:
     """`values` over `baseline`, which were measured alternately: value, baseline, baseline, value, ...
 
@@ -24,7 +29,7 @@ def paired_ratio(values: Sequence[float] | np.ndarray, baseline: Sequence[float]
     ratios, and in "low" and "high" where their median lies with 95 % confidence (bootstrap over pairs, always with
     the same draws).
     """
-    ratios = np.reshape(values, (-1, 2)).sum(1) / np.reshape(baseline, (-1, 2)).sum(1)
+    ratios = pair_ratios(values, baseline)
     resamples = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
     return {**spread(ratios), "low": float(low), "high": float(high)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
 from benchmarks.step.training import TrainingSystem
-from benchmarks.step.workload import Model, Workload, batch_of_rank, optimizer_of
+from benchmarks.step.workload import Model, Workload, optimizer_of
 
 _GATINGS = {1: "top1gating", 2: "top2gating"}
 
@@ -115,10 +115,10 @@ def deepspeed(workload: Workload, capacity_factor: float | None) -> TrainingSyst
     for block in model.blocks:
         block.moe = DeepSpeedMoE(block.moe, capacity_factor)
         layers.append(block.moe)
-    batch_BT = batch_of_rank(workload.sizes)
+    num_sequences = len(model.batch_BT)
     batch_sizes = {
-        "train_micro_batch_size_per_gpu": len(batch_BT),
-        "train_batch_size": num_ranks * len(batch_BT),
+        "train_micro_batch_size_per_gpu": num_sequences,
+        "train_batch_size": num_ranks * num_sequences,
     }
     # It clips at 1.0 unless told otherwise.
     config = {**batch_sizes, "gradient_clipping": 0.0}
@@ -132,7 +132,7 @@ def deepspeed(workload: Workload, capacity_factor: float | None) -> TrainingSyst
     return TrainingSystem(
         model=engine,
         optimizer=optimizer,
-        batch_BT=batch_BT,
+        source=model,
         backward=engine.backward,
         update=engine.step,
         check_routing=check_routing,

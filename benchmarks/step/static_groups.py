@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import swiftmoe_lightning as sml
 from benchmarks.step.training import TrainingSystem
-from benchmarks.step.workload import Model, RoutedExperts, Workload, batch_of_rank, optimizer_of
+from benchmarks.step.workload import Model, RoutedExperts, Workload, optimizer_of
 from swiftmoe_lightning.distributed import RankGroup
 from swiftmoe_lightning.ops import combine, permute, sort_assignments
 
@@ -107,5 +107,5 @@ def static_groups(workload: Workload) -> TrainingSystem:
         optimizer.step()
         state.gather_weights()
 
-    wrapped, batch_BT = DistributedDataParallel(model), batch_of_rank(workload.sizes)
+    wrapped, batch_BT = DistributedDataParallel(model)(workload.sizes)
     return TrainingSystem(model=wrapped, optimizer=optimizer, batch_BT=batch_BT, update=update)

@@ -18,9 +18,11 @@ from benchmarks.step.deepspeed_peer import deepspeed
 from benchmarks.step.static_groups import static_groups
 from benchmarks.step.training import TrainingSystem
 from benchmarks.step.transformers_peer import transformers_ep
-from benchmarks.step.workload import Model, Workload, batch_of_rank, optimizer_of
+from benchmarks.step.workload import Model, Workload, optimizer_of
 
 OURS: Final = "balanced"
+FROZEN: Final = "frozen"
+PACKED: Final = "packed"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def adaptive(workload: Workload, **settings: Any) -> TrainingSystem:
     engine = sml.SwiftMoEEngine(model, sml.SwiftMoEConfig(**settings))
     wrapped = engine.data_parallel()
     optimizer = engine.prepare_optimizer(optimizer_of(model.parameters()))
-    return TrainingSystem(model=wrapped, optimizer=optimizer, batch_BT=batch_of_rank(workload.sizes), engine=engine)
+    return TrainingSystem(model=wrapped, optimizer=optimizer, source=model, engine=engine)
 
 
 def static(workload: Workload) -> TrainingSystem:
@@ -85,9 +87,9 @@ def flexmoe(workload: Workload, interval: int) -> TrainingSystem:
 
 def whole_experts(workload: Workload) -> TrainingSystem:
     """DDP: every expert whole on every rank. A collective."""
-    model = DistributedDataParallel(Model(workload))
+    model = Model(workload)
     return TrainingSystem(
-        model=model, optimizer=optimizer_of(model.parameters()), batch_BT=batch_of_rank(workload.sizes)
+        model=DistributedDataParallel(model), source=model, optimizer=optimizer_of(model.parameters())
     )
 
 
@@ -97,16 +99,14 @@ def fully_sharded(workload: Workload) -> TrainingSystem:
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    return TrainingSystem(
-        model=model, optimizer=optimizer_of(model.parameters()), batch_BT=batch_of_rank(workload.sizes)
-    )
+    return TrainingSystem(model=model, optimizer=optimizer_of(model.parameters()), source=model)
 
 
 SYSTEMS: Final[Mapping[str, Builder]] = {
     OURS: Builder(adaptive),
-    "packed": Builder(partial(adaptive, placement="packed")),
+    PACKED: Builder(partial(adaptive, placement="packed")),
     # Its placement is kept from the warm-up on.
-    "frozen": Builder(partial(adaptive, placement="packed")),
+    FROZEN: Builder(partial(adaptive, placement="packed")),
     "symi": Builder(partial(adaptive, placement="symi")),
     "static": Builder(static),
     "flexmoe-10": Builder(partial(flexmoe, interval=10)),

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.step.workload import Model
 from swiftmoe_lightning import SwiftMoEEngine
 from swiftmoe_lightning.demo.gpt import next_byte_loss
 from swiftmoe_lightning.distributed import phase
@@ -26,8 +27,8 @@ class TrainingSystem:
 
     Attributes:
         model: [B, T] int64 -> [B, T, V] logits.
+        source: the model as it was before, which has the routes and the batch.
         optimizer: of this rank's parameters.
-        batch_BT: [B, T + 1] int64.
         engine: ours, if it trains the model.
         backward: from the loss, [], to all gradients.
         update: optimizer step, and what else the system does to gradients and weights; None steps the optimizer.
@@ -35,8 +36,8 @@ class TrainingSystem:
     """
 
     model: nn.Module
+    source: Model
     optimizer: Optimizer
-    batch_BT: Tensor
     engine: SwiftMoEEngine | None = None
     backward: Callable[[Tensor], Any] = Tensor.backward
     update: Callable[[], Any] | None = None
@@ -44,7 +45,7 @@ class TrainingSystem:
 
     def forward(self) -> Tensor:
         """The loss on this rank's batch, []."""
-        return next_byte_loss(self.model, self.batch_BT)
+        return next_byte_loss(self.model, self.source.batch_BT)
 
     def step(self) -> Tensor:
         """One training step: its loss, [], detached."""
@@ -56,6 +57,11 @@ class TrainingSystem:
             (self.update or self.optimizer.step)()
             self.optimizer.zero_grad()
         return loss.detach()
+
+    def restart_routes(self) -> None:
+        """Route as in the first steps again."""
+        for routes in self.source.routes:
+            routes.restart()
 
     def wait_for_weights(self) -> None:
         """Wait until the experts' next weights have arrived, as the next forward would."""

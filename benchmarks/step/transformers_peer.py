@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.step.training import TrainingSystem
-from benchmarks.step.workload import Model, RoutedExperts, Workload, batch_of_rank, optimizer_of
+from benchmarks.step.workload import Model, RoutedExperts, Workload, optimizer_of
 
 _PARAMETER_STYLE, _MODULE_STYLE = "grouped_gemm", "ep_dispatch_experts"
 
@@ -48,4 +48,4 @@ def transformers_ep(workload: Workload) -> TrainingSystem:
     groups = [[p for p in model.parameters() if (id(p) in experts_of) is is_expert] for is_expert in (True, False)]
     # transformers' Trainer groups by mesh, too, which fused optimizers need.
     optimizer = optimizer_of([{"params": group} for group in groups])
-    return TrainingSystem(model=model, optimizer=optimizer, batch_BT=batch_of_rank(sizes))
+    return TrainingSystem(model=model, optimizer=optimizer, source=model)

@@ -64,8 +64,14 @@ class DrawnRoutes:
     """
 
     def __init__(self, workload: Workload, layer: int) -> None:
-        self._sizes, self._routing, self._layer, self._step = workload.sizes, workload.routing, layer, 0
-        self._generator = torch.Generator().manual_seed(dist.get_rank() * workload.sizes.layers + layer)
+        self._sizes, self._routing, self._layer = workload.sizes, workload.routing, layer
+        self._generator = torch.Generator()
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw again from the first step on."""
+        self._step = 0
+        self._generator.manual_seed(dist.get_rank() * self._sizes.layers + self._layer)
 
     def popularity_E(self) -> Tensor:
         """[E] float, relative, of the next step; equal on all ranks."""
@@ -146,7 +152,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """[B, T] int64 -> [B, T, V] logits, from one seed. The single-device MoE that each system spreads its own way."""
+    """[B, T] int64 -> [B, T, V] logits, from one seed. The single-device MoE that each system spreads its own way.
+
+    Attributes:
+        routes: where each layer's tokens go.
+        batch_BT: [B, T + 1] int64, this rank's batch in every step: random tokens.
+    """
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -155,6 +166,10 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(NUM_BYTES, dim)
         self.blocks = nn.ModuleList(Block(workload, layer) for layer in range(workload.sizes.layers))
         self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, NUM_BYTES, bias=False)
+        self.routes = [block.moe.router.routes for block in self.blocks]
+        length = min(workload.sizes.tokens, _LONGEST_SEQUENCE)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        self.batch_BT = torch.randint(NUM_BYTES, (workload.sizes.tokens // length, length + 1), generator=generator)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """[B, T] int64 -> [B, T, V]."""
@@ -163,13 +178,6 @@ class Model(nn.Module):
             x_BTD = block(x_BTD)
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
         return logits_BTV
-
-
-def batch_of_rank(sizes: Sizes) -> Tensor:
-    """[B, T + 1] int64, this rank's batch, the same in every step: random tokens, the last of a sequence not read."""
-    length = min(sizes.tokens, _LONGEST_SEQUENCE)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    return torch.randint(NUM_BYTES, (sizes.tokens // length, length + 1), generator=generator)
 
 
 def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
