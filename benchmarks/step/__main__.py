@@ -34,7 +34,7 @@ from benchmarks.step.exchanges import bytes_over_paper, synthetic_traces
 from benchmarks.step.measure import TIMEOUT_S, measure
 from benchmarks.step.report import figures, print_tables
 from benchmarks.step.systems import OURS, SYSTEMS
-from benchmarks.step.workload import LARGE, ROUTINGS, Sizes, Workload
+from benchmarks.step.workload import LARGE, ROUTINGS, SEQUENCE, Sizes, Workload
 from swiftmoe_lightning.analysis import read_trace
 from tests.helpers import run_ranks
 
@@ -68,6 +68,8 @@ def _plan(parser: ArgumentParser, given: Namespace) -> Plan:
         or any(size % effort.ranks for size in (sizes.dim, sizes.hidden_dim, sizes.experts))
     ):
         parser.error(f"--ranks must be even and divide --dim, --hidden-dim and --experts, got {effort.ranks}")
+    if sizes.tokens > SEQUENCE and sizes.tokens % SEQUENCE:
+        parser.error(f"--tokens must be a multiple of {SEQUENCE}, or at most as many, got {sizes.tokens}")
     if given.mbit is not None and (missing := missing_for_links()):
         parser.error(f"--mbit {given.mbit}: {missing}")
     names = [name for name in given.systems.split(",") if name]

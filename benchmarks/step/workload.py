@@ -18,7 +18,7 @@ from benchmarks.common.command_line import setting
 from swiftmoe_lightning.demo.gpt import NUM_BYTES, Attention
 
 ROUTINGS: Final = ("even", "zipf", "moving")
-_LONGEST_SEQUENCE: Final = 128
+SEQUENCE: Final = 128
 # How many steps of "moving" have one order.
 _STEPS_OF_AN_ORDER: Final = 10
 
@@ -167,7 +167,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(workload, layer) for layer in range(workload.sizes.layers))
         self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, NUM_BYTES, bias=False)
         self.routes = [block.moe.router.routes for block in self.blocks]
-        length = min(workload.sizes.tokens, _LONGEST_SEQUENCE)
+        length = min(workload.sizes.tokens, SEQUENCE)
         generator = torch.Generator().manual_seed(dist.get_rank())
         self.batch_BT = torch.randint(NUM_BYTES, (workload.sizes.tokens // length, length + 1), generator=generator)
 
