@@ -107,5 +107,4 @@ def static_groups(workload: Workload) -> TrainingSystem:
         optimizer.step()
         state.gather_weights()
 
-    wrapped, batch_BT = DistributedDataParallel(model)(workload.sizes)
-    return TrainingSystem(model=wrapped, optimizer=optimizer, batch_BT=batch_BT, update=update)
+    return TrainingSystem(model=DistributedDataParallel(model), source=model, optimizer=optimizer, update=update)
