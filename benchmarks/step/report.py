@@ -71,6 +71,7 @@ def _print_systems(systems: Mapping[str, Any]) -> None:
         line = f"{name:18} {system['step_ms']['median']:8.1f} {system['ours']['step_ms']['median']:9.1f} "
         line += f"{ratio['median']:9.3f} {between:>15} "
         line += f"{system['imbalance']:10.3f} " if "imbalance" in system else f"{'-':>10} "
+        line += f"{system['ours']['imbalance']:8.3f} "
         line += f"{system['weight_bytes_per_step'] / 1e6:11.2f}" if "imbalance" in system else f"{'-':>11}"
         if has_links:
             line += f" {system['link_bytes_per_step'] / 1e6:12.2f} {system['ours']['link_bytes_per_step'] / 1e6:9.2f}"
