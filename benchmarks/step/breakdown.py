@@ -72,16 +72,16 @@ def control_fraction(steps: Sequence[Sequence[Spans]], split_seconds: float) -> 
     """Share of a step for what adapting adds to expert parallelism: plan, place, and what the exchange of counts takes
     beyond that of split sizes, which all-to-all of tokens needs in any case; None where those phases have no names.
 
-    In each exchange of counts the last rank to come waits for nobody, so the least of the ranks' times is its own.
+    In each exchange of counts the last rank to come waits for nobody, so the least of the ranks' times counts.
 
     Args:
         steps: what `spans_of_steps` returned.
-        split_seconds: of an exchange of split sizes alone.
+        split_seconds: of the exchanges of split sizes that a step needs, alone.
     """
 
     def seconds(step: Sequence[Spans]) -> float:
-        counts = zip(*(spans[_COUNT] for spans in step), strict=True)
-        return _seconds(step, _CONTROL) + sum(max(min(count_W) - split_seconds, 0.0) for count_W in counts)
+        count_seconds = sum(min(count_W) for count_W in zip(*(spans[_COUNT] for spans in step), strict=True))
+        return _seconds(step, _CONTROL) + max(count_seconds - split_seconds, 0.0)
 
     return _fraction(steps, (*_CONTROL, _COUNT), seconds)
 

@@ -36,7 +36,15 @@ def test_a_small_run_measures_everything(
     command.main([*TINY.split(), "--json"])
     written = result("tiny")
     settings = {"certificate", "sizes", "effort", "routing", "links"}
-    ours = {"losses", "phases_ms", "weight_phases_fraction", "control_fraction", "split_exchange_ms", "update", "bytes"}
+    ours = {
+        "losses",
+        "phases_ms",
+        "weight_phases_fraction",
+        "control_fraction",
+        "split_exchanges_ms",
+        "update",
+        "bytes",
+    }
     assert written.keys() == {"systems", "adapting", "control", "paper", "bytes_over_paper_16_ranks"} | settings | ours
     assert written["systems"].keys() == {"packed", "fsdp2", "ddp"}
     for system in written["systems"].values():
