@@ -16,8 +16,8 @@ class Effort:
 
     ranks: int = setting(4, "gloo processes")
     pairs: int = setting(3, "measured of two systems, two blocks of each")
-    steps: int = setting(4, "in a block")
-    rounds: int = setting(4, "times that adapting and kept placements swap roles")
+    steps: int = setting(3, "in a block")
+    rounds: int = setting(3, "times that adapting and kept placements swap roles")
     repeats: int = setting(20, "steps that are split into phases, updates, and weight exchanges alone")
 
 
