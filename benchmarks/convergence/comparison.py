@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.common.spread import median_of
 from benchmarks.convergence.presets import FLEXMOE
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.times import modelled_seconds, paper_step_times
@@ -127,14 +127,3 @@ def headlines(setting: Setting, runs: Mapping[int, Mapping[str, Run]], measured:
         system: {name: median_of([figures[name] for figures in by_seed]) for name in by_seed[0]}
         for system, by_seed in figures_of.items()
     }
-
-
-def median_of(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Median, least, most and number of some runs' values, JSON-able: None where a run never arrives."""
-
-    def number(value: float) -> float | None:
-        return round(float(value), 4) if math.isfinite(value) else None
-
-    ordered = sorted(values)
-    middle = float(np.median(ordered)) if math.isfinite(ordered[0]) else ordered[len(ordered) // 2]
-    return {"median": number(middle), "min": number(ordered[0]), "max": number(ordered[-1]), "runs": len(ordered)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common.across_ranks import total
+from benchmarks.common.flexmoe import flexmoe_policy, move_state
 from benchmarks.common.phases import engine_phases
 from benchmarks.convergence.corpus import Corpus, load_corpus
 from benchmarks.convergence.presets import PRESETS
@@ -33,10 +33,9 @@ from benchmarks.convergence.training import (
     train,
 )
 from swiftmoe_lightning import LoadReader, SwiftMoEConfig, SwiftMoEEngine, auxiliary_loss
-from swiftmoe_lightning.analysis.baselines import FlexMoEPolicy
 from swiftmoe_lightning.demo.gpt import next_byte_loss
 from swiftmoe_lightning.modules import MoE
-from swiftmoe_lightning.placement import Capacity, Placement
+from swiftmoe_lightning.placement import Capacity
 from tests.helpers import run_ranks
 
 # Those whose drops the product has.
@@ -54,8 +53,6 @@ PHASES: Final = {
     "distribute": "send the experts' weights",
     "move": "move optimizer state along with replicas",
 }
-# What AdamW keeps of a parameter beside the parameter itself, in parameters.
-_STATE_COPIES: Final = 2
 
 
 @dataclass(eq=False)
@@ -115,7 +112,7 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
                 schedule.step()
             if chosen.keeps_state_with_weights:
                 with watch.phase("move"):
-                    _move_state(model, before, engine.placements)
+                    move_state(model, before, engine.placements)
         run.phases.append(dict(watch.seconds))
         run.losses.append(loss.item())
         loads = reader.read().values()
@@ -134,25 +131,9 @@ def _limit(model: torch.nn.Module, system: System, factor: float | None) -> None
 
 def _config(system: str, setting: Setting) -> SwiftMoEConfig:
     name, _, interval = system.partition("-")
-    placement: Any = {"flexmoe": FlexMoEPolicy, "dropless": "balanced"}.get(name, name)
-    if interval:
-        init = partialmethod(FlexMoEPolicy.__init__, interval=int(interval))
-        placement = type("FlexMoE", (FlexMoEPolicy,), {"__init__": init})
+    placement: Any = flexmoe_policy(int(interval)) if interval else {"dropless": "balanced"}.get(name, name)
     split = SYSTEMS[system].candidate.split
     return SwiftMoEConfig(slots_per_rank=setting.slots_per_rank, placement=placement, token_split=split)
-
-
-def _move_state(model: torch.nn.Module, before: dict[str, Placement], after: dict[str, Placement]) -> None:
-    """Send as many bytes as the optimizer state of the experts that have moved: systems whose state lives beside the
-    weights must, and ours never does. Every rank sends and gets its part."""
-    experts = {name: module for name, module in model.named_modules() if name in after}
-    for name, placement in after.items():
-        moved = before[name].num_moved(placement)
-        if moved:
-            size = sum(p.numel() for p in experts[name].parameters()) // placement.num_experts
-            part = -(-moved * size * _STATE_COPIES // placement.world_size**2) * placement.world_size
-            received = torch.empty(part)
-            dist.all_to_all_single(received, torch.zeros(part))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,12 +21,12 @@ from typing import Any, Final
 import numpy as np
 import torch.distributed as dist
 
-from benchmarks.common.across_ranks import slowest, total
+from benchmarks.common.across_ranks import pin_to_core, slowest, total
 from benchmarks.common.command_line import command_line
+from benchmarks.common.links import Links, missing_for_links, shaped
 from benchmarks.common.provenance import collect_provenance, write_result
 from benchmarks.common.spread import spread
 from benchmarks.convergence.corpus import load_corpus
-from benchmarks.convergence.links import Links, missing_for_links, shaped
 from benchmarks.convergence.real_ranks import PHASES, RankRun, train_on_ranks
 from benchmarks.convergence.settings import Setting
 from tests.helpers import run_ranks
@@ -59,7 +59,7 @@ def measure(plan: Plan, systems: tuple[str, ...]) -> dict[str, Any]:
     """On each rank: every system's step times, phases and largest loads, and ratios to static's. A collective."""
     if plan.links is not None:
         plan.links.join(int(os.environ["RANK"]), _TIMEOUT_S)
-    _pin(dist.get_rank())
+    pin_to_core()
     corpus = load_corpus(plan.setting.corpus, plan.cache)
     runs: dict[str, list[RankRun]] = {system: [] for system in systems}
     for seed in range(plan.rounds):
@@ -89,12 +89,6 @@ def _phases_ms(runs: list[RankRun]) -> dict[str, dict[str, float]]:
         mine = [float(np.mean([step.get(phase, 0.0) for step in run.phases[_WARM_UP_STEPS:]])) for run in runs]
         by_phase[phase] = spread(1e3 * np.array(total(mine)) / dist.get_world_size())
     return by_phase
-
-
-def _pin(rank: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from benchmarks.common.spread import paired_ratio, spread
+from benchmarks.common.spread import median_of, paired_ratio, spread
 
 
 def test_spread_is_the_median_with_percentiles() -> None:
@@ -17,3 +19,9 @@ def test_ratio_is_of_neighbouring_pairs() -> None:
     assert (ratio["median"], ratio["count"]) == (1.25, 2)
     assert (ratio["low"], ratio["high"]) == (0.5, 2.0)
     assert ratio["p10"] == pytest.approx(0.65)
+
+
+def test_the_median_over_seeds() -> None:
+    assert median_of([0.3, 0.1, 0.2]) == {"median": 0.2, "min": 0.1, "max": 0.3, "runs": 3}
+    assert median_of([0.3, -math.inf, 0.2]) == {"median": 0.2, "min": None, "max": 0.3, "runs": 3}
+    assert median_of([-math.inf, -math.inf]) == {"median": None, "min": None, "max": None, "runs": 2}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.convergence.comparison import Comparison, headlines, median_of
+from benchmarks.convergence.comparison import Comparison, headlines
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.training import Run
 
@@ -72,9 +72,3 @@ def test_headlines_are_means_over_two_losses_and_medians_over_seeds() -> None:
         "drops_saved_over_static",
         "drops_saved_over_flexmoe_10",
     }
-
-
-def test_the_median_over_seeds() -> None:
-    assert median_of([0.3, 0.1, 0.2]) == {"median": 0.2, "min": 0.1, "max": 0.3, "runs": 3}
-    assert median_of([0.3, -math.inf, 0.2]) == {"median": 0.2, "min": None, "max": 0.3, "runs": 3}
-    assert median_of([-math.inf, -math.inf]) == {"median": None, "min": None, "max": None, "runs": 2}

@@ -1,4 +1,4 @@
-"""Ranks behind links of a stated speed: the commands by literals, what is refused, and two ranks where root may."""
+"""Ranks behind links of a stated speed: the commands by literals, what is refused, and real ranks where root may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.convergence.links import Links, missing_for_links, shaped
+from benchmarks import links as command
+from benchmarks.common.links import Links, bytes_sent_by_node, missing_for_links, shaped
 from tests.helpers import run_ranks
 
 SWITCH = [
@@ -59,8 +60,20 @@ def test_removing_the_namespaces_removes_everything() -> None:
 
 
 def test_links_of_no_speed_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 or more megabits a second, got 2 ranks and 0"):
+    with pytest.raises(ValueError, match="1 or more megabits a second, got 2 nodes and 0"):
         Links(num_ranks=2, mbit=0)
+
+
+def test_nodes_of_different_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 4 ranks and 3 a node. Choose a number of ranks a node that divides"):
+        Links(num_ranks=4, mbit=1, ranks_per_node=3)
+
+
+def test_the_ranks_of_a_node_share_its_link() -> None:
+    shared = Links(num_ranks=4, mbit=100, ranks_per_node=2, name="t")
+    assert shared.num_nodes == 2
+    assert shared.making() == Links(num_ranks=2, mbit=100, name="t").making()
+    assert shared.removal() == Links(num_ranks=2, mbit=100, name="t").removal()
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +126,48 @@ def test_a_link_lets_through_no_more_than_it_is_said_to(links: Links) -> None:
         seconds = run_ranks(_exchange, 2, links, init=False)
     # 32 Mbit at 50 a second, but for the first megabit, which the buckets hold.
     assert min(seconds) > 0.6
+    assert links.name not in _namespaces()
+
+
+def _bytes_over_links(links: Links) -> tuple[int, int, str]:
+    """What this rank's node sends while neighbours send each other 4 MB, and while ranks 0 and 2, 1 and 3 do."""
+    rank = int(os.environ["RANK"])
+    links.join(rank, timeout_s=30)
+    sent = []
+    for other in (rank ^ 1, rank ^ 2):
+        dist.barrier()
+        before = bytes_sent_by_node()
+        # No rank reads the counter again before all have sent.
+        dist.barrier()
+        work = dist.isend(torch.zeros(1_000_000), other)
+        dist.recv(torch.empty(1_000_000), other)
+        work.wait()
+        dist.barrier()
+        sent.append(bytes_sent_by_node() - before)
+    return sent[0], sent[1], os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_only_what_leaves_a_node_is_counted_on_its_link(links: Links) -> None:
+    nodes = Links(num_ranks=4, mbit=1000, ranks_per_node=2)
+    with shaped(nodes):
+        counted = run_ranks(_bytes_over_links, 4, nodes, init=False)
+    for within, between, ranks_per_node in counted:
+        # Barriers alone, against two messages of 4 MB in packets with headers.
+        assert within < 100_000
+        assert 8_000_000 < between < 9_000_000
+        assert ranks_per_node == "2"
+
+
+def test_the_command_makes_links_and_removes_them(links: Links, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--nodes", "2", "--prefix", links.name]
+    command.main(["up", "--mbit", "50", *arguments])
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"ip netns exec {links.name}-1 env ")
+    assert f"{links.name}-1" in _namespaces()
+    with pytest.raises(SystemExit):
+        command.main(["up", *arguments])
+    assert "failed: Cannot create namespace" in capsys.readouterr().err
+    assert f"{links.name}-1" in _namespaces()
+    command.main(["down", *arguments])
     assert links.name not in _namespaces()
 
 
