@@ -36,7 +36,7 @@ class DistributionWindow:
         layer.slots.finish_distribution()
         self._under_way.pop(layer, None)
         for following in list(self._under_way)[:1]:
-            # From other groups its rows have come while the layer before waited.
+            # Its first leg had the layer before to travel.
             following.slots.continue_distribution()
         self._start(_NUM_AHEAD - len(self._under_way))
 

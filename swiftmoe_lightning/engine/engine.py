@@ -32,10 +32,10 @@ from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_state
 from swiftmoe_lightning.engine.placer_factory import make_placer
 from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
-from swiftmoe_lightning.engine.slots import PHASES
 from swiftmoe_lightning.engine.stale_parameters import refuse_foreign, refuse_replaced, refuse_uncut
 from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from swiftmoe_lightning.engine.update import ShardedUpdate
+from swiftmoe_lightning.engine.weight_exchange import PHASES
 from swiftmoe_lightning.placement import Placement, Placer
 
 

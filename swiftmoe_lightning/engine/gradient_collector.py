@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
-from swiftmoe_lightning.engine.slots import PendingCollection
+from swiftmoe_lightning.engine.weight_exchange import PendingCollection
 
 
 class GradientCollector:

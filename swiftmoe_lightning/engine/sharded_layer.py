@@ -22,7 +22,8 @@ from swiftmoe_lightning.distributed import (
 )
 from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
 from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeTable
-from swiftmoe_lightning.engine.slots import ExpertSlots, PendingCollection
+from swiftmoe_lightning.engine.slots import ExpertSlots
+from swiftmoe_lightning.engine.weight_exchange import PendingCollection
 from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 

@@ -1,37 +1,25 @@
-"""One layer's weights on this rank, in slots, and the two exchanges between them and the sharded parameters.
+"""One layer's weights on this rank, in slots, and when they are exchanged with the sharded parameters.
 
-Rows travel between a rank's slots and the ranks of its group that own its part of them, by `direct_exchange` where
-blocks are worth messages of their own, else by `packed_exchange`. With one expert group a rank owns its part; with
-several, `ReplicaExchange` adds up and shares out between those that have the same one.
-
-E experts, s slots of this rank, d different experts on it, r rows of a tensor that this rank owns.
+s slots of this rank.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import (
-    ExpertGroup,
-    PendingExchange,
-    SideStream,
-    local_shard,
-    phase,
-    side_stream,
-    write_counts,
+from swiftmoe_lightning.distributed import ExpertGroup, local_shard, phase, side_stream, write_counts
+from swiftmoe_lightning.engine.weight_exchange import (
+    PHASES,
+    PendingCollection,
+    PendingDistribution,
+    Stage,
+    WeightPath,
 )
-from swiftmoe_lightning.engine.direct_exchange import DirectCollection, DirectDistribution, travels_directly
-from swiftmoe_lightning.engine.packed_exchange import PackedCollection, PackedDistribution
-from swiftmoe_lightning.engine.replica_exchange import ReplicaExchange
-from swiftmoe_lightning.placement import Placement, shard_rows
-
-# What is sent: gradients in the expert group and between groups, then weights between groups and in the group.
-PHASES: Final = ("collect", "reduce", "gather", "distribute")
+from swiftmoe_lightning.placement import Placement
 
 
 class ExpertSlots:
@@ -70,8 +58,7 @@ class ExpertSlots:
         self.weights: dict[str, Tensor] = {}
         self._filled: Placement | None = None
         self._is_queued = False
-        self._gather: tuple[ReplicaExchange, PendingExchange] | None = None
-        self._distribution: DirectDistribution | PackedDistribution | None = None
+        self._distribution: PendingDistribution | None = None
         self._sent_versions: list[tuple[int, int]] = []
         self.bytes_sent = dict.fromkeys(PHASES, 0)
 
@@ -83,8 +70,6 @@ class ExpertSlots:
     @torch.no_grad()
     def start_distribution(self, allows_writes: bool) -> None:
         """Begin to send this rank's rows of every expert to the ranks that have the expert in `placement`.
-
-        With several groups it first shares rows between groups; `continue_distribution` then goes on.
 
         Args:
             allows_writes: parameters may have been written since the distribution was queued.
@@ -105,34 +90,23 @@ class ExpertSlots:
                 name: local_shard(p).to(self._device, self.weights[name].dtype, non_blocking=True)
                 for name, p in parameters.items()
             }
-            if self._group.replicate is None:
-                self._send_rows(shards)
-            else:
-                replicas = ReplicaExchange(self._group.replicate, self._part_shapes(self.weights))
-                gather = replicas.start_gather(shards)
-                self._gather = (replicas, gather)
-                self.bytes_sent["gather"] += gather.bytes_sent
+            slots = {name: weight.detach() for name, weight in self.weights.items()}
+            self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
+
+    def _path(self, placement: Placement) -> WeightPath:
+        stages = [Stage(self._group.weights, placement)]
+        return WeightPath(stages, self._group.replicate, self._stream, self.bytes_sent)
 
     @torch.no_grad()
     def continue_distribution(self) -> None:
-        """Send the rows on to their ranks in this group, once they have come from the other groups."""
-        if self._gather is not None:
+        """Let weights under way go on, if they have not reached their last leg: see `PendingDistribution.advance`."""
+        if self._distribution is not None:
             with phase("distribute"), self._stream.beside_model():
-                (replicas, gather), self._gather = self._gather, None
-                self._send_rows(replicas.finish_gather(gather.wait()))
-
-    def _send_rows(self, part: Mapping[str, Tensor]) -> None:
-        ranks = self._group.weights
-        assert self._filled is not None
-        slots = {name: weight.detach() for name, weight in self.weights.items()}
-        travel = DirectDistribution if travels_directly(slots, ranks.size) else PackedDistribution
-        self._distribution = travel(part, slots, self._filled, ranks)
-        self.bytes_sent["distribute"] += self._distribution.bytes_sent
+                self._distribution.advance()
 
     @torch.no_grad()
     def finish_distribution(self) -> None:
         """Wait for weights that are being sent, if any."""
-        self.continue_distribution()
         if self._distribution is not None:
             with phase("distribute"):
                 distribution, self._distribution = self._distribution, None
@@ -142,7 +116,7 @@ class ExpertSlots:
 
     def holds(self, placement: Placement) -> bool:
         """Whether the slots still have the weights of the last forward under `placement`."""
-        is_under_way = self._is_queued or self._gather is not None or self._distribution is not None
+        is_under_way = self._is_queued or self._distribution is not None
         return not is_under_way and placement is self._filled
 
     def join(self, totals: Collection[Tensor]) -> None:
@@ -173,28 +147,9 @@ class ExpertSlots:
         with phase("collect"), self._stream.after_model():
             for name in gradients:
                 self.weights[name].grad = None
-            dtype = next(iter(gradients.values())).dtype
-            wire_dtype = torch.float64 if dtype == torch.float64 else self._wire_dtype
-            ranks = self._group.weights
-            is_direct = dtype == wire_dtype and dtype.itemsize >= torch.float32.itemsize
-            collection: DirectCollection | PackedCollection
-            if is_direct and travels_directly(gradients, ranks.size):
-                collection = DirectCollection(gradients, self._filled, ranks)
-            else:
-                collection = PackedCollection(gradients, self._filled, ranks, wire_dtype)
-            self.bytes_sent["collect"] += collection.bytes_sent
-            replicas = None
-            if self._group.replicate is not None:
-                replicas = ReplicaExchange(self._group.replicate, self._part_shapes(gradients))
-            return PendingCollection(collection, replicas, wire_dtype, self.bytes_sent, self._stream)
-
-    def _part_shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        """Name -> [E, rows of this rank's part, ...]."""
-        shapes, ranks = {}, self._group.expert
-        for name, tensor in tensors.items():
-            first, last = shard_rows(tensor.shape[1], ranks.size)[ranks.rank]
-            shapes[name] = torch.Size((self.placement.num_experts, last - first, *tensor.shape[2:]))
-        return shapes
+            is_double = next(iter(gradients.values())).dtype == torch.float64
+            wire_dtype = torch.float64 if is_double else self._wire_dtype
+            return PendingCollection(gradients, self._path(self._filled), wire_dtype)
 
     def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
         """Allocate the slots, again if the sharded parameters' dtype or sizes have changed."""
@@ -207,71 +162,6 @@ class ExpertSlots:
                 with torch.inference_mode(False):
                     self.weights[name] = torch.zeros(shape, dtype=dtype, device=self._device)
             self.weights[name].requires_grad_(sharded.requires_grad)
-
-
-class PendingCollection:
-    """A layer's gradients on their way to the owners of their rows: in the expert group, then between groups.
-
-    Contributions are added in rank order, in float32 or wider, so sums do not depend on their arrival. On a GPU they
-    are added on the side stream: the model's waits for them, and the CPU does not.
-
-    Args:
-        collection: in the group.
-        replicas: between groups; None for one group.
-        wire_dtype: in which gradients travel.
-        bytes_sent: as of `ExpertSlots`; changed in place.
-        stream: on which sums are taken.
-
-    Attributes:
-        discarded: names of gradients that the user has discarded meanwhile.
-    """
-
-    def __init__(
-        self,
-        collection: DirectCollection | PackedCollection,
-        replicas: ReplicaExchange | None,
-        wire_dtype: torch.dtype,
-        bytes_sent: dict[str, int],
-        stream: SideStream,
-    ) -> None:
-        self._collection: DirectCollection | PackedCollection | None = collection
-        self._replicas, self._wire_dtype, self._bytes_sent = replicas, wire_dtype, bytes_sent
-        self._stream = stream
-        self._between: PendingExchange | None = None
-        self._totals: dict[str, Tensor] | None = None
-        self.discarded: set[str] = set()
-
-    def advance(self) -> bool:
-        """Wait for the exchange under way. Returns whether it was the last one; else the one between groups begins."""
-        # Freed at the end, when the model's stream has waited: the gradients that were sent, and buffers.
-        collection, self._collection = self._collection, None
-        with self._stream.beside_model():
-            if collection is not None:
-                sums = collection.finish()
-                if self._replicas is None:
-                    self._totals = sums
-                else:
-                    self._between = self._replicas.start_sum(sums, self._wire_dtype)
-                    self._bytes_sent["reduce"] += self._between.bytes_sent
-            elif self._replicas is not None and self._between is not None:
-                self._totals = self._replicas.finish_sum(self._between.wait())
-        self._stream.join()
-        return self._totals is not None
-
-    def means(self, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
-        """Each expert's gradient, after the last exchange: the mean over all ranks with tokens of their own, as in DDP.
-
-        Args:
-            num_ranks: how many those are.
-            device: of the sharded parameters.
-
-        Returns:
-            Name -> [E, r, ...], of those that are not discarded; to be used after the stream's `join`.
-        """
-        assert self._totals is not None
-        kept = {name: total for name, total in self._totals.items() if name not in self.discarded}
-        with self._stream.beside_model():
-            return {name: self._stream.to(total.div_(num_ranks), device) for name, total in kept.items()}
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
