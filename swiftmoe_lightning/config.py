@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Final, Literal
 
-PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
+PLACEMENTS: Final = ("balanced", "packed", "symi", "swap", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
@@ -22,7 +22,8 @@ class SwiftMoEConfig:
             max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
         placement: "balanced" (the fewest (rank, expert) pairs that carry the load and its movement, so the fewest
             bytes), "packed" (a replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1,
-            contiguous), "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
+            contiguous), "swap" (HierMoE's: uniform replicas, pairs of which change places), "static" (uniform,
+            contiguous), or a subclass of `PlacementPolicy`.
         replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves
             a layer as it is while its loads are even, unless a new placement has fewer (rank, expert) pairs.
         token_split: how an expert's tokens are split over its slots: "balanced" (so that the loads of all ranks are as

@@ -75,7 +75,7 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("placement", "'balanced', 'packed', 'symi', 'static'"),
+        ("placement", "'balanced', 'packed', 'symi', 'swap', 'static'"),
         ("token_split", "'balanced', 'local_first', 'uniform'"),
         ("dense", "'ddp', 'fsdp2'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),

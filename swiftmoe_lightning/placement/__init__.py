@@ -10,6 +10,7 @@ from swiftmoe_lightning.placement.policies import (
     PackedPolicy,
     PlacementPolicy,
     StaticPolicy,
+    SwapPolicy,
     SymiPolicy,
     make_policy,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Placer",
     "RankPlan",
     "StaticPolicy",
+    "SwapPolicy",
     "SymiPolicy",
     "TransferPlan",
     "drop_bounds",
