@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 PLACEMENTS: Final = ("balanced", "packed", "symi", "swap", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
+EXCHANGES: Final = ("flat", "two_level", "auto")
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
@@ -30,6 +31,10 @@ class SwiftMoEConfig:
             even as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal
             shares), or "uniform" (equal shares). With the first two a rank's own tokens stay on it, or else on its
             node, as far as the shares allow.
+        exchange: how tokens travel between the ranks of an expert group that spans nodes of several ranks: "flat" (an
+            assignment at a time, straight to its rank), "two_level" (a token once to each node that has one of its
+            experts, and on from there; flat in forwards where that would send more bytes between nodes), or "auto"
+            (measures both kinds of links at the start, and takes in each forward what they make faster).
         dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by
             DistributedDataParallel), or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by
             `fully_shard`, weights gathered block by block for use; all of them for evaluation), or "hsdp" (the same
@@ -52,6 +57,7 @@ class SwiftMoEConfig:
     placement: Any = "balanced"
     replace_every: int | Literal["auto"] = 1
     token_split: str = "balanced"
+    exchange: str = "flat"
     dense: str = "ddp"
     expert_parallel_size: int | None = None
     param_dtype: str | None = None
@@ -73,6 +79,7 @@ class SwiftMoEConfig:
                 f"{self.placement!r}. Leave it out for 'balanced'."
             )
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
+        check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
         if not isinstance(self.offload_optimizer, bool):

@@ -99,6 +99,7 @@ TESTED_IN = {
     "modules/initialize.py": "engine/test_engine_setup.py",
     "modules/load.py": "modules/test_single_device.py",
     "modules/reader.py": "modules/test_moe.py",
+    "modules/two_level.py": "engine/test_two_level.py",
     "strategies/checkpoint_io.py": "strategies/test_checkpoint_files.py",
     "strategies/join.py": "strategies/test_evaluation.py",
     "strategies/lightning.py": "strategies/test_fit.py",

@@ -5,6 +5,7 @@ from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
+from swiftmoe_lightning.distributed.node_groups import NodeGroups, make_node_groups
 from swiftmoe_lightning.distributed.phase import phase
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
@@ -28,6 +29,7 @@ from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_s
 
 __all__ = [
     "ExpertGroup",
+    "NodeGroups",
     "PendingExchange",
     "RankGroup",
     "cut_by_experts",
@@ -43,6 +45,7 @@ __all__ = [
     "is_sharded",
     "local_rows",
     "local_shard",
+    "make_node_groups",
     "phase",
     "shard_from_rank_zero",
     "shard_of",

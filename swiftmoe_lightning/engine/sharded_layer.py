@@ -47,7 +47,7 @@ class ShardedLayer(ExpertParallelContext):
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
         self.rank, self.split, self.ranks_per_node = group.expert.rank, split, group.ranks_per_node
-        self.tensor_ranks = group.tensor
+        self.tensor_ranks, self.nodes = group.tensor, group.nodes
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import RankGroup, is_sharded
+from swiftmoe_lightning.distributed import NodeGroups, RankGroup, is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
@@ -28,6 +28,7 @@ class ExpertParallelContext(ABC):
         ranks_per_node: neighbouring ranks on a node.
         placement: which ranks have which expert.
         tensor_ranks: the ranks that have the same tokens as this one; None where it is alone.
+        nodes: the groups in which tokens may travel at two levels; None where they travel at one.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class ExpertParallelContext(ABC):
     ranks_per_node: int
     placement: Placement
     tensor_ranks: RankGroup | None = None
+    nodes: NodeGroups | None = None
 
     @abstractmethod
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -65,6 +65,19 @@ def _count(group_N: Tensor, num_groups: int) -> Tensor:
     return counts.scatter_add_(0, group_N, torch.ones_like(group_N))
 
 
+def sort_by_slot(counts_Vd: Tensor, num_rows: int, slots_per_rank: int) -> SortedAssignments:
+    """Sort the rows that have arrived by the slots of this rank. Slots that only repeat an expert of it get none.
+
+    Args:
+        counts_Vd: [sources, d] int, rows from each source for each expert of this rank.
+        num_rows: R, their sum.
+        slots_per_rank: s.
+    """
+    expert_R = torch.arange(counts_Vd.shape[1], device=counts_Vd.device).repeat(len(counts_Vd))
+    expert_R = expert_R.repeat_interleave(counts_Vd.flatten(), output_size=num_rows)
+    return sort_assignments(expert_R.unsqueeze(1), slots_per_rank)
+
+
 class TokenDispatcher:
     """Sends one forward's tokens to their experts' ranks, and the results back.
 
@@ -73,35 +86,36 @@ class TokenDispatcher:
         plan: what all ranks send and drop.
         rank_plan: this rank's part of it.
         by_pair: the rows that this rank sends, sorted by pair.
+        weights_TK: [T, K], the weight of each assignment in its token's sum.
     """
 
     def __init__(
-        self, context: ExpertParallelContext, plan: DispatchPlan, rank_plan: RankPlan, by_pair: SortedAssignments
+        self,
+        context: ExpertParallelContext,
+        plan: DispatchPlan,
+        rank_plan: RankPlan,
+        by_pair: SortedAssignments,
+        weights_TK: Tensor,
     ) -> None:
-        self._context, self._plan, self._rank_plan, self._by_pair = context, plan, rank_plan, by_pair
+        self._context, self._plan, self._rank_plan = context, plan, rank_plan
+        self._by_pair, self._weights_TK = by_pair, weights_TK
 
     def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedAssignments]:
         """[T, D] -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
         rows_MD = permute(x_TD, self._by_pair)
         arrived_RD = self._context.exchange_rows(rows_MD, self._rank_plan.send_splits, self._rank_plan.receive_splits)
-        counts_Wd = self._received_counts()
-        num_local = counts_Wd.shape[1]
-        expert_R = torch.arange(num_local, device=x_TD.device).repeat(len(counts_Wd))
-        expert_R = expert_R.repeat_interleave(counts_Wd.flatten(), output_size=len(arrived_RD))
-        # Slots that only repeat an expert of the rank get no rows.
-        self._by_slot = sort_assignments(expert_R.unsqueeze(1), self._plan.placement.slots_per_rank)
+        self._by_slot = sort_by_slot(self._received_counts(), len(arrived_RD), self._plan.placement.slots_per_rank)
         return arrived_RD, self._by_slot
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor) -> Tensor:
+    def combine(self, y_RD: Tensor) -> Tensor:
         """[R, D] expert outputs, by slot -> [T, D], each token's weighted sum; a dropped assignment adds zero.
 
         Args:
             y_RD: outputs of the rows that `dispatch` returned, sorted by slot.
-            weights_TK: [T, K], the weight of each assignment in its token's sum.
         """
         arrived_RD = unpermute(y_RD, self._by_slot)
         rows_MD = self._context.exchange_rows(arrived_RD, self._rank_plan.receive_splits, self._rank_plan.send_splits)
-        return combine(rows_MD, weights_TK, self._by_pair)
+        return combine(rows_MD, self._weights_TK, self._by_pair)
 
     def _received_counts(self) -> Tensor:
         """[W, d] int64: rows from each source for each expert of this rank."""

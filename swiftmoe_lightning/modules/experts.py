@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, take_share
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
-from swiftmoe_lightning.modules.dispatch import TokenDispatcher, sort_by_pair
+from swiftmoe_lightning.modules.dispatch import sort_by_pair
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
+from swiftmoe_lightning.modules.two_level import make_dispatcher
 from swiftmoe_lightning.modules.weights import compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_assignments
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
@@ -181,11 +182,12 @@ class Experts(nn.Module):
         placement = context.placement
         plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
         rank_plan = plan.for_rank(context.rank)
-        dispatcher = TokenDispatcher(context, plan, rank_plan, sort_by_pair(by_expert, weights_TK, plan, rank_plan))
+        by_pair = sort_by_pair(by_expert, weights_TK, plan, rank_plan)
+        dispatcher = make_dispatcher(context, plan, rank_plan, by_pair, weights_TK, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             arrived_RD, by_slot = dispatcher.dispatch(x_TD)
             y_RD = expert_rows(arrived_RD, by_slot, self._weights(x_TD.dtype), self.activation)
-            out_TD = dispatcher.combine(y_RD, weights_TK).to(out_dtype)
+            out_TD = dispatcher.combine(y_RD).to(out_dtype)
         if tensor_ranks is not None:
             out_TD = gather_shares(out_TD, num_tokens, tensor_ranks)
         load = ExpertLoad.of(counts_WE, plan, placement)

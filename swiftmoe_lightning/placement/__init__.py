@@ -3,6 +3,7 @@
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
+from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -34,12 +35,15 @@ __all__ = [
     "ExpertLoad",
     "Forecast",
     "LayerMemory",
+    "LinkRows",
+    "NodePlan",
     "PackedPolicy",
     "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
     "RankPlan",
+    "RelayPlan",
     "StaticPolicy",
     "SwapPolicy",
     "SymiPolicy",
