@@ -4,6 +4,7 @@ from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, fin
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
+from swiftmoe_lightning.placement.node_transfer import NodeTransfer, RailBlock, plan_node_transfer, plan_rail_buffer
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -37,11 +38,13 @@ __all__ = [
     "LayerMemory",
     "LinkRows",
     "NodePlan",
+    "NodeTransfer",
     "PackedPolicy",
     "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
+    "RailBlock",
     "RankPlan",
     "RelayPlan",
     "StaticPolicy",
@@ -58,6 +61,8 @@ __all__ = [
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
+    "plan_node_transfer",
+    "plan_rail_buffer",
     "replica_slices",
     "shard_rows",
 ]
