@@ -87,6 +87,11 @@ class ShardedLayer(ExpertParallelContext):
         """The placement of the slots, or of the weights that are being sent to them."""
         return self.slots.placement
 
+    @property
+    def token_bytes(self) -> Mapping[str, int]:
+        """See `ExpertGroup.token_bytes`."""
+        return self._group.token_bytes
+
     def _refuse_outdated(self) -> None:
         if not self.stale and self.slots.is_outdated:
             raise RuntimeError(

@@ -38,6 +38,11 @@ class ExpertParallelContext(ABC):
     tensor_ranks: RankGroup | None = None
     nodes: NodeGroups | None = None
 
+    @property
+    def token_bytes(self) -> Mapping[str, int]:
+        """Bytes of tokens, of all layers, that this rank has sent "inside" its node and "between" nodes."""
+        return {"inside": 0, "between": 0}
+
     @abstractmethod
     def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
         """Gather all ranks' counts: [E] int32 -> [W, E] int64. Afterwards `weights` and `placement` are up to date.
