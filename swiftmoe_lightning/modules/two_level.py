@@ -37,11 +37,13 @@ def make_dispatcher(
         x_TD: [T, D], the tokens, of which only width and dtype are looked at.
     """
     if context.nodes is not None:
-        tokens = NodeTokens(by_pair, weights_TK, plan.placement, context.nodes, x_TD.dtype)
-        if tokens.node_plan.pays(
-            2 * x_TD.shape[1] * x_TD.element_size(), tokens.label_bytes, context.nodes.speed_ratio
-        ):
-            return TwoLevelDispatcher(context.nodes, tokens, plan.placement.slots_per_rank)
+        nodes = context.nodes
+        tokens = NodeTokens(by_pair, weights_TK, plan.placement, nodes, x_TD.dtype)
+        if tokens.node_plan.pays(2 * x_TD.shape[1] * x_TD.element_size(), tokens.label_bytes, nodes.speed_ratio):
+            return TwoLevelDispatcher(nodes, tokens, plan.placement.slots_per_rank)
+        if tokens.weights_TK.shape[1] == 1 and tokens.node_plan.num_assignments:
+            # With one expert a token there is nothing to save, now or later: the layer gathers no more.
+            context.nodes = None
     return TokenDispatcher(context, plan, rank_plan, by_pair, weights_TK)
 
 

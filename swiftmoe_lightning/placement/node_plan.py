@@ -75,6 +75,11 @@ class NodePlan:
         self._rows_WG, self._sent_WP = rows_WG, sent_WP
         self._placement, self._ranks_per_node = placement, ranks_per_node
 
+    @property
+    def num_assignments(self) -> int:
+        """Of all ranks, those that stay on their rank included."""
+        return int(self._sent_WP.sum())
+
     def for_rank(self, rank: int) -> RelayPlan:
         """The part of the plan that `rank` needs."""
         size, placement = self._ranks_per_node, self._placement

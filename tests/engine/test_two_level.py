@@ -202,6 +202,8 @@ def ways_of(top_k: int, dim: int) -> list[bool]:
         before = rail.bytes_to_others_n.sum()
         experts(torch.randn(64, dim), ids, torch.rand(64, top_k))
         taken.append(bool(rail.bytes_to_others_n.sum() > before))
+    # Nothing to save in any forward: the layer does not ask again.
+    assert (layer.nodes is None) == (top_k == 1)
     return taken
 
 
