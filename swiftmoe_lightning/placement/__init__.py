@@ -13,6 +13,7 @@ from swiftmoe_lightning.placement.policies import (
     SymiPolicy,
     make_policy,
 )
+from swiftmoe_lightning.placement.regrouping import Regrouping, regroup_received, regroup_sent
 from swiftmoe_lightning.placement.replicas import num_elements, replica_slices
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
@@ -39,6 +40,7 @@ __all__ = [
     "PlacementPolicy",
     "Placer",
     "RankPlan",
+    "Regrouping",
     "StaticPolicy",
     "SymiPolicy",
     "TransferPlan",
@@ -52,6 +54,8 @@ __all__ = [
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
+    "regroup_received",
+    "regroup_sent",
     "replica_slices",
     "shard_rows",
 ]
