@@ -87,8 +87,10 @@ def choose_layer_backend(
         top_k: K.
     """
     backend = choose_backend(device, dtype)
-    is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
-    if _forced is None and backend.name == "triton" and dtype == torch.bfloat16 and is_coarse:
+    if _forced is not None or backend.name != "triton" or dtype != torch.bfloat16:
+        return backend
+    # Last: under torch.compile a look at the number of rows is a guard.
+    if hidden_dim >= _WIDE_EXPERT or (top_k <= 2 and rows_per_slot >= _MANY_ROWS):
         return Backend("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
     return backend
 
