@@ -16,6 +16,7 @@ from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, phase, take_share
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher
+from swiftmoe_lightning.modules.expert_inputs import check_ids, check_input
 from swiftmoe_lightning.modules.forward import ExpertsOutput, StartedForward
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
@@ -167,7 +168,7 @@ class Experts(nn.Module):
 
         Takes and raises what `run` does.
         """
-        self._check_input(x_TD, expert_ids_TK)
+        check_input(x_TD, expert_ids_TK, self.num_experts, self.dim)
         num_tokens, out_dtype, tensor_ranks = len(x_TD), x_TD.dtype, self.context.tensor_ranks
         x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
@@ -186,7 +187,7 @@ class Experts(nn.Module):
     def _start_count(
         self, expert_ids_TK: Tensor, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype
     ) -> Callable[[], Any]:
-        self._check_ids(expert_ids_TK)
+        check_ids(expert_ids_TK, self.num_experts)
         with phase("count"):
             return self.context.start_count(counts_E, scores_finite, dtype)
 
@@ -253,7 +254,7 @@ class Experts(nn.Module):
 
     @torch.compiler.disable
     def _end_on_one_device(self, out_TD: Tensor, started: StartedForward) -> ExpertsOutput:
-        self._check_ids(started.expert_ids_TK)
+        check_ids(started.expert_ids_TK, self.num_experts)
         scores_finite, counts_E = started.scores_finite, started.by_expert.counts_G
         if scores_finite.device.type == "cpu" and not scores_finite:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
@@ -262,28 +263,6 @@ class Experts(nn.Module):
             self.trained_load.add_on_device(counts_E, scores_finite)
 
         return ExpertsOutput(run_once_in_backward(out_TD, on_backward), counts_E, 1, _in_backward())
-
-    def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:
-        if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
-            raise TypeError(
-                f"Experts take expert ids as integers of 0..{self.num_experts - 1} (-1 and {self.num_experts} are "
-                f"unassigned), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
-            )
-        if x_TD.dim() != 2 or x_TD.shape[-1] != self.dim:
-            raise ValueError(
-                f"Experts take [tokens, dim={self.dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "
-                f"or build the layer with dim={x_TD.shape[-1]}."
-            )
-
-    def _check_ids(self, expert_ids_TK: Tensor) -> None:
-        if not expert_ids_TK.numel() or not _may_wait_for(expert_ids_TK.device):
-            return
-        least, most = (int(end) for end in expert_ids_TK.aminmax())
-        if least < -1 or most > self.num_experts:
-            raise ValueError(
-                f"expert ids must be 0..{self.num_experts - 1} (-1 and {self.num_experts} are unassigned), got "
-                f"{least}..{most}. Build the layer with the router's num_experts."
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (EMA, pickle) has the parameters only: groups, slots and engines belong to the original.
@@ -298,11 +277,6 @@ class Experts(nn.Module):
         """What `repr` shows in the parentheses."""
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
-
-
-def _may_wait_for(device: torch.device) -> bool:
-    """Whether to check values on `device`. Only a debugging run waits for a GPU to do so."""
-    return device.type == "cpu" or torch.is_anomaly_enabled()
 
 
 def _in_backward() -> bool:

@@ -21,7 +21,7 @@ class ExpertsOutput:
 
     Attributes:
         hidden_TD: [T, D], the experts' weighted sum for each token.
-        popularity_E: [E] int, assignments of all ranks of the group in this forward; on the CPU or the layer's device.
+        popularity_E: [E] int, assignments of all ranks of the group in this forward; on the layer's device.
         num_data_ranks: ranks with tokens of their own that took part.
         recomputes: whether the forward ran inside backward (activation checkpointing).
     """
