@@ -76,7 +76,7 @@ def copies(capacity_factor: float | None, forced: str) -> list[tuple[int, int, l
             if getattr(module, "to_device", None) is to_device:
                 patches.enter_context(mock.patch.object(module, "to_device", up))
         patches.enter_context(mock.patch.object(HostCopy, "wait", counted_wait))
-        patches.enter_context(mock.patch.object(expert_inputs, "_may_wait_for", lambda device: False))
+        patches.enter_context(mock.patch.object(expert_inputs, "_may_wait_for", return_value=False))
         patches.enter_context(backend.force_backend(forced))
         for step in range(3):
             x, target = (models.my_part(t, dist.get_rank(), 2) for t in models.dense.batch(step, 0, torch.float32))
