@@ -56,14 +56,17 @@ def uses_triton(*tensors: Tensor) -> bool:
     return choose_backend(tensors[0].device, *dtypes).name == "triton"
 
 
+def needs_operator(x: Tensor) -> bool:
+    """Whether an operation on `x` must be a custom operator: in torch.compile, and on tensors that are not ordinary."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors may call its eager version instead of its custom operator.
 
-    So it is outside of torch.compile, on ordinary tensors (only the first is looked at), where Triton would not run.
+    So it is where Triton would not run, and nothing needs the operator (only the first tensor is looked at).
     """
-    if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, nn.Parameter):
-        return False
-    return not uses_triton(*tensors)
+    return not needs_operator(tensors[0]) and not uses_triton(*tensors)
 
 
 # From these sizes on, gathering and activating outside of the products cost little beside them, and cuBLAS's grouped

@@ -8,7 +8,7 @@ T tokens, K top-k, N = T * K assignments, V segments (runs of neighbouring rows)
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.ops.backend import runs_eagerly, uses_triton
+from swiftmoe_lightning.ops.backend import needs_operator, uses_triton
 
 
 def regroup(rows_TK: Tensor, ends_V: Tensor, shifts_V: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def regroup(rows_TK: Tensor, ends_V: Tensor, shifts_V: Tensor, num_rows: int) ->
     Returns:
         ([R] int32, the assignment in each row; [T, K] int32, the row of each assignment, -1 if it has none).
     """
-    move = eager_regroup if runs_eagerly(rows_TK) else _regroup
+    move = _regroup if needs_operator(rows_TK) else _run_regroup
     assignment_R, moved_TK = move(rows_TK, ends_V, shifts_V, num_rows)
     return assignment_R, moved_TK
 
@@ -39,13 +39,15 @@ def eager_regroup(rows_TK: Tensor, ends_V: Tensor, shifts_V: Tensor, num_rows: i
     return assignment_R[:-1], moved_TK
 
 
-@torch.library.custom_op("swiftmoe::regroup", mutates_args=())
-def _regroup(rows_TK: Tensor, ends_V: Tensor, shifts_V: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def _run_regroup(rows_TK: Tensor, ends_V: Tensor, shifts_V: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     if uses_triton(rows_TK):
         from swiftmoe_lightning.ops.triton import regroup as kernels
 
         return kernels.regroup(rows_TK, ends_V, shifts_V, num_rows)
     return eager_regroup(rows_TK, ends_V, shifts_V, num_rows)
+
+
+_regroup = torch.library.custom_op("swiftmoe::regroup", _run_regroup, mutates_args=())
 
 
 @_regroup.register_fake

@@ -58,7 +58,7 @@ def bias_builds() -> list[Build]:
 
 
 def sort_builds() -> list[Build]:
-    sizes = [(2**18, 128), (2**15, 16)]
+    sizes = [(2**18, 128), (2**15, 16), (2**12, 64), (2**13, 1000)]
     return [b for n, groups in sizes for b in launched_by(partial(sort.sort, meta(n, 1).long(), groups))]
 
 
