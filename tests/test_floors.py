@@ -94,7 +94,9 @@ TESTED_IN = {
     "huggingface/sharded_at_load.py": "huggingface/test_expert_parallel.py",
     "modules/context.py": "modules/test_single_device.py",
     "modules/dispatch.py": "engine/test_matches_dense_reference.py",
+    "modules/expert_inputs.py": "modules/test_expert_ids_and_casts.py",
     "modules/experts.py": "modules/test_moe.py",
+    "modules/forward.py": "modules/test_moe.py",
     "modules/weights.py": "modules/test_expert_ids_and_casts.py",
     "modules/initialize.py": "engine/test_engine_setup.py",
     "modules/load.py": "modules/test_single_device.py",
@@ -133,6 +135,7 @@ TESTED_IN = {
     "ops/triton/fused/weight_gradient.py": "ops/test_fused.py",
     "ops/triton/launch.py": "ops/test_aot.py",
     "ops/triton/permute.py": "ops/test_permute.py",
+    "ops/triton/regroup.py": "ops/test_regroup.py",
     "ops/triton/route.py": "ops/test_route.py",
     "ops/triton/sort.py": "ops/test_sort.py",
 }

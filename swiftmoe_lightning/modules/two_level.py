@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import NodeGroups
+from swiftmoe_lightning.distributed import NodeGroups, to_device, to_host
 from swiftmoe_lightning.modules.context import ExpertParallelContext
-from swiftmoe_lightning.modules.dispatch import TokenDispatcher, sort_by_slot
-from swiftmoe_lightning.ops import SortedAssignments, combine, permute, sort_assignments, unpermute
-from swiftmoe_lightning.placement import DispatchPlan, NodePlan, Placement, RankPlan
+from swiftmoe_lightning.modules.dispatch import TokenDispatcher, mark_rows, sort_by_slot
+from swiftmoe_lightning.ops import SortedAssignments, combine, permute, sort_assignments
+from swiftmoe_lightning.placement import DispatchPlan, NodePlan, Placement
 
 
 def make_dispatcher(
     context: ExpertParallelContext,
     plan: DispatchPlan,
-    rank_plan: RankPlan,
-    by_pair: SortedAssignments,
+    by_expert: SortedAssignments,
     weights_TK: Tensor,
+    popularity_E: np.ndarray,
     x_TD: Tensor,
 ) -> TokenDispatcher | TwoLevelDispatcher:
     """The dispatcher of one forward, of the same class on all ranks. A collective where the context has `nodes`.
@@ -31,20 +31,21 @@ def make_dispatcher(
     Args:
         context: exchanges the rows.
         plan: what all ranks send and drop.
-        rank_plan: this rank's part of it.
-        by_pair: the assignments that this rank sends, sorted by pair.
-        weights_TK: [T, K] floating, the weight of each assignment in its token's sum.
+        by_expert: this rank's assignments, sorted by expert.
+        weights_TK: [T, K] floating, the router's scores of the assignments.
+        popularity_E: [E] int64, assignments of all ranks to each expert.
         x_TD: [T, D], the tokens, of which only width and dtype are looked at.
     """
+    flat = TokenDispatcher(context, plan, by_expert, weights_TK, popularity_E)
     if context.nodes is not None:
         nodes = context.nodes
-        tokens = NodeTokens(by_pair, weights_TK, plan.placement, nodes, x_TD.dtype)
+        tokens = NodeTokens(flat.by_pair, weights_TK, plan.placement, nodes, x_TD.dtype)
         if tokens.node_plan.pays(2 * x_TD.shape[1] * x_TD.element_size(), tokens.label_bytes, nodes.speed_ratio):
-            return TwoLevelDispatcher(nodes, tokens, plan.placement.slots_per_rank)
+            return TwoLevelDispatcher(nodes, tokens, plan.placement.slots_per_rank, flat.popularity_E, x_TD.dtype)
         if tokens.weights_TK.shape[1] == 1 and tokens.node_plan.num_assignments:
             # With one expert a token there is nothing to save, now or later: the layer gathers no more.
             context.nodes = None
-    return TokenDispatcher(context, plan, rank_plan, by_pair, weights_TK)
+    return flat
 
 
 class NodeTokens:
@@ -73,8 +74,7 @@ class NodeTokens:
     ) -> None:
         device, num_pairs, num_nodes = weights_TK.device, placement.num_pairs, nodes.rail.size
         first_G = placement.first_pair_W[:: nodes.node.size]
-        bounds = torch.from_numpy(np.stack([first_G, np.append(first_G[1:], num_pairs)])).to(device)
-        self._first_G, self._end_G = bounds
+        self._first_G, self._end_G = to_device(device, first_G, np.append(first_G[1:], num_pairs))
         assignment_N = by_pair.assignment_R.to(torch.int64)
         pair_N = torch.arange(num_pairs, device=device)
         pair_N = pair_N.repeat_interleave(by_pair.counts_G, output_size=len(assignment_N))
@@ -88,7 +88,7 @@ class NodeTokens:
 
         num_choices = by_pair.counts_G.new_full((1,), weights_TK.shape[1])
         row = torch.cat([num_choices, self._by_node.counts_G, by_pair.counts_G])
-        table = nodes.everyone.all_gather(row).cpu().numpy().astype(np.int64)
+        table = to_host(nodes.everyone.all_gather(row)).astype(np.int64)
         self.node_plan = NodePlan(table[:, 1 : 1 + num_nodes], table[:, 1 + num_nodes :], placement, nodes.node.size)
         # A rank that evaluates nothing, and serves others, knows neither K nor the dtype of their weights.
         missing = int(table[:, 0].max()) - weights_TK.shape[1]
@@ -116,44 +116,57 @@ class NodeTokens:
 class TwoLevelDispatcher:
     """Sends one forward's tokens to their nodes and on to their experts' ranks, and the results back.
 
+    Used as a `TokenDispatcher`; but a row is of a token and a node, and rows that come back are summed as they are.
+
     Args:
         nodes: the groups.
         tokens: this rank's, and what all ranks send.
         slots_per_rank: s.
+        popularity_E: [E] int64, on the device.
+        dtype: of the rows.
+
+    Attributes:
+        by_pair: the rows that this rank sends, sorted by node.
+        weights_TK: [T, G] ones.
+        popularity_E: on the device.
     """
 
-    def __init__(self, nodes: NodeGroups, tokens: NodeTokens, slots_per_rank: int) -> None:
+    def __init__(
+        self, nodes: NodeGroups, tokens: NodeTokens, slots_per_rank: int, popularity_E: Tensor, dtype: torch.dtype
+    ) -> None:
         self._nodes, self._tokens, self._slots_per_rank = nodes, tokens, slots_per_rank
         self._plan = tokens.node_plan.for_rank(nodes.everyone.rank)
-        self._by_node = tokens.by_node(sum(self._plan.rail_send))
+        self.by_pair = tokens.by_node(sum(self._plan.rail_send))
+        rows_TG = self.by_pair.rows_TK
+        self.weights_TK = torch.ones(rows_TG.shape, dtype=dtype, device=rows_TG.device)
+        self.popularity_E = popularity_E
+        mark_rows(self.by_pair.assignment_R)
 
-    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, SortedAssignments]:
-        """[T, D] -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
+    @torch.compiler.disable
+    def dispatch(self, rows_MD: Tensor) -> tuple[Tensor, SortedAssignments]:
+        """[M, D] rows of `by_pair` -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
         plan = self._plan
-        x_mD = self._to_relays(permute(x_TD, self._by_node))
-        self._weights_mK = self._to_relays(permute(self._tokens.weights_TK, self._by_node))
-        pairs_mK = self._to_relays(self._tokens.pairs(self._by_node))
+        x_mD = self._to_relays(rows_MD)
+        self._weights_mK = self._to_relays(permute(self._tokens.weights_TK, self.by_pair))
+        pairs_mK = self._to_relays(self._tokens.pairs(self.by_pair))
         # From here on the relay does with its node's pairs what one exchange does with all pairs.
-        by_pair = sort_assignments(pairs_mK, plan.pairs.stop - plan.pairs.start)
-        self._by_pair = by_pair._replace(assignment_R=by_pair.assignment_R[: sum(plan.node_send)])
-        rows_ND = permute(x_mD, self._by_pair)
+        relayed = sort_assignments(pairs_mK, plan.pairs.stop - plan.pairs.start)
+        self._relayed = relayed._replace(assignment_R=relayed.assignment_R[: sum(plan.node_send)])
+        rows_ND = permute(x_mD, self._relayed)
         arrived_RD = self._nodes.node.exchange_rows(rows_ND, plan.node_send, plan.node_receive)
-        counts_nd = torch.from_numpy(plan.received_nd).to(x_TD.device)
-        self._by_slot = sort_by_slot(counts_nd, len(arrived_RD), self._slots_per_rank)
-        return arrived_RD, self._by_slot
+        (counts_V,) = to_device(rows_MD.device, plan.received_nd.reshape(-1))
+        by_slot = sort_by_slot(counts_V, self._nodes.node.size, len(arrived_RD), self._slots_per_rank)
+        mark_rows(arrived_RD, by_slot.assignment_R, by_slot.rows_TK)
+        return arrived_RD, by_slot
 
-    def combine(self, y_RD: Tensor) -> Tensor:
-        """[R, D] expert outputs, by slot -> [T, D], each token's weighted sum; a dropped assignment adds zero.
-
-        Args:
-            y_RD: outputs of the rows that `dispatch` returned, sorted by slot.
-        """
-        arrived_RD = unpermute(y_RD, self._by_slot)
+    @torch.compiler.disable
+    def combine(self, arrived_RD: Tensor) -> Tensor:
+        """[R, D] results in the order in which rows arrived -> [M, D], for each row the weighted sum of its node."""
         rows_ND = self._nodes.node.exchange_rows(arrived_RD, self._plan.node_receive, self._plan.node_send)
-        sums_mD = combine(rows_ND, self._weights_mK, self._by_pair)
+        sums_mD = combine(rows_ND, self._weights_mK, self._relayed)
         sums_MD = self._nodes.rail.exchange_rows(sums_mD, self._plan.rail_receive, self._plan.rail_send)
-        rows_TG = self._by_node.rows_TK
-        return combine(sums_MD, torch.ones(rows_TG.shape, dtype=y_RD.dtype, device=y_RD.device), self._by_node)
+        mark_rows(sums_MD)
+        return sums_MD
 
     def _to_relays(self, rows_M: Tensor) -> Tensor:
         return self._nodes.rail.exchange_rows(rows_M, self._plan.rail_send, self._plan.rail_receive)

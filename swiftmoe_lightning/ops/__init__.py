@@ -4,7 +4,8 @@ from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
 from swiftmoe_lightning.ops.grouped import expert_mlp
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
-from swiftmoe_lightning.ops.route import SCORES, Routing, route
+from swiftmoe_lightning.ops.regroup import regroup
+from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "Routing",
     "SortedAssignments",
     "activate",
+    "all_finite",
     "combine",
     "expert_layer",
     "expert_mlp",
     "expert_rows",
     "permute",
+    "regroup",
     "route",
     "sort_assignments",
     "unpermute",

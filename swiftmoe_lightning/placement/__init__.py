@@ -16,6 +16,7 @@ from swiftmoe_lightning.placement.policies import (
     SymiPolicy,
     make_policy,
 )
+from swiftmoe_lightning.placement.regrouping import Regrouping, regroup_received, regroup_sent
 from swiftmoe_lightning.placement.replicas import num_elements, replica_slices
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
@@ -46,6 +47,7 @@ __all__ = [
     "Placer",
     "RailBlock",
     "RankPlan",
+    "Regrouping",
     "RelayPlan",
     "StaticPolicy",
     "SwapPolicy",
@@ -63,6 +65,8 @@ __all__ = [
     "plan_distribution",
     "plan_node_transfer",
     "plan_rail_buffer",
+    "regroup_received",
+    "regroup_sent",
     "replica_slices",
     "shard_rows",
 ]
