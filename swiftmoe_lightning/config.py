@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Final, Literal
 
-PLACEMENTS: Final = ("balanced", "packed", "symi", "static")
+PLACEMENTS: Final = ("balanced", "packed", "symi", "swap", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
+EXCHANGES: Final = ("flat", "two_level", "auto")
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
@@ -22,13 +23,18 @@ class SwiftMoEConfig:
             max(ceil(1.25 * E / W), ceil(E / W) + 1) for W > 1 ranks and E experts, at most E; and E for W = 1.
         placement: "balanced" (the fewest (rank, expert) pairs that carry the load and its movement, so the fewest
             bytes), "packed" (a replica in every slot, hot packed with cold), "symi" (the paper's Algorithm 1,
-            contiguous), "static" (uniform, contiguous), or a subclass of `PlacementPolicy`.
+            contiguous), "swap" (HierMoE's: uniform replicas, pairs of which change places), "static" (uniform,
+            contiguous), or a subclass of `PlacementPolicy`.
         replace_every: optimizer steps between two placements; 1 is every step. "auto" looks at every step, and leaves
             a layer as it is while its loads are even, unless a new placement has fewer (rank, expert) pairs.
         token_split: how an expert's tokens are split over its slots: "balanced" (so that the loads of all ranks are as
             even as the placement allows; equal shares where every slot has a budget of its own), "local_first" (equal
             shares), or "uniform" (equal shares). With the first two a rank's own tokens stay on it, or else on its
             node, as far as the shares allow.
+        exchange: how tokens travel between the ranks of an expert group that spans nodes of several ranks: "flat" (an
+            assignment at a time, straight to its rank), "two_level" (a token once to each node that has one of its
+            experts, and on from there; flat in forwards where that would send more bytes between nodes), or "auto"
+            (measures both kinds of links at the start, and takes in each forward what they make faster).
         dense: how the other parameters train: "ddp" (whole on each rank, gradients averaged by
             DistributedDataParallel), or "fsdp2" (parameters, gradients and optimizer state cut over the ranks by
             `fully_shard`, weights gathered block by block for use; all of them for evaluation), or "hsdp" (the same
@@ -52,6 +58,7 @@ class SwiftMoEConfig:
     placement: Any = "balanced"
     replace_every: int | Literal["auto"] = 1
     token_split: str = "balanced"
+    exchange: str = "flat"
     dense: str = "ddp"
     expert_parallel_size: int | None = None
     param_dtype: str | None = None
@@ -73,6 +80,7 @@ class SwiftMoEConfig:
                 f"{self.placement!r}. Leave it out for 'balanced'."
             )
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
+        check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
         if not isinstance(self.offload_optimizer, bool):

@@ -56,6 +56,11 @@ def test_json_has_all_numbers_and_nothing_else_is_printed() -> None:
     assert [cluster["num_ranks"] for cluster in actual["clusters"]] == [8, 16]
     groups = {group["group_size"]: group for group in actual["clusters"][0]["groups"]}
     assert list(groups) == [1, 2, 4, 8]
+    assert [groups[size]["token_links"]["two_level"] is None for size in (2, 4, 8)] == [True] * 3
+    two_nodes = actual["clusters"][1]["groups"][-1]
+    assert two_nodes["group_size"] == 16
+    assert two_nodes["token_links"]["two_level"]["between_bytes"] > 0
+    assert two_nodes["token_links"]["flat"]["seconds"] == two_nodes["token_seconds"]
     # As in tests/analysis/test_scale.py.
     assert (groups[4]["group_bytes"], groups[4]["across_bytes"], groups[4]["static_bytes"]) == (1152, 384, 384)
     assert actual["clusters"][0]["settings"]["expert_parallel_size"] in groups

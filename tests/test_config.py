@@ -75,8 +75,9 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("placement", "'balanced', 'packed', 'symi', 'static'"),
+        ("placement", "'balanced', 'packed', 'symi', 'swap', 'static'"),
         ("token_split", "'balanced', 'local_first', 'uniform'"),
+        ("exchange", "'flat', 'two_level', 'auto'"),
         ("dense", "'ddp', 'fsdp2'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),
         ("param_dtype", "'float32', 'bfloat16'"),

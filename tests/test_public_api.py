@@ -64,6 +64,7 @@ def test_signatures_are_what_they_were() -> None:
         "placement",
         "replace_every",
         "token_split",
+        "exchange",
         "dense",
         "expert_parallel_size",
         "param_dtype",

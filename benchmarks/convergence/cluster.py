@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.convergence.systems import System, keep_as_deepspeed, keep_within_budgets, weigh_as_deepspeed
 from swiftmoe_lightning.modules import Experts, MoE
-from swiftmoe_lightning.modules.experts import ExpertsOutput
+from swiftmoe_lightning.modules.forward import ExpertsOutput, StartedForward
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
 
 
@@ -106,15 +106,21 @@ class EmulatedExperts(Experts):
         emulated._name = name
         return emulated
 
-    def run(
+    def start(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, scores_finite: Tensor | None = None
-    ) -> ExpertsOutput:
-        """As `Experts.run`, for the batch of all ranks."""
+    ) -> StartedForward:
+        """As `Experts.start`, for the batch of all ranks."""
         if not torch.is_grad_enabled():
-            return super().run(x_TD, expert_ids_TK, weights_TK, scores_finite)
+            return super().start(x_TD, expert_ids_TK, weights_TK, scores_finite)
         kept_TK = self._cluster.keep(self._name, expert_ids_TK, weights_TK)
         ids_TK = torch.where(kept_TK, expert_ids_TK, self.num_experts)
-        out = super().run(x_TD, ids_TK, self._cluster.weigh(weights_TK, kept_TK), scores_finite)
+        return super().start(x_TD, ids_TK, self._cluster.weigh(weights_TK, kept_TK), scores_finite)
+
+    def finish(self, started: StartedForward) -> ExpertsOutput:
+        """As `Experts.finish`."""
+        out = super().finish(started)
+        if not torch.is_grad_enabled():
+            return out
         # What is dropped was chosen all the same: the balancing loss and the popularity count it.
         popularity_E = torch.from_numpy(self._cluster.loads[self._name].popularity_E)
         return ExpertsOutput(out.hidden_TD, popularity_E, 1, out.recomputes)

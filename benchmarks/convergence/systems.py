@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from swiftmoe_lightning.analysis.candidates import CANDIDATES, Candidate
-from swiftmoe_lightning.modules.dispatch import sort_by_pair
+from swiftmoe_lightning.distributed import to_device
+from swiftmoe_lightning.modules.dispatch import sort_by_pair, sorting_tables
 from swiftmoe_lightning.ops import sort_assignments
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, Placement, plan_dispatch
 
@@ -73,10 +74,11 @@ def keep_within_budgets(
     load = ExpertLoad.of(counts_WE, plan, placement)
     if not plan.num_dropped_tokens:
         return torch.ones_like(expert_ids_WTK, dtype=torch.bool), load
-    kept = [
-        sort_by_pair(order, scores_TK, plan, plan.for_rank(rank)).rows_TK >= 0
-        for rank, (order, scores_TK) in enumerate(zip(sorted_by_rank, scores_WTK, strict=True))
-    ]
+    kept = []
+    for rank, (order, scores_TK) in enumerate(zip(sorted_by_rank, scores_WTK, strict=True)):
+        rank_plan = plan.for_rank(rank)
+        tables = to_device(scores_TK.device, *sorting_tables(plan, rank_plan))
+        kept.append(sort_by_pair(order, scores_TK, rank_plan, tables).rows_TK >= 0)
     return torch.stack(kept), load
 
 

@@ -14,6 +14,7 @@ _LOOKS: Final = {
     "symi": ("#d55e00", "^"),
     "static": ("#000000", "X"),
     "flexmoe-10": ("#009e73", "D"),
+    "swap": ("#f0e442", "h"),
     "eplb": ("#cc79a7", "v"),
     "shadowing": ("#e69f00", "P"),
     "oracle": ("#999999", "*"),

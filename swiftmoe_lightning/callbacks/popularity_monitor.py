@@ -24,7 +24,9 @@ _TOTALS: Final = (
     "num_dropped_tokens",
     "num_replicas_moved",
 )
-_NUM_ALWAYS: Final = len(_TOTALS) + len(CAUSES)
+# What `LoadReader.token_bytes` counts -> key.
+_LINKS: Final = {"inside": "token_bytes_inside_nodes", "between": "token_bytes_between_nodes"}
+_NUM_ALWAYS: Final = len(_TOTALS) + len(CAUSES) + len(_LINKS)
 
 
 class ExpertPopularityMonitor(Callback):
@@ -43,6 +45,9 @@ class ExpertPopularityMonitor(Callback):
                                         with a capacity the share of assignments dropped, else imbalance. Causes
                                         are `split`, `placement`, `prediction`, `floor` (of one replica an expert) and
                                         `rounding` (replicas are whole); see `placement.Bounds`
+    `moe/token_bytes_inside_nodes`      bytes of tokens, forward and backward, validation too, that the logging rank has
+                                        sent to other ranks of its node since the last log, all layers
+    `moe/token_bytes_between_nodes`     the same, to other nodes
     `moe/<layer>/popularity/<expert>`   share of the layer's assignments, 0..1; balanced is 1/E
     `moe/<layer>/replicas/<expert>`     slots of the expert in the last of these steps
 
@@ -54,7 +59,7 @@ class ExpertPopularityMonitor(Callback):
             experts, then those of layers.
 
     Raises:
-        ValueError: for max_keys below 10.
+        ValueError: for max_keys below 12.
     """
 
     def __init__(self, max_keys: int = 500) -> None:
@@ -64,10 +69,12 @@ class ExpertPopularityMonitor(Callback):
         self._reader: LoadReader | None = None
         self._window = _Window([], [])
         self._step = 0
+        self._token_bytes: dict[str, int] = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader = LoadReader(pl_module)
+        self._token_bytes = self._reader.token_bytes
         self._step = trainer.global_step
         sizes = self._reader.num_experts
         room = self.max_keys - _NUM_ALWAYS
@@ -104,6 +111,9 @@ class ExpertPopularityMonitor(Callback):
 
     def _flush(self, trainer: Trainer) -> None:
         if values := self._window.take():
+            assert self._reader is not None
+            before, self._token_bytes = self._token_bytes, self._reader.token_bytes
+            values |= {f"moe/{key}": float(self._token_bytes[link] - before[link]) for link, key in _LINKS.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
 

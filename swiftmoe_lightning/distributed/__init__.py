@@ -4,7 +4,9 @@ from swiftmoe_lightning.distributed import private as private
 from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
+from swiftmoe_lightning.distributed.host_device import HostCopy, to_device, to_host
 from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
+from swiftmoe_lightning.distributed.node_groups import NodeGroups, make_node_groups
 from swiftmoe_lightning.distributed.phase import phase
 from swiftmoe_lightning.distributed.sharding import (
     first_row,
@@ -29,6 +31,8 @@ from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_s
 
 __all__ = [
     "ExpertGroup",
+    "HostCopy",
+    "NodeGroups",
     "PendingExchange",
     "RankGroup",
     "SideStream",
@@ -45,6 +49,7 @@ __all__ = [
     "is_sharded",
     "local_rows",
     "local_shard",
+    "make_node_groups",
     "phase",
     "shard_from_rank_zero",
     "shard_of",
@@ -54,5 +59,7 @@ __all__ = [
     "side_stream",
     "store_barrier",
     "take_share",
+    "to_device",
+    "to_host",
     "write_counts",
 ]

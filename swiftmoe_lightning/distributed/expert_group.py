@@ -9,12 +9,14 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from swiftmoe_lightning.distributed.group import RankGroup, meshes
+from swiftmoe_lightning.distributed.node_groups import NodeGroups
 
 AXIS: Final = "expert"
 DENSE_AXIS: Final = "dense"
@@ -43,6 +45,7 @@ class ExpertGroup:
         replicate: the R ranks, one of each group, between which a part of the rows is cut; None for one group.
         tensor: the n ranks that have the same tokens as this one; None where it is alone.
         ranks_per_node: neighbouring ranks of the group that share a node.
+        nodes: the groups in which tokens may travel at two levels; None, as at first, where they travel at one.
 
     Raises:
         RuntimeError: when no process group is initialized.
@@ -76,6 +79,7 @@ class ExpertGroup:
         if tensor_mesh is not None:
             _check_tensor_mesh(tensor_mesh)
             self.tensor = RankGroup(tensor_mesh.get_group(tensor_mesh.ndim - 1))
+        self.nodes: NodeGroups | None = None
         launched = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         self.ranks_per_node = ranks_on_a_node(self.expert.ranks, launched if ranks_per_node is None else ranks_per_node)
 
@@ -88,6 +92,18 @@ class ExpertGroup:
     def num_data_ranks(self) -> int:
         """How many ranks have tokens of their own."""
         return self.num_ranks // (1 if self.tensor is None else self.tensor.size)
+
+    @property
+    def token_bytes(self) -> dict[str, int]:
+        """Bytes of tokens that this rank has sent since the start: "inside" its node, and "between" nodes."""
+        node_g = np.arange(self.expert.size) // self.ranks_per_node
+        is_near_g = node_g == node_g[self.expert.rank]
+        sent_g = self.expert.bytes_to_others_n
+        inside, between = int(sent_g[is_near_g].sum()), int(sent_g[~is_near_g].sum())
+        if self.nodes is not None:
+            inside += int(self.nodes.node.bytes_to_others_n.sum())
+            between += int(self.nodes.rail.bytes_to_others_n.sum())
+        return {"inside": inside, "between": between}
 
     def dense_mesh(self, is_hybrid: bool) -> DeviceMesh:
         """The mesh over which FSDP2 cuts the dense part. A collective.

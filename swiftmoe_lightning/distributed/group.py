@@ -11,6 +11,7 @@ import gc
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +31,7 @@ class RankGroup:
         rank: this rank's number in the group.
         size: n.
         ranks: their numbers in the world.
+        bytes_to_others_n: [n] int64, what this rank has sent to each other one by all-to-all.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -37,6 +39,7 @@ class RankGroup:
         self.rank: int = process_group.rank()
         self.size: int = process_group.size()
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
+        self.bytes_to_others_n = np.zeros(self.size, dtype=np.int64)
         _clean_up_at_exit()
 
     def second(self, device_type: str) -> RankGroup:
@@ -47,15 +50,26 @@ class RankGroup:
         Args:
             device_type: on which it will be used.
         """
-        if self.process_group not in _second_groups:
+        return self.part(range(self.size), device_type)
+
+    def part(self, members: range, device_type: str) -> RankGroup:
+        """Another group of some of the ranks, this one among them. A collective of theirs at the first call.
+
+        All engines share it.
+
+        Args:
+            members: their numbers in this group.
+            device_type: on which it will be used.
+        """
+        parts = _parts.setdefault(self.process_group, {})
+        if members not in parts:
             options = getattr(self.process_group._get_backend(torch.device(device_type)), "options", None)
             timeout = getattr(options, "_timeout", None)
+            ranks = [self.ranks[member] for member in members]
             # Only these ranks meet here, for other groups are made by others at the same time.
-            is_part = self.size < dist.get_world_size()
-            _second_groups[self.process_group] = dist.new_group(
-                self.ranks, timeout=timeout, use_local_synchronization=is_part
-            )
-        return RankGroup(_second_groups[self.process_group])
+            is_part = len(ranks) < dist.get_world_size()
+            parts[members] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=is_part)
+        return RankGroup(parts[members])
 
     def all_gather(self, row: Tensor) -> Tensor:
         """Gather every rank's `row`.
@@ -99,8 +113,10 @@ class RankGroup:
             received, send, receive_splits, send_splits, group=self.process_group, async_op=True
         )
         row_bytes = send.element_size() * (send[0].numel() if send.dim() > 1 and len(send) else 1)
-        num_sent = sum(send_splits) - send_splits[self.rank]
-        return PendingExchange(work, send, received, num_sent * row_bytes)
+        bytes_to_others_n = row_bytes * np.array(send_splits)
+        bytes_to_others_n[self.rank] = 0
+        self.bytes_to_others_n += bytes_to_others_n
+        return PendingExchange(work, send, received, int(bytes_to_others_n.sum()))
 
     def start_send(self, value: Tensor, rank: int) -> Any:
         """Begin to send a contiguous `value` to a rank of the group; it must stay as it is until `wait()`."""
@@ -157,7 +173,8 @@ class _ExchangeRows(torch.autograd.Function):
         return grad_rows, None, None, None
 
 
-_second_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+# Group -> ranks of it -> another group of these, which all engines share.
+_parts: WeakKeyDictionary[dist.ProcessGroup, dict[range, dist.ProcessGroup]] = WeakKeyDictionary()
 # World group -> (device type, g) -> mesh, which all engines share.
 meshes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int], DeviceMesh]] = WeakKeyDictionary()
 
@@ -171,7 +188,7 @@ def _clean_up_at_exit() -> None:
     """
 
     def close() -> None:
-        _second_groups.clear()
+        _parts.clear()
         meshes.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

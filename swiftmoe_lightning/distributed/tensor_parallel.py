@@ -15,11 +15,14 @@ from swiftmoe_lightning.distributed.group import RankGroup
 from swiftmoe_lightning.placement import shard_rows
 
 
+# torch.compile cannot trace a collective in a backward.
+@torch.compiler.disable
 def take_share(rows_T: Tensor, ranks: RankGroup) -> Tensor:
     """This rank's rows of [T, ...], which all ranks hold. Backward gathers the gradients of all rows."""
     return _TakeShare.apply(rows_T, ranks) if rows_T.is_floating_point() else _own(rows_T, ranks)
 
 
+@torch.compiler.disable
 def gather_shares(rows: Tensor, num_rows: int, ranks: RankGroup) -> Tensor:
     """[T, ...] of the rows that each rank has computed, T = `num_rows`.
 

@@ -6,8 +6,10 @@ so that a rank that has left its evaluation loop can take part without knowing w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, PendingExchange
+from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device, to_host
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
 _EQUAL_CALLS: Final = (
@@ -34,18 +36,18 @@ class Header(IntEnum):
         TRAINS: whether the forward needs gradients.
         DTYPE: of the rows that will be exchanged, as an index of `DTYPES`.
         STALE: whether this rank's slots must be filled again.
-        FINITE: whether the router's scores are.
         STOP: whether this rank wants to stop.
         UPDATES: how many optimizer steps this rank has made.
+        FINITE: whether the router's scores are. Known to the device alone; the host knows those before.
     """
 
     CALL = 0
     TRAINS = 1
     DTYPE = 2
     STALE = 3
-    FINITE = 4
-    STOP = 5
-    UPDATES = 6
+    STOP = 4
+    UPDATES = 5
+    FINITE = 6
 
 
 class Call(IntEnum):
@@ -81,7 +83,7 @@ class ForwardHandshake:
     def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
         self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
         self.num_updates = 0
-        self._stops_of_groups: PendingExchange | None = None
+        self._stops_of_groups: HostCopy | None = None
         self.reset_stop()
 
     def reset_stop(self) -> None:
@@ -92,13 +94,13 @@ class ForwardHandshake:
         """Count an optimizer step, and begin to tell other groups whether this one wants to stop."""
         self.num_updates += 1
         if self._group.replicate is not None:
-            stops = torch.tensor([self._group_stops], dtype=torch.int32, device=self._device)
-            self._stops_of_groups = self._group.replicate.start_all_gather(stops)
+            (stops,) = to_device(self._device, np.array([self._group_stops], np.int32))
+            self._stops_of_groups = HostCopy(self._device, self._group.replicate.start_all_gather(stops).wait)
 
-    def call(
+    def start(
         self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
-    ) -> HandshakeTable:
-        """Announce the forward of a layer. Errors are raised on all ranks.
+    ) -> Callable[[], HandshakeTable]:
+        """Announce the forward of a layer. Errors are raised on all ranks, by what it returns.
 
         Args:
             layer: its index.
@@ -108,25 +110,28 @@ class ForwardHandshake:
             stale: whether this rank's slots must be filled again.
 
         Returns:
-            The rows of all ranks, checked.
+            What waits for the rows of all ranks, and checks them.
 
         Raises:
             RuntimeError: when ranks make different calls or have made different numbers of optimizer steps.
             FloatingPointError: for non-finite scores.
         """
-        # In the order of `Header`, with as few copies to a GPU as there can be.
-        call = counts_E.new_tensor([layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale])
-        finite = scores_finite.view(1).to(torch.int32)
-        progress = counts_E.new_tensor([self.wants_stop, self.num_updates])
-        padding = counts_E.new_zeros(self._max_experts - len(counts_E))
-        return self._gather(torch.cat([call, finite, progress, counts_E, padding]))
+        head = [layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale, self.wants_stop, self.num_updates]
+        padding = [0] * (self._max_experts - len(counts_E))
+        head_on_device, padding_on_device = to_device(
+            self._device, np.array(head, np.int32), np.array(padding, np.int32)
+        )
+        # In the order of `Header`.
+        return self._start(
+            torch.cat([head_on_device, scores_finite.view(1).to(torch.int32), counts_E, padding_on_device])
+        )
 
     def done(self) -> HandshakeTable:
         """Announce that this rank has no more batches. Returns what the others are about to do.
 
         Raises:
-            RuntimeError: as `call` does.
-            FloatingPointError: as `call` does.
+            RuntimeError: as `start` says.
+            FloatingPointError: as `start` says.
         """
         return self._gather(self._row_without_counts(Call.DONE, trains=False))
 
@@ -134,7 +139,7 @@ class ForwardHandshake:
         """Announce that this rank is about to gather the weights of the dense part.
 
         Raises:
-            RuntimeError: as `call` does.
+            RuntimeError: as `start` says.
         """
         self._gather(self._row_without_counts(Call.DENSE, trains))
 
@@ -145,31 +150,44 @@ class ForwardHandshake:
             The number of every rank, also of other groups, in rank order.
 
         Raises:
-            RuntimeError: as `call` does.
+            RuntimeError: as `start` says.
         """
         row = self._row_without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = min(num_batches, torch.iinfo(row.dtype).max)
         rows = self._gather(row).rows
         if self._group.replicate is not None:
             # The other groups have made the same call, or they would not train an epoch.
-            rows = self._group.all_gather(row).cpu().numpy()
+            rows = to_host(self._group.all_gather(row))
         num_batches_W: list[int] = rows[:, len(Header)].tolist()
         return num_batches_W
 
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
-        row = torch.zeros(len(Header) + self._max_experts, dtype=torch.int32)
+        row = np.zeros(len(Header) + self._max_experts, np.int32)
         row[Header.CALL], row[Header.TRAINS], row[Header.FINITE] = call, trains, True
         row[Header.UPDATES] = self.num_updates
-        return row.to(self._device)
+        return to_device(self._device, row)[0]
 
     def _gather(self, row: Tensor) -> HandshakeTable:
+        return self._start(row)()
+
+    def _start(self, row: Tensor) -> Callable[[], HandshakeTable]:
+        with self._explain_failure(row):
+            copy = HostCopy(self._device, self._group.expert.start_all_gather(row).wait)
+        return partial(self._finish, row, copy)
+
+    @contextmanager
+    def _explain_failure(self, row: Tensor) -> Iterator[None]:
         try:
-            table = HandshakeTable(self._group.expert.all_gather(row).cpu().numpy())
+            yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()} {self._describe(row.cpu().numpy())}, and the other ranks did not follow: "
+                f"rank {dist.get_rank()} {self._describe(to_host(row))}, and the other ranks did not follow: "
                 f"{error}. If another rank raised an error of its own, that one comes first. Else: {_EQUAL_CALLS}"
             ) from error
+
+    def _finish(self, row: Tensor, copy: HostCopy) -> HandshakeTable:
+        with self._explain_failure(row):
+            table = HandshakeTable(copy.wait())
         self._check(table)
         self._group_stops |= table.any_stop
         if self._group.replicate is None:

@@ -5,7 +5,7 @@ W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class ShardedLayer(ExpertParallelContext):
     def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
         self.rank, self.split, self.ranks_per_node = group.expert.rank, split, group.ranks_per_node
-        self.tensor_ranks = group.tensor
+        self.tensor_ranks, self.nodes = group.tensor, group.nodes
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
@@ -102,6 +102,11 @@ class ShardedLayer(ExpertParallelContext):
         """The placement of the slots, or of the weights that are being sent to them."""
         return self.slots.placement
 
+    @property
+    def token_bytes(self) -> Mapping[str, int]:
+        """See `ExpertGroup.token_bytes`."""
+        return self._group.token_bytes
+
     def _refuse_outdated(self) -> None:
         if not self.stale and self.slots.is_outdated:
             raise RuntimeError(
@@ -111,30 +116,42 @@ class ShardedLayer(ExpertParallelContext):
                 "engine.mark_stale()."
             )
 
-    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """Gather all ranks' counts, and fill the slots if they are stale. A collective.
+    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], HandshakeTable]:
+        """Begin to gather all ranks' counts. A collective.
 
         Args:
             counts_E: [E] int32, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that this forward will exchange.
 
+        Raises:
+            RuntimeError: when weights were written since they were last sent.
+        """
+        self._refuse_outdated()
+        self.collector.on_forward()
+        announced, self._announced = self._announced, None
+        if announced is not None:
+            return lambda: announced
+        return self.handshake.start(self.index, counts_E, scores_finite, dtype, self.stale)
+
+    def begin_forward(self, gather: Callable[[], HandshakeTable]) -> np.ndarray:
+        """Wait for all ranks' counts, and fill the slots if they are stale. A collective.
+
+        Args:
+            gather: what `start_count` returned.
+
         Returns:
             [W, E] int64, the counts of all ranks.
 
         Raises:
-            RuntimeError: when weights were written since they were last sent, and as `ForwardHandshake.call` does.
+            RuntimeError: as `ForwardHandshake.start` says.
             FloatingPointError: on every rank, if any rank's scores are not finite.
         """
-        self._refuse_outdated()
-        self.collector.on_forward()
-        table, self._announced = self._announced, None
-        if table is None:
-            table = self.handshake.call(self.index, counts_E, scores_finite, dtype, self.stale)
+        table = gather()
         if table.any_stale:
             self.window.refill(self)
         self.window.advance(self)
-        return table.counts_WE(len(counts_E))
+        return table.counts_WE(self.experts.num_experts)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The slots by name, each [s, ...], which require gradients where the sharded parameters do."""
@@ -156,6 +173,10 @@ class ShardedLayer(ExpertParallelContext):
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Send rows to their ranks; differentiable. See `RankGroup.exchange_rows`."""
         return self._group.expert.exchange_rows(rows_RD, send_splits, receive_splits)
+
+    def start_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> Callable[[], Tensor]:
+        """Begin to send numbers to their ranks. See `RankGroup.start_all_to_all`."""
+        return self._group.expert.start_all_to_all(send, send_splits, receive_splits).wait
 
     def on_rewrite(self) -> None:
         """The module has overwritten its parameters: the slots are stale."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.experts import Experts
-from swiftmoe_lightning.ops import ACTIVATIONS, Activation, activate, backend
+from swiftmoe_lightning.ops import ACTIVATIONS, Activation, activate, all_finite, backend
 
 _UP: Final = ("gate_up_proj", "up_proj")
 _SMALL_F: Final = 4
@@ -43,7 +43,7 @@ class RepeatedExperts(Experts):
         chosen_R = hidden_states.detach().ne(0).any(-1)
         ids_R1 = torch.where(chosen_R, expert_R, self.num_experts).unsqueeze(1)
         weights_R1 = torch.ones_like(ids_R1, dtype=torch.float32)
-        return self.run(hidden_states, ids_R1, weights_R1, hidden_states.isfinite().all()).hidden_TD
+        return self.run(hidden_states, ids_R1, weights_R1, all_finite(hidden_states)).hidden_TD
 
 
 def as_experts(module: nn.Module) -> Experts:

@@ -1,11 +1,13 @@
 """nn.Modules: router, experts, MoE block. Without an engine they run on one device, under one over all ranks."""
 
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
-from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput, shape_message
+from swiftmoe_lightning.modules.experts import Experts
+from swiftmoe_lightning.modules.forward import ExpertsOutput
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+from swiftmoe_lightning.modules.weights import shape_message
 
 __all__ = [
     "NON_FINITE_SCORES",

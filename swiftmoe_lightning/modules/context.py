@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import RankGroup, is_sharded
+from swiftmoe_lightning.distributed import HostCopy, NodeGroups, RankGroup, is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
 
@@ -28,6 +29,7 @@ class ExpertParallelContext(ABC):
         ranks_per_node: neighbouring ranks on a node.
         placement: which ranks have which expert.
         tensor_ranks: the ranks that have the same tokens as this one; None where it is alone.
+        nodes: the groups in which tokens may travel at two levels; None where they travel at one.
     """
 
     rank: int
@@ -35,15 +37,32 @@ class ExpertParallelContext(ABC):
     ranks_per_node: int
     placement: Placement
     tensor_ranks: RankGroup | None = None
+    nodes: NodeGroups | None = None
+
+    @property
+    def token_bytes(self) -> Mapping[str, int]:
+        """Bytes of tokens, of all layers, that this rank has sent "inside" its node and "between" nodes."""
+        return {"inside": 0, "between": 0}
 
     @abstractmethod
-    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """Gather all ranks' counts: [E] int32 -> [W, E] int64. Afterwards `weights` and `placement` are up to date.
+    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+        """Begin to gather all ranks' counts.
 
         Args:
-            counts_E: assignments of this rank's tokens to each expert.
+            counts_E: [E] int32, assignments of this rank's tokens to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that this forward will exchange.
+
+        Returns:
+            For `begin_forward`.
+        """
+
+    @abstractmethod
+    def begin_forward(self, gather: Callable[[], Any]) -> np.ndarray:
+        """Wait for all ranks' counts: [W, E] int64. Afterwards `weights` and `placement` are up to date.
+
+        Args:
+            gather: what `start_count` returned.
 
         Raises:
             FloatingPointError: on every rank, if any rank's scores are not finite.
@@ -58,12 +77,20 @@ class ExpertParallelContext(ABC):
         """Send rows to their ranks; differentiable.
 
         Args:
-            rows_RD: [R, D] or [R], ordered by the rank they go to.
+            rows_RD: [R, D], ordered by the rank they go to.
             send_splits: [W] how many of them go to each rank.
             receive_splits: [W] how many rows each rank sends to this one.
 
         Returns:
             As many rows as `receive_splits` sum up to, ordered by the rank they come from.
+        """
+
+    @abstractmethod
+    def start_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> Callable[[], Tensor]:
+        """Begin to send numbers, [R], to their ranks as `exchange_rows` sends rows; without gradients.
+
+        Returns:
+            What waits for those that arrive.
         """
 
     @abstractmethod
@@ -92,21 +119,31 @@ class SingleDeviceContext(ExpertParallelContext):
         self.rank, self.split, self.ranks_per_node = 0, "uniform", 1
         self.placement = Placement(np.arange(num_experts), num_experts, 1)
 
-    def begin_forward(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> np.ndarray:
-        """[E] int32 -> [1, E] int64, on the CPU, which waits for the device.
+    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+        """Begin to copy the counts to the host.
 
         Args:
-            counts_E: assignments to each expert.
+            counts_E: [E] int32, assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: not used.
+        """
+        numbers = torch.cat([counts_E, scores_finite.view(1)])
+        return HostCopy(numbers.device, lambda: numbers).wait
+
+    def begin_forward(self, gather: Callable[[], Any]) -> np.ndarray:
+        """[1, E] int64 on the host, which waits for the device.
+
+        Args:
+            gather: what `start_count` returned.
 
         Raises:
             FloatingPointError: if the scores are not finite.
         """
-        numbers = torch.cat([counts_E, scores_finite.view(1)]).cpu().numpy()
+        numbers = gather()
         if not numbers[-1]:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
-        return numbers[None, :-1].astype(np.int64)
+        counts_WE: np.ndarray = numbers[None, :-1].astype(np.int64)
+        return counts_WE
 
     def weights(self) -> Mapping[str, Tensor]:
         """The layer's own parameters.
@@ -126,6 +163,10 @@ class SingleDeviceContext(ExpertParallelContext):
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """`rows_RD` itself: there is no other rank."""
         return rows_RD
+
+    def start_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> Callable[[], Tensor]:
+        """Nothing to wait for: `send` itself."""
+        return lambda: send
 
     def on_rewrite(self) -> None:
         """Nothing to do: forward computes with the parameters themselves."""

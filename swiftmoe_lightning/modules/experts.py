@@ -6,39 +6,35 @@ T tokens, D model dim, F hidden dim, E experts, K top-k, W ranks, R rows that th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
-from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, take_share
+from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, phase, take_share
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
-from swiftmoe_lightning.modules.dispatch import TokenDispatcher, sort_by_pair
+from swiftmoe_lightning.modules.dispatch import TokenDispatcher
+from swiftmoe_lightning.modules.expert_inputs import check_ids, check_input
+from swiftmoe_lightning.modules.forward import ExpertsOutput, StartedForward
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
-from swiftmoe_lightning.modules.weights import compute_dtype, prepare_weights
-from swiftmoe_lightning.ops import ACTIVATIONS, Activation, expert_layer, expert_rows, sort_assignments
+from swiftmoe_lightning.modules.two_level import TwoLevelDispatcher, make_dispatcher
+from swiftmoe_lightning.modules.weights import check_loaded_shapes, compute_dtype, prepare_weights
+from swiftmoe_lightning.ops import (
+    ACTIVATIONS,
+    Activation,
+    SortedAssignments,
+    all_finite,
+    combine,
+    expert_layer,
+    expert_rows,
+    permute,
+    sort_assignments,
+    unpermute,
+)
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertsOutput:
-    """What one forward of `Experts` returns.
-
-    Attributes:
-        hidden_TD: [T, D], the experts' weighted sum for each token.
-        popularity_E: [E] int, assignments of all ranks of the group in this forward; on the CPU or the layer's device.
-        num_data_ranks: ranks with tokens of their own that took part.
-        recomputes: whether the forward ran inside backward (activation checkpointing).
-    """
-
-    hidden_TD: Tensor
-    popularity_E: Tensor
-    num_data_ranks: float
-    recomputes: bool
 
 
 class Experts(nn.Module):
@@ -90,7 +86,7 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(empty))
         self.context: ExpertParallelContext = SingleDeviceContext(self.num_experts, self.expert_parameters)
         self.trained_load = TrainedLoad(self.context.placement)
-        self.register_load_state_dict_pre_hook(_check_loaded_shapes)
+        self.register_load_state_dict_pre_hook(check_loaded_shapes)
         if not self.is_meta:
             self.reset_parameters()
 
@@ -157,8 +153,6 @@ class Experts(nn.Module):
         """
         return self.run(hidden_states, top_k_index, top_k_weights).hidden_TD
 
-    # Splits are Python integers that change every step: traced, they would make torch.compile recompile each time.
-    @torch.compiler.disable
     def run(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, scores_finite: Tensor | None = None
     ) -> ExpertsOutput:
@@ -166,29 +160,80 @@ class Experts(nn.Module):
 
         Takes and raises what `forward` does. scores_finite: [] bool; None checks `weights_TK`.
         """
-        self._check_input(x_TD, expert_ids_TK)
-        context, out_dtype = self.context, x_TD.dtype
+        return self.finish(self.start(x_TD, expert_ids_TK, weights_TK, scores_finite))
+
+    def start(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, scores_finite: Tensor | None = None
+    ) -> StartedForward:
+        """The first part of `run`, which begins to count. What does not need the experts can run before `finish`.
+
+        Takes and raises what `run` does.
+        """
+        check_input(x_TD, expert_ids_TK, self.num_experts, self.dim)
+        num_tokens, out_dtype, tensor_ranks = len(x_TD), x_TD.dtype, self.context.tensor_ranks
         x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
-            scores_finite = weights_TK.isfinite().all()
-        if isinstance(context, SingleDeviceContext) and self.capacity is None:
-            return self._run_on_one_device(x_TD, expert_ids_TK, weights_TK, scores_finite, out_dtype)
-        num_tokens, tensor_ranks = len(x_TD), context.tensor_ranks
+            scores_finite = all_finite(weights_TK)
         if tensor_ranks is not None:
             x_TD, expert_ids_TK, weights_TK = (take_share(t, tensor_ranks) for t in (x_TD, expert_ids_TK, weights_TK))
         by_expert = sort_assignments(expert_ids_TK, self.num_experts)
-        counts_WE = context.begin_forward(by_expert.counts_G, scores_finite, x_TD.dtype)
-        placement = context.placement
-        plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
-        rank_plan = plan.for_rank(context.rank)
-        dispatcher = TokenDispatcher(context, plan, rank_plan, sort_by_pair(by_expert, weights_TK, plan, rank_plan))
+        gather = None
+        if self.capacity is not None or not isinstance(self.context, SingleDeviceContext):
+            gather = self._start_count(expert_ids_TK, by_expert.counts_G, scores_finite, x_TD.dtype)
+        routing = (expert_ids_TK, weights_TK, scores_finite, by_expert)
+        return StartedForward(x_TD, *routing, gather, num_tokens, out_dtype)
+
+    # torch.compile traces no step of it that is for the host: numbers of rows, which change every step, and hooks.
+    @torch.compiler.disable
+    def _start_count(
+        self, expert_ids_TK: Tensor, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype
+    ) -> Callable[[], Any]:
+        check_ids(expert_ids_TK, self.num_experts)
+        with phase("count"):
+            return self.context.start_count(counts_E, scores_finite, dtype)
+
+    def finish(self, started: StartedForward) -> ExpertsOutput:
+        """The second part of `run`.
+
+        Args:
+            started: what `start` returned.
+        """
+        x_TD, weights_TK = started.x_TD, started.weights_TK
+        if started.gather is None:
+            return self._finish_on_one_device(started)
+        dispatcher, weights, load = self._plan(started.gather, started.by_expert, weights_TK, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            arrived_RD, by_slot = dispatcher.dispatch(x_TD)
-            y_RD = expert_rows(arrived_RD, by_slot, self._weights(x_TD.dtype), self.activation)
-            out_TD = dispatcher.combine(y_RD, weights_TK).to(out_dtype)
-        if tensor_ranks is not None:
-            out_TD = gather_shares(out_TD, num_tokens, tensor_ranks)
-        load = ExpertLoad.of(counts_WE, plan, placement)
+            with phase("dispatch"):
+                arrived_RD, by_slot = dispatcher.dispatch(permute(x_TD, dispatcher.by_pair))
+            with phase("experts"):
+                weights = prepare_weights(weights, x_TD.dtype, self.transposed)
+                y_RD = expert_rows(arrived_RD, by_slot, weights, self.activation)
+            with phase("combine"):
+                rows_MD = dispatcher.combine(unpermute(y_RD, by_slot))
+                out_TD = combine(rows_MD, dispatcher.weights_TK, dispatcher.by_pair).to(started.out_dtype)
+        if self.context.tensor_ranks is not None:
+            out_TD = gather_shares(out_TD, started.num_tokens, self.context.tensor_ranks)
+        return self._end(out_TD, dispatcher.popularity_E, load)
+
+    @torch.compiler.disable
+    def _plan(
+        self, gather: Callable[[], Any], by_expert: SortedAssignments, weights_TK: Tensor, x_TD: Tensor
+    ) -> tuple[TokenDispatcher | TwoLevelDispatcher, Mapping[str, Tensor], ExpertLoad]:
+        """Wait for all ranks' counts, and decide what this rank sends. Returns also the slots and what is computed."""
+        context = self.context
+        with phase("count"):
+            counts_WE = context.begin_forward(gather)
+        with phase("plan"):
+            placement = context.placement
+            plan = plan_dispatch(counts_WE, placement, context.split, self.capacity, context.ranks_per_node)
+            load = ExpertLoad.of(counts_WE, plan, placement)
+            dispatcher = make_dispatcher(context, plan, by_expert, weights_TK, load.popularity_E, x_TD)
+        return dispatcher, context.weights(), load
+
+    @torch.compiler.disable
+    def _end(self, out_TD: Tensor, popularity_E: Tensor, load: ExpertLoad) -> ExpertsOutput:
+        """Let backward collect the experts' gradients, and count what they were trained on."""
+        context, placement = self.context, load.placement
 
         def on_backward() -> None:
             self.trained_load.add(load)
@@ -196,54 +241,29 @@ class Experts(nn.Module):
         if out_TD.requires_grad:
             # At every backward: one forward may have several (retain_graph=True), which train each time.
             out_TD.register_hook(lambda _: context.on_backward(placement))
-        popularity_E = torch.from_numpy(load.popularity_E)
         out_TD = run_once_in_backward(out_TD, on_backward)
-        num_data_ranks = placement.world_size / (1 if tensor_ranks is None else tensor_ranks.size)
+        num_data_ranks = placement.world_size / (1 if context.tensor_ranks is None else context.tensor_ranks.size)
         return ExpertsOutput(out_TD, popularity_E, num_data_ranks, _in_backward())
 
-    def _run_on_one_device(
-        self,
-        x_TD: Tensor,
-        expert_ids_TK: Tensor,
-        weights_TK: Tensor,
-        scores_finite: Tensor,
-        out_dtype: torch.dtype,
-    ) -> ExpertsOutput:
-        """`run` on one device without a capacity. The CPU needs no counts, so nothing waits for a GPU."""
+    def _finish_on_one_device(self, started: StartedForward) -> ExpertsOutput:
+        """`finish` on one device without a capacity. The CPU needs no counts, so nothing waits for a GPU."""
+        x_TD, by_expert = started.x_TD, started.by_expert
+        with torch.autocast(x_TD.device.type, enabled=False), phase("experts"):
+            weights = prepare_weights(self.context.weights(), x_TD.dtype, self.transposed)
+            out_TD = expert_layer(x_TD, started.weights_TK, by_expert, weights, self.activation)
+        return self._end_on_one_device(out_TD.to(started.out_dtype), started)
+
+    @torch.compiler.disable
+    def _end_on_one_device(self, out_TD: Tensor, started: StartedForward) -> ExpertsOutput:
+        check_ids(started.expert_ids_TK, self.num_experts)
+        scores_finite, counts_E = started.scores_finite, started.by_expert.counts_G
         if scores_finite.device.type == "cpu" and not scores_finite:
             raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))
-        by_expert = sort_assignments(expert_ids_TK, self.num_experts)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            weights = self._weights(x_TD.dtype)
-            out_TD = expert_layer(x_TD, weights_TK, by_expert, weights, self.activation).to(out_dtype)
 
         def on_backward() -> None:
-            self.trained_load.add_on_device(by_expert.counts_G, scores_finite)
+            self.trained_load.add_on_device(counts_E, scores_finite)
 
-        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), by_expert.counts_G, 1, _in_backward())
-
-    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The context's weights as the operations take them: [s, out, in], in the dtype of the rows."""
-        return prepare_weights(self.context.weights(), dtype, self.transposed)
-
-    def _check_input(self, x_TD: Tensor, expert_ids_TK: Tensor) -> None:
-        if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
-            raise TypeError(
-                f"Experts take expert ids as integers of 0..{self.num_experts - 1} (-1 and {self.num_experts} are "
-                f"unassigned), got {expert_ids_TK.dtype}. Pass the indices of topk, not its values or a mask."
-            )
-        if _may_wait_for(expert_ids_TK.device) and expert_ids_TK.numel():
-            least, most = (int(end) for end in expert_ids_TK.aminmax())
-            if least < -1 or most > self.num_experts:
-                raise ValueError(
-                    f"expert ids must be 0..{self.num_experts - 1} (-1 and {self.num_experts} are unassigned), got "
-                    f"{least}..{most}. Build the layer with the router's num_experts."
-                )
-        if x_TD.dim() != 2 or x_TD.shape[-1] != self.dim:
-            raise ValueError(
-                f"Experts take [tokens, dim={self.dim}], got {list(x_TD.shape)}. Flatten all but the last dim, "
-                f"or build the layer with dim={x_TD.shape[-1]}."
-            )
+        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), counts_E, 1, _in_backward())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (EMA, pickle) has the parameters only: groups, slots and engines belong to the original.
@@ -260,26 +280,5 @@ class Experts(nn.Module):
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
 
 
-def _may_wait_for(device: torch.device) -> bool:
-    """Whether to check values on `device`. Only a debugging run waits for a GPU to do so."""
-    return device.type == "cpu" or torch.is_anomaly_enabled()
-
-
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Add to torch's message on a shape that differs which settings to look at."""
-    for name, parameter in experts.expert_parameters().items():
-        value = state.get(prefix + name)
-        if isinstance(value, Tensor) and value.shape != parameter.shape:
-            rest[-1].append(shape_message(prefix + name, value.shape, parameter.shape))
-
-
-def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
-    """The error message for a checkpoint in which `name` has another shape."""
-    return (
-        f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
-        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
-    )

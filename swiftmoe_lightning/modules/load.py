@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.distributed import to_host
 from swiftmoe_lightning.placement import ExpertLoad, Placement
 
 NON_FINITE_SCORES = (
@@ -37,7 +38,7 @@ class TrainedLoad:
             FloatingPointError: if scores were not finite.
         """
         if self._on_device is not None:
-            numbers = self._on_device.cpu().numpy()
+            numbers = to_host(self._on_device)
             self._on_device = None
             if numbers[-1]:
                 raise FloatingPointError(NON_FINITE_SCORES.format(where="an Experts layer"))

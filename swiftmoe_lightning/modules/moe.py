@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_coefficient, check_whole
-from swiftmoe_lightning.modules.experts import Experts, ExpertsOutput
+from swiftmoe_lightning.distributed import phase
+from swiftmoe_lightning.modules.experts import Experts
+from swiftmoe_lightning.modules.forward import ExpertsOutput
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 from swiftmoe_lightning.modules.router_losses import RouterLosses
-from swiftmoe_lightning.ops import activate
+from swiftmoe_lightning.ops import activate, all_finite
 from swiftmoe_lightning.placement import Capacity
 
 
@@ -91,13 +93,17 @@ class MoE(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
         x_TD = x.reshape(-1, self.dim)
-        routed: RouterOutput = self.router(x_TD)
-        finite = routed.logits_TE.isfinite().all()
-        result = self.experts.run(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
+        with phase("route"):
+            routed: RouterOutput = self.router(x_TD)
+            finite = all_finite(routed.logits_TE)
+        started = self.experts.start(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
+        # While the ranks' counts travel.
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        result = self.experts.finish(started)
         loss = self._router_loss(routed, result)
         out_TD = self.router_losses.attach(loss, result.hidden_TD, result.recomputes)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         return out_TD.reshape(x.shape)
 
     def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:

@@ -52,6 +52,17 @@ class LoadReader:
         self._placements = {name: experts.trained_load.total.placement for name, experts in self._layers.items()}
 
     @property
+    def token_bytes(self) -> dict[str, int]:
+        """Bytes of tokens that this rank has sent since the start: "inside" its node, and "between" nodes.
+
+        Those of all layers, validation and recomputed forwards included.
+        """
+        # Layers share the groups in which they send, and so the counters.
+        for experts in self._layers.values():
+            return dict(experts.context.token_bytes)
+        return {"inside": 0, "between": 0}
+
+    @property
     def num_experts(self) -> dict[str, int]:
         """Layer name -> E, in the module's order."""
         return {name: experts.num_experts for name, experts in self._layers.items()}

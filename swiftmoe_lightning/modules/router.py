@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
+from swiftmoe_lightning.distributed import to_device
 from swiftmoe_lightning.ops import SCORES, route
 
 # Forwards in training without an update of the bias, after which a warning follows. Accumulations have fewer.
@@ -173,8 +174,9 @@ class TopKRouter(nn.Module):
         """
         self._forwards_before_warning = None
         if self.expert_bias is not None:
-            step_E = torch.from_numpy(np.sign(popularity_E.mean() - popularity_E))
-            self.expert_bias += self.bias_update_rate * step_E.to(self.expert_bias)
+            sign_E = np.sign(popularity_E.mean() - popularity_E, dtype=np.float32)
+            (sign_on_device_E,) = to_device(self.expert_bias.device, sign_E)
+            self.expert_bias += self.bias_update_rate * sign_on_device_E
 
 
 def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: int) -> Tensor:

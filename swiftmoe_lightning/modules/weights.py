@@ -1,11 +1,15 @@
-"""Experts' tensors as the operations take them. s slots."""
+"""Experts' tensors as the operations take them, and as checkpoints have them. s slots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.modules.experts import Experts
 
 
 def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
@@ -22,3 +26,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+def check_loaded_shapes(experts: Experts, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Add to torch's message on a shape that differs which settings to look at."""
+    for name, parameter in experts.expert_parameters().items():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            rest[-1].append(shape_message(prefix + name, value.shape, parameter.shape))
+
+
+def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
+    """The error message for a checkpoint in which `name` has another shape."""
+    return (
+        f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
+        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
+    )

@@ -5,7 +5,8 @@ from swiftmoe_lightning.ops.grouped import expert_mlp
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
-from swiftmoe_lightning.ops.route import SCORES, Routing, route
+from swiftmoe_lightning.ops.regroup import regroup
+from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "Routing",
     "SortedAssignments",
     "activate",
+    "all_finite",
     "combine",
     "expert_layer",
     "expert_mlp",
     "expert_rows",
     "permute",
+    "regroup",
     "reused_empty",
     "route",
     "sort_assignments",

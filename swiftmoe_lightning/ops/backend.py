@@ -56,14 +56,17 @@ def uses_triton(*tensors: Tensor) -> bool:
     return choose_backend(tensors[0].device, *dtypes).name == "triton"
 
 
+def needs_operator(x: Tensor) -> bool:
+    """Whether an operation on `x` must be a custom operator: in torch.compile, and on tensors that are not ordinary."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors may call its eager version instead of its custom operator.
 
-    So it is outside of torch.compile, on ordinary tensors (only the first is looked at), where Triton would not run.
+    So it is where Triton would not run, and nothing needs the operator (only the first tensor is looked at).
     """
-    if torch.compiler.is_compiling() or type(tensors[0]) not in (Tensor, nn.Parameter):
-        return False
-    return not uses_triton(*tensors)
+    return not needs_operator(tensors[0]) and not uses_triton(*tensors)
 
 
 # From these sizes on, gathering and activating outside of the products cost little beside them, and cuBLAS's grouped
@@ -87,8 +90,10 @@ def choose_layer_backend(
         top_k: K.
     """
     backend = choose_backend(device, dtype)
-    is_coarse = hidden_dim >= _WIDE_EXPERT or (rows_per_slot >= _MANY_ROWS and top_k <= 2)
-    if _forced is None and backend.name == "triton" and dtype == torch.bfloat16 and is_coarse:
+    if _forced is not None or backend.name != "triton" or dtype != torch.bfloat16:
+        return backend
+    # Last: under torch.compile a look at the number of rows is a guard.
+    if hidden_dim >= _WIDE_EXPERT or (top_k <= 2 and rows_per_slot >= _MANY_ROWS):
         return Backend("torch", "wide experts with many rows run F.grouped_mm between Triton's permute and combine.")
     return backend
 

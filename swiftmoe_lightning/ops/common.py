@@ -5,7 +5,8 @@ a custom operator with its fake and its gradient. The operator's body runs Trito
 version. Code outside the body does not depend on which, so `torch.compile`, activation checkpointing and autograd treat
 both alike. A backward is an operator of its own, since the compiler traces the gradient with fake tensors. Where
 `runs_eagerly` is true, the public function calls the eager version as an autograd function (`_EagerX`, whose `backward`
-is also the operator's): torch's dispatch of a custom operator takes longer than a small layer's sums.
+is also the operator's): torch's dispatch of a custom operator takes longer than a small layer's sums. Operations on
+whole numbers have no gradient: outside of `torch.compile` their bodies are called as they are.
 """
 
 from __future__ import annotations

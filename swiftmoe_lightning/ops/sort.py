@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.ops.backend import runs_eagerly, uses_triton
+from swiftmoe_lightning.ops.backend import needs_operator, uses_triton
 
 
 class SortedAssignments(NamedTuple):
@@ -42,7 +42,7 @@ def sort_assignments(group_TK: Tensor, num_groups: int) -> SortedAssignments:
         group_TK: [T, K] int32 or int64, the group of each assignment; outside 0..G-1 it is unassigned.
         num_groups: G.
     """
-    sort = eager_sort if runs_eagerly(group_TK) else _sort
+    sort = _sort if needs_operator(group_TK) else _run_sort
     return SortedAssignments(*sort(group_TK, num_groups))
 
 
@@ -61,13 +61,15 @@ def eager_sort(group_TK: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     return assignment_N.int(), rows_TK.int(), counts_G.int(), counts_G.cumsum(0).int()
 
 
-@torch.library.custom_op("swiftmoe::sort", mutates_args=())
-def _sort(group_TK: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_sort(group_TK: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(group_TK):
         from swiftmoe_lightning.ops.triton import sort as kernels
 
         return kernels.sort(group_TK, num_groups)
     return eager_sort(group_TK, num_groups)
+
+
+_sort = torch.library.custom_op("swiftmoe::sort", _run_sort, mutates_args=())
 
 
 @_sort.register_fake

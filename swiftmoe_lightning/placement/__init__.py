@@ -4,6 +4,8 @@ from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, fin
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
+from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
+from swiftmoe_lightning.placement.node_transfer import NodeTransfer, RailBlock, plan_node_transfer, plan_rail_buffer
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -11,9 +13,11 @@ from swiftmoe_lightning.placement.policies import (
     PackedPolicy,
     PlacementPolicy,
     StaticPolicy,
+    SwapPolicy,
     SymiPolicy,
     make_policy,
 )
+from swiftmoe_lightning.placement.regrouping import Regrouping, regroup_received, regroup_sent
 from swiftmoe_lightning.placement.token_split import Capacity, DispatchPlan, RankPlan, plan_dispatch
 from swiftmoe_lightning.placement.transfer import (
     PeerBlock,
@@ -33,16 +37,23 @@ __all__ = [
     "ExpertLoad",
     "Forecast",
     "LayerMemory",
+    "LinkRows",
     "Messages",
+    "NodePlan",
+    "NodeTransfer",
     "PackedPolicy",
     "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
+    "RailBlock",
     "RankPlan",
+    "Regrouping",
+    "RelayPlan",
     "ShardBlock",
     "SlotBlock",
     "StaticPolicy",
+    "SwapPolicy",
     "SymiPolicy",
     "TransferPlan",
     "drop_bounds",
@@ -55,5 +66,9 @@ __all__ = [
     "plan_dispatch",
     "plan_distribution",
     "plan_messages",
+    "plan_node_transfer",
+    "plan_rail_buffer",
+    "regroup_received",
+    "regroup_sent",
     "shard_rows",
 ]

@@ -39,8 +39,8 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
     Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, dense,
-            expert_parallel_size: see `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, exchange,
+            dense, expert_parallel_size: see `SwiftMoEConfig`.
         tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
@@ -62,6 +62,7 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
         token_split: str = "balanced",
+        exchange: str = "flat",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
         tensor_parallel_size: int | None = None,
@@ -76,6 +77,7 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,
             token_split=token_split,
+            exchange=exchange,
             dense=dense,
             expert_parallel_size=expert_parallel_size,
         )

@@ -41,6 +41,7 @@ def fit(world_size: int, strategy: Any, moe: dict[str, Any], max_keys: int, **op
         "popularity": load.popularity_E.tolist(),
         "num_dropped_tokens": load.num_dropped_tokens,
         "steps": runner.global_step,
+        "token_bytes": reader.token_bytes,
     }
 
 
@@ -64,7 +65,8 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
     totals = ["imbalance", "imbalance_max", "token_survival_rate", "num_dropped_tokens", "num_replicas_moved"]
     experts = [f"moe.experts/{column}/{e}" for column in ("popularity", "replicas") for e in range(5)]
     lost = [f"lost/{cause}" for cause in ("split", "placement", "prediction", "floor", "rounding")]
-    expected_keys = [*totals, *lost, *(f"moe.experts/{key}" for key in totals), *experts]
+    links = ["token_bytes_inside_nodes", "token_bytes_between_nodes"]
+    expected_keys = [*totals, *lost, *links, *(f"moe.experts/{key}" for key in totals), *experts]
     assert sorted(logged) == sorted(f"moe/{key}" for key in expected_keys)
     assert all(sorted(by_step) == [3, 6, 8] for by_step in logged.values())
 
@@ -84,6 +86,15 @@ def test_every_key_is_logged_with_its_unit_and_adds_up_over_the_steps_between() 
     assert run_of_rank_0["callback_metrics"].keys() == {f"moe/{key}" for key in totals}
 
 
+def test_logged_bytes_of_tokens_add_up_to_all_that_were_sent() -> None:
+    run_of_rank_0 = run(2, log_every_n_steps=3, limit_val_batches=0)[0]
+    inside, between = (run_of_rank_0["logged"][f"moe/token_bytes_{link}_nodes"] for link in ("inside", "between"))
+    # Both ranks are on one node.
+    assert set(between.values()) == {0.0}
+    assert all(sent > 0 for sent in inside.values())
+    assert sum(inside.values()) == run_of_rank_0["token_bytes"]["inside"]
+
+
 @pytest.mark.parametrize("strategy", ["auto", "swiftmoe"])
 def test_one_device_is_always_balanced_and_drops_nothing(strategy: str) -> None:
     (run_of_rank_0,) = run(1, strategy, log_every_n_steps=1)
@@ -99,15 +110,15 @@ def test_accumulated_batches_count_as_one_step() -> None:
 
 
 def test_the_number_of_keys_is_bounded_and_a_warning_says_what_is_missing() -> None:
-    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 1 of the 1 MoE layers.*max_keys=24"):
-        run(1, "auto", max_keys=24, log_every_n_steps=1)
-    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=14"):
-        run(1, "auto", max_keys=14, log_every_n_steps=1)
-    (run_of_rank_0,) = run(1, "auto", max_keys=25, log_every_n_steps=1)
-    assert len(run_of_rank_0["logged"]) == 25
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 1 of the 1 MoE layers.*max_keys=26"):
+        run(1, "auto", max_keys=26, log_every_n_steps=1)
+    with pytest.raises(AssertionError, match=r"single experts of 0 and totals of 0 of the 1 MoE layers.*max_keys=16"):
+        run(1, "auto", max_keys=16, log_every_n_steps=1)
+    (run_of_rank_0,) = run(1, "auto", max_keys=27, log_every_n_steps=1)
+    assert len(run_of_rank_0["logged"]) == 27
 
 
-@pytest.mark.parametrize("max_keys", [9, "500", True, float("nan"), None])
+@pytest.mark.parametrize("max_keys", [11, "500", True, float("nan"), None])
 def test_too_few_keys_are_refused(max_keys: Any) -> None:
-    with pytest.raises(ValueError, match=f"max_keys must be 10 or more, got {max_keys!r}"):
+    with pytest.raises(ValueError, match=f"max_keys must be 12 or more, got {max_keys!r}"):
         sml.ExpertPopularityMonitor(max_keys)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import swiftmoe_lightning as sml
-from swiftmoe_lightning.modules import experts
+from swiftmoe_lightning.modules import expert_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -40,9 +40,9 @@ def test_ids_of_no_expert_are_refused(wrong: int) -> None:
 
 def test_on_a_gpu_ids_are_looked_at_under_anomaly_detection_alone() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [experts._may_wait_for(device) for device in (cpu, gpu)] == [True, False]
+    assert [expert_inputs._may_wait_for(device) for device in (cpu, gpu)] == [True, False]
     with torch.autograd.set_detect_anomaly(True):
-        assert [experts._may_wait_for(device) for device in (cpu, gpu)] == [True, True]
+        assert [expert_inputs._may_wait_for(device) for device in (cpu, gpu)] == [True, True]
 
 
 @pytest.mark.parametrize("capacity", [1.0, 2, "rank", True])

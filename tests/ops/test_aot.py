@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from swiftmoe_lightning.ops import ACTIVATIONS
 from swiftmoe_lightning.ops.triton import activation as activations
-from swiftmoe_lightning.ops.triton import bias, permute, route, sort
+from swiftmoe_lightning.ops.triton import bias, permute, regroup, route, sort
 from tests.ops.aot import MAX_SHARED, Build, compile_all, launched_by
 
 # T tokens, D model dim, K top-k, dtype.
@@ -58,8 +58,15 @@ def bias_builds() -> list[Build]:
 
 
 def sort_builds() -> list[Build]:
-    sizes = [(2**18, 128), (2**15, 16)]
+    sizes = [(2**18, 128), (2**15, 16), (2**12, 64), (2**13, 1000)]
     return [b for n, groups in sizes for b in launched_by(partial(sort.sort, meta(n, 1).long(), groups))]
+
+
+def regroup_builds() -> list[Build]:
+    tables = [(num_segments, meta(num_segments, dtype=torch.int32)) for num_segments in (1, 512, 16_384)]
+    return [
+        b for _, t in tables for b in launched_by(partial(regroup.regroup, meta(2**15, 8, dtype=torch.int32), t, t, 9))
+    ]
 
 
 def router_builds() -> list[Build]:
@@ -75,7 +82,7 @@ def router_builds() -> list[Build]:
 
 @pytest.fixture(scope="module")
 def reports():
-    builds = row_builds() + activation_builds() + bias_builds() + sort_builds() + router_builds()
+    builds = row_builds() + activation_builds() + bias_builds() + sort_builds() + regroup_builds() + router_builds()
     # The router of 512 experts with all of it in one warp, which is too much.
     builds.append(replace(builds[-2], options={"num_warps": 1}))
     return list(zip(builds, compile_all(builds), strict=True))

@@ -16,8 +16,16 @@ def test_assignments_are_sorted_by_group_and_keep_their_order_inside_one():
     assert all(t.dtype == torch.int32 for t in actual)
 
 
-@pytest.mark.usefixtures("each_backend")
-@pytest.mark.parametrize("num_assignments", [0, 1, 7, 128, 300])
+@pytest.fixture(params=["one launch for few", "three launches"])
+def each_kernel(request, monkeypatch):
+    """Few assignments are sorted by the kernel for them, or by those for many."""
+    if request.param == "three launches":
+        kernels = pytest.importorskip("swiftmoe_lightning.ops.triton.sort")
+        monkeypatch.setattr(kernels, "FEW_ASSIGNMENTS", 0)
+
+
+@pytest.mark.usefixtures("each_backend", "each_kernel")
+@pytest.mark.parametrize("num_assignments", [0, 1, 7, 128, 300, 1100])
 @pytest.mark.parametrize("num_groups", [1, 3, 64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_order_is_that_of_a_stable_sort(num_assignments, num_groups, dtype):

@@ -65,7 +65,7 @@ def test_balanced_shares_needs_no_tokens():
     assert balanced_shares(np.zeros(2, dtype=np.int64), placement).tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("policy", ["static", "symi", "packed", "balanced"])
+@pytest.mark.parametrize("policy", ["static", "symi", "swap", "packed", "balanced"])
 @pytest.mark.parametrize("slots", [2, 4, 8])
 def test_balanced_shares_serves_within_a_percent_of_the_optimum_on_skewed_moving_loads(policy, slots):
     rng = np.random.default_rng(slots)

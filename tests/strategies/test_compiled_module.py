@@ -49,6 +49,7 @@ def test_a_compiled_module_trains_the_same_without_recompiling_at_every_step(who
         assert_close(state, expected)
         assert counts[0] > 0
         # Lightning's own logging compiles again after the first validation, and on one process just the same.
-        assert counts == expected_counts
+        # Between ranks there are more graphs: exchanges lie between them.
+        assert [count - counts[0] for count in counts] == [count - expected_counts[0] for count in expected_counts]
         assert counts[1] == counts[3]
         assert counts[4] == counts[-1]

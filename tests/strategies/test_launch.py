@@ -180,6 +180,7 @@ def test_too_few_slots_are_an_error_on_every_rank() -> None:
         ({"replace_every": 0}, "replace_every must be a whole number of 1 or more, got 0"),
         ({"placement": "best"}, "placement must be one of .*'packed'.*, got 'best'"),
         ({"token_split": "x"}, "token_split must be one of .*, got 'x'"),
+        ({"exchange": "x"}, "exchange must be one of .*, got 'x'"),
         ({"reduce_dtype": "int8"}, "reduce_dtype must be one of .*, got 'int8'"),
         ({"param_dtype": "half"}, "param_dtype must be one of .*, got 'half'"),
     ],

@@ -15,6 +15,7 @@ from swiftmoe_lightning.analysis.report.page_text import bytes_text, many, secon
 from swiftmoe_lightning.analysis.report.plan_table import print_table
 from swiftmoe_lightning.analysis.scale import SPARE, GroupCost
 from swiftmoe_lightning.analysis.scale_advice import Advice
+from swiftmoe_lightning.analysis.token_links import flat_links, two_level_links
 
 _COLUMNS: Final = (
     "ranks",
@@ -101,6 +102,7 @@ def as_json(advices: Sequence[Advice]) -> dict[str, Any]:
 
 
 def _numbers(cost: GroupCost) -> dict[str, Any]:
+    two_level = two_level_links(cost)
     return {
         "group_size": cost.group_size,
         "num_groups": cost.num_groups,
@@ -111,6 +113,10 @@ def _numbers(cost: GroupCost) -> dict[str, Any]:
         "messages": cost.messages,
         "weight_seconds": cost.weight_seconds,
         "token_seconds": cost.token_seconds,
+        "token_links": {
+            "flat": asdict(flat_links(cost)),
+            "two_level": None if two_level is None else asdict(two_level),
+        },
         "count_seconds": cost.count_seconds,
         "step_seconds": cost.step_seconds,
         "slot_bytes": cost.slot_bytes,

@@ -5,6 +5,7 @@ from swiftmoe_lightning.placement.policies.packed import PackedPolicy
 from swiftmoe_lightning.placement.policies.policy import PlacementPolicy, check_placements
 from swiftmoe_lightning.placement.policies.registry import make_policy
 from swiftmoe_lightning.placement.policies.static import StaticPolicy
+from swiftmoe_lightning.placement.policies.swap import SwapPolicy
 from swiftmoe_lightning.placement.policies.symi import SymiPolicy
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PackedPolicy",
     "PlacementPolicy",
     "StaticPolicy",
+    "SwapPolicy",
     "SymiPolicy",
     "check_placements",
     "make_policy",

@@ -9,8 +9,13 @@ from swiftmoe_lightning.placement.policies.balanced import BalancedPolicy
 from swiftmoe_lightning.placement.policies.packed import PackedPolicy
 from swiftmoe_lightning.placement.policies.policy import PlacementPolicy
 from swiftmoe_lightning.placement.policies.static import StaticPolicy
+from swiftmoe_lightning.placement.policies.swap import SwapPolicy
 from swiftmoe_lightning.placement.policies.symi import SymiPolicy
 
+_OF_NODES: Final[dict[str, type[BalancedPolicy] | type[SwapPolicy]]] = {
+    "balanced": BalancedPolicy,
+    "swap": SwapPolicy,
+}
 _POLICIES: Final[dict[str, type[PlacementPolicy]]] = {
     "static": StaticPolicy,
     "symi": SymiPolicy,
@@ -35,8 +40,8 @@ def make_policy(
     """
     if isinstance(placement, str):
         check_choice("placement", placement, PLACEMENTS)
-        if placement == "balanced":
-            return BalancedPolicy(world_size, slots_per_rank, ranks_per_node)
+        if placement in _OF_NODES:
+            return _OF_NODES[placement](world_size, slots_per_rank, ranks_per_node)
         placement = _POLICIES[placement]
     if not (isinstance(placement, type) and issubclass(placement, PlacementPolicy)):
         raise TypeError(f"placement must be a name or a subclass of PlacementPolicy, got {placement!r}.")

@@ -67,7 +67,9 @@ def test_a_policy_of_ones_own_is_made_from_its_class():
 
 
 def test_unknown_names_and_things_that_are_no_policy_are_refused():
-    with pytest.raises(ValueError, match="placement must be one of 'balanced', 'packed', 'symi', 'static', got 'best'"):
+    with pytest.raises(
+        ValueError, match="placement must be one of 'balanced', 'packed', 'symi', 'swap', 'static', got 'best'"
+    ):
         make_policy("best", 2, 2)
     for value in (7, ReversedPolicy(2, 2), dict):
         with pytest.raises(TypeError, match="placement must be a name or a subclass of PlacementPolicy, got"):

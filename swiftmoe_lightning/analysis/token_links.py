@@ -1,0 +1,91 @@
+"""What tokens send over links inside nodes and between them, on paper, at one level and at two.
+
+Of a rank and micro-batch, forward and backward, where every expert is as likely as every other one. g ranks of an
+expert group, on G nodes of n; E experts, K top-k, T tokens of a rank, D model dim, t bytes of a number, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Final
+
+from swiftmoe_lightning.analysis.cluster import BYTES_OF
+from swiftmoe_lightning.analysis.scale import GroupCost
+
+# There and back, forward and backward.
+_EXCHANGES: Final = 4
+# Of an assignment, between nodes at two levels: its pair, its weight, and the weight's gradient.
+_LABEL_BYTES: Final = 3 * 4
+
+
+@dataclass(frozen=True)
+class TokenLinks:
+    """Bytes that a rank sends in a micro-batch, and the seconds of all its exchanges of tokens.
+
+    Attributes:
+        inside_bytes: to other ranks of its node.
+        between_bytes: to other nodes.
+        seconds: without overlap of the exchanges.
+    """
+
+    inside_bytes: float
+    between_bytes: float
+    seconds: float
+
+
+def flat_links(cost: GroupCost) -> TokenLinks:
+    """One level, 4 L T K D t bytes in all: 1 / g of them to each rank of the group.
+
+    Args:
+        cost: of a group.
+    """
+    size, n = cost.group_size, _ranks_per_node(cost)
+    sent = _EXCHANGES * cost.model.num_layers * _assignments(cost) * _row_bytes(cost)
+    return TokenLinks(sent * (n - 1) / size, sent * (size - n) / size, cost.token_seconds)
+
+
+def two_level_links(cost: GroupCost) -> TokenLinks | None:
+    """Two levels: a row for each node that has one of a token's experts, and inside a node one for each assignment.
+
+    Of a token's K experts, all different, none is on a given node with the chance (E - E / G) / E * (E - E / G - 1) /
+    (E - 1) * ..., K factors.
+
+    Args:
+        cost: of a group.
+
+    Returns:
+        None for a group on one node, or with one rank a node.
+    """
+    size, n = cost.group_size, _ranks_per_node(cost)
+    if not 1 < n < size:
+        return None
+    num_nodes, num_experts, layers = size // n, cost.model.num_experts, cost.model.num_layers
+    elsewhere = num_experts - num_experts / num_nodes
+    is_absent = prod(max(elsewhere - k, 0) / (num_experts - k) for k in range(cost.model.top_k))
+    to_each_node = cost.workload.tokens * (1 - is_absent)
+    to_each_rank = _assignments(cost) / n
+    between = to_each_node * (_EXCHANGES * _row_bytes(cost) + _LABEL_BYTES * cost.model.top_k)
+    inside = to_each_rank * _EXCHANGES * _row_bytes(cost)
+    exchanges = (
+        cost.cluster.exchange_seconds(n - 1, 0, inside / _EXCHANGES),
+        cost.cluster.exchange_seconds(0, num_nodes - 1, between / _EXCHANGES),
+    )
+    return TokenLinks(
+        inside_bytes=layers * (n - 1) * inside,
+        between_bytes=layers * (num_nodes - 1) * between,
+        seconds=layers * _EXCHANGES * sum(exchanges),
+    )
+
+
+def _ranks_per_node(cost: GroupCost) -> int:
+    """n: of a rank with the fewest neighbours, where groups lie across nodes' borders."""
+    return gcd(cost.group_size, min(cost.cluster.ranks_per_node, cost.cluster.num_ranks))
+
+
+def _assignments(cost: GroupCost) -> int:
+    return cost.workload.tokens * cost.model.top_k
+
+
+def _row_bytes(cost: GroupCost) -> int:
+    return cost.model.dim * BYTES_OF[cost.workload.param_dtype]
