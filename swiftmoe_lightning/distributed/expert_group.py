@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from swiftmoe_lightning.distributed.group import RankGroup, meshes
-from swiftmoe_lightning.distributed.node_groups import NodeGroups
+from swiftmoe_lightning.distributed.node_groups import make_node_groups
 
 AXIS: Final = "expert"
 DENSE_AXIS: Final = "dense"
@@ -35,17 +35,21 @@ class ExpertGroup:
         tensor_mesh: [..., n], of all ranks, whose last axis are the ranks with the same tokens; None if all ranks have
             tokens of their own.
         shard_device_type: of the sharded parameters; None takes `device_type`.
+        exchange: at how many levels tokens and weights travel, as in `SwiftMoEConfig`.
 
     Attributes:
         mesh: [R, g], axes "replicate" and "expert" (a given one keeps its names); [g] for one group.
-        shard_mesh: of the sharded parameters: their rows are cut over "expert", and each part over "replicate".
+        shard_mesh: of the sharded parameters: their rows are cut over "expert" (at two levels over the "number" of a
+            rank on its node, then over "node"), and each part over "replicate".
         expert: the g ranks of this group. For counts and tokens.
-        weights: the same ranks, so that counts and tokens do not queue behind weights; and where some ranks exchange
-            weights and others do not, the next gather of counts still runs, and its check reports them.
+        weights: the groups in which weights travel, from the owners of rows on: the same ranks, or at two levels those
+            of the same number, then those of the node. They are groups of their own, so that counts and tokens do not
+            queue behind weights; and where some ranks exchange weights and others do not, the next gather of counts
+            still runs, and its check reports them.
         replicate: the R ranks, one of each group, between which a part of the rows is cut; None for one group.
         tensor: the n ranks that have the same tokens as this one; None where it is alone.
         ranks_per_node: neighbouring ranks of the group that share a node.
-        nodes: the groups in which tokens may travel at two levels; None, as at first, where they travel at one.
+        nodes: the groups in which tokens may travel at two levels; None where all travels at one.
 
     Raises:
         RuntimeError: when no process group is initialized.
@@ -61,27 +65,36 @@ class ExpertGroup:
         tensor_mesh: DeviceMesh | None = None,
         *,
         shard_device_type: str | None = None,
+        exchange: str = "flat",
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ExpertGroup needs torch.distributed: call torch.distributed.init_process_group first.")
         self.mesh = _make_mesh(device_type, expert_parallel_size) if mesh is None else _checked(mesh)
         self.expert = RankGroup(self.mesh.get_group(self.mesh.ndim - 1))
-        self.weights = self.expert.second(device_type)
         self.replicate = RankGroup(self.mesh.get_group(0)) if self.mesh.ndim == 2 else None
-        groups = [self.expert, *([] if self.replicate is None else [self.replicate])]
-        self.shard_mesh = DeviceMesh.from_group(
-            [group.process_group for group in groups],
-            shard_device_type or device_type,
-            mesh=self.mesh.mesh.t().contiguous(),
-            mesh_dim_names=(AXIS, _REPLICATE)[: self.mesh.ndim],
-        )
         self._tensor_mesh, self.tensor = tensor_mesh, None
         if tensor_mesh is not None:
             _check_tensor_mesh(tensor_mesh)
             self.tensor = RankGroup(tensor_mesh.get_group(tensor_mesh.ndim - 1))
-        self.nodes: NodeGroups | None = None
         launched = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         self.ranks_per_node = ranks_on_a_node(self.expert.ranks, launched if ranks_per_node is None else ranks_per_node)
+        self.nodes = make_node_groups(self.expert, self.ranks_per_node, torch.device(device_type), exchange)
+        cuts = {AXIS: self.expert} if self.nodes is None else {"number": self.nodes.node, "node": self.nodes.rail}
+        self.weights = [group.second(device_type) for group in reversed(cuts.values())]
+        self.shard_mesh = self._make_shard_mesh(cuts, shard_device_type or device_type)
+
+    def _make_shard_mesh(self, cuts: dict[str, RankGroup], device_type: str) -> DeviceMesh:
+        ranks = self.mesh.mesh.view(-1, self.expert.size)
+        if self.nodes is not None:
+            ranks = ranks.unflatten(1, (self.nodes.rail.size, self.nodes.node.size))
+        if self.replicate is not None:
+            cuts = {**cuts, _REPLICATE: self.replicate}
+        return DeviceMesh.from_group(
+            [group.process_group for group in cuts.values()],
+            device_type,
+            mesh=ranks.permute(*reversed(range(ranks.ndim))).reshape([group.size for group in cuts.values()]),
+            mesh_dim_names=tuple(cuts),
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -96,14 +109,25 @@ class ExpertGroup:
     @property
     def token_bytes(self) -> dict[str, int]:
         """Bytes of tokens that this rank has sent since the start: "inside" its node, and "between" nodes."""
-        node_g = np.arange(self.expert.size) // self.ranks_per_node
-        is_near_g = node_g == node_g[self.expert.rank]
-        sent_g = self.expert.bytes_to_others_n
-        inside, between = int(sent_g[is_near_g].sum()), int(sent_g[~is_near_g].sum())
+        sent = self._bytes_by_link(self.expert)
         if self.nodes is not None:
-            inside += int(self.nodes.node.bytes_to_others_n.sum())
-            between += int(self.nodes.rail.bytes_to_others_n.sum())
-        return {"inside": inside, "between": between}
+            sent["inside"] += int(self.nodes.node.bytes_to_others_n.sum())
+            sent["between"] += int(self.nodes.rail.bytes_to_others_n.sum())
+        return sent
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """The same of experts' weights and their gradients, in this group."""
+        if self.nodes is None:
+            return self._bytes_by_link(*self.weights)
+        rail, node = self.weights
+        return {"inside": int(node.bytes_to_others_n.sum()), "between": int(rail.bytes_to_others_n.sum())}
+
+    def _bytes_by_link(self, ranks: RankGroup) -> dict[str, int]:
+        node_g = np.arange(ranks.size) // self.ranks_per_node
+        is_near_g = node_g == node_g[ranks.rank]
+        sent_g = ranks.bytes_to_others_n
+        return {"inside": int(sent_g[is_near_g].sum()), "between": int(sent_g[~is_near_g].sum())}
 
     def dense_mesh(self, is_hybrid: bool) -> DeviceMesh:
         """The mesh over which FSDP2 cuts the dense part. A collective.

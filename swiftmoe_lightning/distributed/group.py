@@ -31,7 +31,7 @@ class RankGroup:
         rank: this rank's number in the group.
         size: n.
         ranks: their numbers in the world.
-        bytes_to_others_n: [n] int64, what this rank has sent to each other one by all-to-all.
+        bytes_to_others_n: [n] int64, what this rank has sent to each other one, by all-to-all or messages.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -120,6 +120,7 @@ class RankGroup:
 
     def start_send(self, value: Tensor, rank: int) -> Any:
         """Begin to send a contiguous `value` to a rank of the group; it must stay as it is until `wait()`."""
+        self.bytes_to_others_n[rank] += value.nbytes
         return dist.isend(value, group=self.process_group, group_dst=rank)
 
     def start_receive(self, value: Tensor, rank: int) -> Any:

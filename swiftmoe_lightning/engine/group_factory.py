@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.distributed import ExpertGroup, make_node_groups
+from swiftmoe_lightning.distributed import ExpertGroup
 
 
 def make_group(
@@ -41,9 +41,15 @@ def make_group(
             f"expert_parallel_size={size}, and the last axis of the mesh has {mesh.size(-1)} ranks: {mesh}. Leave "
             "one of them out."
         )
-    shard_device_type = "cpu" if config.offload_optimizer else device.type
-    group = ExpertGroup(device.type, size, ranks_per_node, mesh, tensor_mesh, shard_device_type=shard_device_type)
-    group.nodes = make_node_groups(group.expert, group.ranks_per_node, device, config.exchange)
+    group = ExpertGroup(
+        device.type,
+        size,
+        ranks_per_node,
+        mesh,
+        tensor_mesh,
+        shard_device_type="cpu" if config.offload_optimizer else device.type,
+        exchange=config.exchange,
+    )
     if config.dense == "ddp" and group.tensor is not None and group.num_data_ranks > 1:
         raise ValueError(
             f"dense='ddp' cannot average tensor-parallel parameters over the other axes of {tensor_mesh}. Set "

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import RankGroup
+from swiftmoe_lightning.distributed import RankGroup, to_device
 from swiftmoe_lightning.ops import reused_empty
 from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution, shard_rows
 
@@ -39,7 +39,7 @@ class PackedDistribution:
         self._slots, self._placement, self._ranks = slots, placement, ranks
         plan = plan_distribution(placement, _row_elements(slots))
         flat = [shard.flatten(1) for shard in shards.values()]
-        expert_P = torch.from_numpy(placement.pair_expert_P).to(flat[0].device)
+        (expert_P,) = to_device(flat[0].device, placement.pair_expert_P)
         shape = (placement.num_pairs, sum(shard_Ec.shape[1] for shard_Ec in flat))
         send_Pc = reused_empty(shape, flat[0].dtype, flat[0].device)
         columns = send_Pc.split([shard_Ec.shape[1] for shard_Ec in flat], dim=1)
@@ -118,17 +118,14 @@ def _rows_in(
 
 def _sum_over_ranks(parts: Sequence[Tensor], placement: Placement) -> list[Tensor]:
     """Each [P, columns] -> [E, columns], in float32 or wider: the sum of each expert's pairs, in rank order."""
-    device, expert_P = parts[0].device, placement.pair_expert_P
     wide = torch.promote_types(parts[0].dtype, torch.float32)
-    replicas = [
-        (torch.from_numpy(pairs).to(device), torch.from_numpy(expert_P[pairs]).to(device))
-        for pairs in placement.pairs_by_replica_index
-    ]
+    turns = [(pairs, placement.pair_expert_P[pairs]) for pairs in placement.pairs_by_replica_index]
+    first_pair_E, _, *others = to_device(parts[0].device, *(array for turn in turns for array in turn))
     totals = []
     for part_Pc in parts:
-        # The first array has one pair of every expert, in the order of the experts.
-        total_Ec = part_Pc.index_select(0, replicas[0][0]).to(wide)
-        for pairs, experts in replicas[1:]:
+        # One pair of every expert, in the order of the experts.
+        total_Ec = part_Pc.index_select(0, first_pair_E).to(wide)
+        for pairs, experts in zip(others[::2], others[1::2], strict=True):
             total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
         totals.append(total_Ec)
     return totals

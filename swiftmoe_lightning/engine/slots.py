@@ -19,7 +19,7 @@ from swiftmoe_lightning.engine.weight_exchange import (
     Stage,
     WeightPath,
 )
-from swiftmoe_lightning.placement import Placement
+from swiftmoe_lightning.placement import Placement, node_placements
 
 
 class ExpertSlots:
@@ -59,6 +59,7 @@ class ExpertSlots:
         self._filled: Placement | None = None
         self._is_queued = False
         self._distribution: PendingDistribution | None = None
+        self._stages: tuple[Placement, list[Stage]] | None = None
         self._sent_versions: list[tuple[int, int]] = []
         self.bytes_sent = dict.fromkeys(PHASES, 0)
 
@@ -94,8 +95,12 @@ class ExpertSlots:
             self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
 
     def _path(self, placement: Placement) -> WeightPath:
-        stages = [Stage(self._group.weights, placement)]
-        return WeightPath(stages, self._group.replicate, self._stream, self.bytes_sent)
+        if self._stages is None or self._stages[0] is not placement:
+            placements: tuple[Placement, ...] = (placement,)
+            if self._group.nodes is not None:
+                placements = node_placements(placement, self._group.expert.rank, self._group.ranks_per_node)
+            self._stages = placement, list(map(Stage, self._group.weights, placements))
+        return WeightPath(self._stages[1], self._group.replicate, self._stream, self.bytes_sent)
 
     @torch.no_grad()
     def continue_distribution(self) -> None:

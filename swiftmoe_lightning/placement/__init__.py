@@ -4,8 +4,8 @@ from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, fin
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
+from swiftmoe_lightning.placement.node_placements import node_placements
 from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
-from swiftmoe_lightning.placement.node_transfer import NodeTransfer, RailBlock, plan_node_transfer, plan_rail_buffer
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.placer import LayerMemory, Placer
 from swiftmoe_lightning.placement.policies import (
@@ -40,13 +40,11 @@ __all__ = [
     "LinkRows",
     "Messages",
     "NodePlan",
-    "NodeTransfer",
     "PackedPolicy",
     "PeerBlock",
     "Placement",
     "PlacementPolicy",
     "Placer",
-    "RailBlock",
     "RankPlan",
     "Regrouping",
     "RelayPlan",
@@ -61,13 +59,12 @@ __all__ = [
     "imbalance",
     "imbalance_bounds",
     "make_policy",
+    "node_placements",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
     "plan_messages",
-    "plan_node_transfer",
-    "plan_rail_buffer",
     "regroup_received",
     "regroup_sent",
     "shard_rows",

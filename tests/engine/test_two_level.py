@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.engine import direct_exchange
+from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.modules.two_level import TwoLevelDispatcher
 from swiftmoe_lightning.placement import Capacity, NodePlan
 from tests.engine import dense, models
@@ -235,3 +238,65 @@ def test_ranks_without_batches_relay_the_tokens_of_others() -> None:
         for i, output in enumerate(outputs):
             x = dense.batch(rank, i, torch.float64)[0][: 1 + 7 * i]
             torch.testing.assert_close(output, dense.dense_forward(weights, x), rtol=1e-12, atol=1e-14)
+
+
+def weights_of_two_steps(exchange: str, least_message: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Bytes of weights and gradients by link, of a rank on one of two nodes; and the final parameters."""
+    torch.manual_seed(0)
+    module = sml.MoE(dim=8, hidden_dim=8, num_experts=4, top_k=1, activation="relu2")
+    config = sml.SwiftMoEConfig(slots_per_rank=4, placement="packed", exchange=exchange)
+    with patch.object(direct_exchange, "_LEAST_MESSAGE", least_message):
+        engine = sml.SwiftMoEEngine(module, config, ranks_per_node=2)
+        model = engine.data_parallel()
+        optimizer = engine.prepare_optimizer(torch.optim.SGD(module.parameters(), lr=0.1))
+        for step in range(2):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(4 * step + dist.get_rank()))
+            model(x).square().sum().backward()
+            optimizer.step()
+        engine.wait_for_weights()
+    return engine.group.weight_bytes, engine.full_state_dict()
+
+
+@pytest.mark.parametrize("least_message", [0, 10**9], ids=["direct", "packed"])
+def test_fewer_weights_leave_nodes_and_all_are_the_same(least_message: int) -> None:
+    flat = run_ranks(weights_of_two_steps, 4, "flat", least_message)
+    two_level = run_ranks(weights_of_two_steps, 4, "two_level", least_message)
+    between = [sum(sent["between"] for sent, _ in ranks) for ranks in (flat, two_level)]
+    # All ranks have all 4 experts of 128 elements. Each owns 32 of each, which it sends to 2 ranks of the other node, or
+    # to 1; in 4 bytes, in two collections and three distributions.
+    assert between == [5 * 4 * (4 * 32) * ranks_of_node * 4 for ranks_of_node in (2, 1)]
+    for _, state in two_level:
+        for name, value in flat[0][1].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
+
+
+def save_or_load(path: str, exchange: str, saves: bool) -> dict[str, Tensor]:
+    settings = {"placement": models.RandomPolicy, "slots_per_rank": 4, "exchange": exchange}
+    engine = sml.SwiftMoEEngine(models.build(torch.float64), sml.SwiftMoEConfig(**settings), ranks_per_node=2)
+    model = engine.data_parallel()
+    optimizer = engine.prepare_optimizer(torch.optim.AdamW(engine.module.parameters(), lr=1e-2))
+    if not saves:
+        saved = torch.load(path, weights_only=True)
+        engine.module.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    for step in range(2) if saves else range(2, 4):
+        batch = dense.batch(step, 0, torch.float64)
+        x, target = (models.my_part(t, dist.get_rank(), dist.get_world_size()) for t in batch)
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = full_state({"model": engine.module.state_dict(), "optimizer": optimizer.state_dict()}, keep=True)
+    if saves and dist.get_rank() == 0:
+        torch.save(state, path)
+    return state["model"]
+
+
+def test_a_run_resumes_at_the_other_number_of_levels(tmp_path: Path) -> None:
+    finals = []
+    for first, second in (("flat", "flat"), ("two_level", "flat"), ("flat", "two_level")):
+        path = str(tmp_path / f"{first}-{second}.pt")
+        run_ranks(save_or_load, 4, path, first, True)
+        finals.append(run_ranks(save_or_load, 4, path, second, False)[0])
+    for final in finals[1:]:
+        for name, value in finals[0].items():
+            torch.testing.assert_close(final[name], value, rtol=1e-9, atol=1e-11)
