@@ -81,7 +81,7 @@ class TokenDispatcher:
 
     Attributes:
         by_pair: the rows that this rank sends, sorted by pair.
-        popularity_E: on the device.
+        popularity_E: [E] int, on the device.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class TokenDispatcher:
             self._receive_counts = self._start_counts()
         else:
             sent, received = (cut(self._rank_plan, plan.placement) for cut in (regroup_sent, regroup_received))
+            popularity_E = popularity_E.astype(np.int32)
             self.popularity_E, *tables = to_device(device, popularity_E, *sent.tables, *received.tables)
             self.by_pair = _regroup(by_expert.rows_TK, sum(self._rank_plan.send_splits), tables[:4])
             self._by_slot = tables[4:]
