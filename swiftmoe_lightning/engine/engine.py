@@ -192,8 +192,8 @@ class SwiftMoEEngine:
         """Phases 3 and 4, after an update of these layers (None: of all). `optimizer.step()` calls it. A collective."""
         states = self._states if states is None else states
         with phase("place"):
-            next_placements = self.place([state for state in states if not state.holds_gradients()])
-        self.distribute(states, next_placements)
+            placements = self.place([state for state in states if not state.holds_gradients()])
+        self.distribute(states, placements)
 
     def place(self, states: list[LayerState]) -> dict[int, Placement]:
         """Phase 3: layer index -> next placement, where one is due; also moves router biases, alike in all groups."""
@@ -210,16 +210,9 @@ class SwiftMoEEngine:
 
     def distribute(self, states: list[LayerState], placements: dict[int, Placement]) -> None:
         """Phase 4: send parameters' rows to the experts' ranks, layer by layer ahead of the next forward."""
-        updated = []
-        for state in states:
-            if state.sharded is None:
-                continue
-            if state.holds_gradients():
-                # Gradients that wait in the slots belong to the current placement.
-                state.sharded.stale = True
-            elif state.sharded.queue_distribution(placements.get(state.index, state.sharded.placement)):
-                updated.append(state.sharded)
-        self._window.add(updated)
+        layers = [state.sharded for state in states if state.sharded is not None]
+        placed = [(layer, placements.get(layer.index, layer.placement)) for layer in layers]
+        self._window.add([layer for layer, placement in placed if layer.queue_distribution(placement)])
 
     def wait_for_weights(self) -> None:
         """Wait until all slots have the weights that were sent to them, as the layers' next forwards would."""
@@ -228,7 +221,7 @@ class SwiftMoEEngine:
             layer.slots.finish_distribution()
 
     def mark_stale(self) -> None:
-        """After a write to parameters (EMA, by hand): let next forwards fill the slots again. Call on all ranks."""
+        """After a write to parameters (EMA, by hand): next forwards fill the slots again. Call on all ranks."""
         for layer in self.layers:
             layer.stale = True
         if self.dense is not None:
@@ -257,8 +250,7 @@ class SwiftMoEEngine:
         handshake = self.layers[0].handshake
         while len((table := handshake.done()).active_rows):
             self.layers[table.layer].serve(table)
-        assert self.group is not None
-        if self.group.replicate is not None:
+        if self.group is not None and self.group.replicate is not None:
             # Their first forward has filled stale slots; this group may have had none.
             for layer in self.layers:
                 layer.fill_if_stale()

@@ -184,6 +184,10 @@ class ShardedLayer(ExpertParallelContext):
 
     def queue_distribution(self, placement: Placement) -> bool:
         """Let the weights be sent to the ranks of `placement`. Returns whether they must: experts may be frozen."""
+        if self.holds_gradients():
+            # Those that wait in the slots belong to the current placement.
+            self.stale = True
+            return False
         is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # A parameter that was frozen between backward and step still has a gradient, and was updated.
         if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):

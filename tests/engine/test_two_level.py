@@ -262,8 +262,8 @@ def test_fewer_weights_leave_nodes_and_all_are_the_same(least_message: int) -> N
     flat = run_ranks(weights_of_two_steps, 4, "flat", least_message)
     two_level = run_ranks(weights_of_two_steps, 4, "two_level", least_message)
     between = [sum(sent["between"] for sent, _ in ranks) for ranks in (flat, two_level)]
-    # All ranks have all 4 experts of 128 elements. Each owns 32 of each, which it sends to 2 ranks of the other node, or
-    # to 1; in 4 bytes, in two collections and three distributions.
+    # All ranks have all 4 experts of 128 elements. Each owns 32 of each, which it sends to 2 ranks of the other node,
+    # or to 1; in 4 bytes, in two collections and three distributions.
     assert between == [5 * 4 * (4 * 32) * ranks_of_node * 4 for ranks_of_node in (2, 1)]
     for _, state in two_level:
         for name, value in flat[0][1].items():
