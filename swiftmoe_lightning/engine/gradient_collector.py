@@ -70,7 +70,7 @@ class GradientCollector:
 
     def on_backward(self, layer: ShardedLayer) -> None:
         """Backward has reached `layer`, and will add gradients to its slots."""
-        layer.place_placeholders()
+        layer.gradients.begin_backward()
         backward = torch._C._current_graph_task_id()
         if backward not in self._running:
             self._running[backward] = {}
@@ -97,12 +97,12 @@ class GradientCollector:
             self._advance()
         collected, self._collected = self._collected, {}
         for layer in collected:
-            layer.add_to_sharded_gradients()
+            layer.gradients.add_to_parameters()
 
     def _start(self, layer: ShardedLayer) -> None:
         # The gradients of the layer before have left: two layers' are held at any time.
         self._advance()
-        started = layer.start_collection()
+        started = layer.gradients.start_collection()
         if started is not None:
             self._under_way.append((layer, started))
 
@@ -111,7 +111,7 @@ class GradientCollector:
         under_way, self._under_way = self._under_way, []
         for layer, collection in under_way:
             if collection.advance():
-                layer.finish_collection(collection)
+                layer.gradients.finish_collection(collection)
                 self._collected[layer] = None
             else:
                 self._under_way.append((layer, collection))

@@ -34,6 +34,25 @@ class GradientPlaceholder:
         self._gradient = sharded.grad
         self._versions = write_counts(self._gradient)
 
+    def hold(self, sharded: nn.Parameter, total: Tensor) -> None:
+        """Let the gradient that has come take the place of the zeros, and their memory be free.
+
+        Args:
+            sharded: the parameter, of which nobody has replaced `.grad`.
+            total: this rank's rows of the gradient. A placeholder that is the gradient from before stays as it is.
+        """
+        if local_shard(self._gradient).data_ptr() == total.data_ptr():
+            # More has been added to it.
+            self._versions = write_counts(self._gradient)
+            return
+        is_ours = sharded.grad is self._gradient and is_placeholder(self._gradient)
+        if is_ours and (total.dtype, total.device) == (sharded.dtype, sharded.device):
+            self.release()
+            self._gradient = sharded_like(total, sharded)
+            setattr(self._gradient, _MARK, self)
+            sharded.grad = self._gradient
+            self._versions = write_counts(self._gradient)
+
     def was_discarded(self, sharded: nn.Parameter) -> bool:
         """Whether the user has zeroed or removed it."""
         return sharded.grad is None or self.was_zeroed(sharded.grad)

@@ -6,24 +6,17 @@ W ranks, E experts, s slots of a rank, D model dim (in x_TD).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from swiftmoe_lightning.distributed import (
-    ExpertGroup,
-    local_shard,
-    phase,
-    shard_whole_values,
-    sharded_like,
-)
-from swiftmoe_lightning.engine.gradient_placeholder import GradientPlaceholder, has_gradient
+from swiftmoe_lightning.distributed import ExpertGroup, shard_whole_values
+from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
 from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeTable
+from swiftmoe_lightning.engine.layer_gradients import LayerGradients
 from swiftmoe_lightning.engine.slots import ExpertSlots
-from swiftmoe_lightning.engine.weight_exchange import PendingCollection
 from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
@@ -43,6 +36,7 @@ class ShardedLayer(ExpertParallelContext):
         split: the token split, as in `SwiftMoEConfig`.
 
     Attributes:
+        gradients: those of its slots and sharded parameters.
         stale: whether the slots may differ from the parameters (at first, after a load, after a write by the user). If
             it is True on any rank, the next forward fills the slots on all ranks.
     """
@@ -55,12 +49,7 @@ class ShardedLayer(ExpertParallelContext):
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
         self._window: DistributionWindow | None = None
-        self._placeholders: dict[str, GradientPlaceholder] = {}
-        self._watched: dict[str, Tensor] = {}
-        self._arrived: set[str] = set()
-        # Gradients that have left the slots: those under way, and the sums of those that have come.
-        self._pending: list[PendingCollection] = []
-        self._totals: dict[str, Tensor] = {}
+        self.gradients = LayerGradients(experts, slots, group.num_data_ranks, self._on_gradients)
         self._announced: HandshakeTable | None = None
 
     def connect(self, handshake: ForwardHandshake, collector: GradientCollector, window: DistributionWindow) -> None:
@@ -157,18 +146,12 @@ class ShardedLayer(ExpertParallelContext):
         """The slots by name, each [s, ...], which require gradients where the sharded parameters do."""
         # Freezing, toggling and fine-tuning schedules flip requires_grad on the sharded parameters alone.
         for name, sharded in self.experts.expert_parameters().items():
-            slot = self.slots.weights[name].requires_grad_(sharded.requires_grad)
-            if slot.requires_grad and self._watched.get(name) is not slot:
-                slot.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
-                self._watched[name] = slot
+            self.slots.weights[name].requires_grad_(sharded.requires_grad)
+        self.gradients.watch()
         return self.slots.weights
 
-    def _on_gradient(self, name: str, _: Tensor) -> None:
-        """Backward has added all that it will to the gradient of a slot."""
-        self._arrived.add(name)
-        if all(name in self._arrived for name, slot in self.slots.weights.items() if slot.requires_grad):
-            self._arrived.clear()
-            self.collector.on_gradients(self)
+    def _on_gradients(self) -> None:
+        self.collector.on_gradients(self)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
         """Send rows to their ranks; differentiable. See `RankGroup.exchange_rows`."""
@@ -215,89 +198,17 @@ class ShardedLayer(ExpertParallelContext):
                 "backward through a forward from before the last optimizer step (or load): its experts' weights have "
                 "been replaced since, as an in-place update would. Run forward again after each step."
             )
-        self._arrived.clear()
         self.collector.on_backward(self)
 
-    def place_placeholders(self) -> None:
-        """Put placeholders in `.grad` of the sharded parameters before backward adds to the slots."""
-        self.discard_gradients()
-        for name, sharded in self.experts.expert_parameters().items():
-            if sharded.requires_grad and name not in self._placeholders:
-                self._placeholders[name] = GradientPlaceholder(sharded)
-
-    def discard_gradients(self) -> None:
-        """Remove the gradients from the slots that the user has discarded (`zero_grad`, `p.grad = None`)."""
-        parameters = self.experts.expert_parameters()
-        for name, placeholder in list(self._placeholders.items()):
-            if placeholder.was_discarded(parameters[name]):
-                self._placeholders.pop(name).release()
-                self.slots.weights[name].grad = None
-                self._totals.pop(name, None)
-                for collection in self._pending:
-                    collection.discarded.add(name)
-
     def holds_gradients(self) -> bool:
-        """Whether gradients wait that are neither in `.grad` nor discarded by the user: in the slots, or under way."""
-        self.discard_gradients()
-        return self.slots.has_gradients or bool(self._totals) or bool(self._pending)
+        """Whether gradients wait that are neither in `.grad` nor discarded by the user."""
+        return self.gradients.are_waiting()
 
     @torch.no_grad()
     def serve(self, table: HandshakeTable) -> None:
         """Take part in the evaluation forward that other ranks have announced in `table`, without tokens."""
         self._announced = table
-        device = next(iter(self.experts.parameters())).device
+        device = self.slots.device
         x_TD = torch.empty(0, self.experts.dim, dtype=table.dtype, device=device)
         no_assignments = torch.empty(0, 1, device=device)
         self.experts.run(x_TD, no_assignments.long(), no_assignments, torch.ones((), dtype=torch.bool, device=device))
-
-    def start_collection(self) -> PendingCollection | None:
-        """Begin to send the gradients in the slots to the ranks that own their rows. A collective.
-
-        Returns:
-            None when there are none.
-        """
-        self.discard_gradients()
-        collection = self.slots.start_collection()
-        if collection is not None:
-            self._pending.append(collection)
-        return collection
-
-    @torch.no_grad()
-    def finish_collection(self, collection: PendingCollection) -> None:
-        """Keep the sums of a collection that is through until the end of backward."""
-        with phase("collect"):
-            device = next(iter(self.experts.parameters())).device
-            for name, total in collection.means(self._group.num_data_ranks, device).items():
-                if name in self._totals:
-                    self.slots.join((self._totals[name], total))
-                    total = self._totals[name].add_(total)
-                self._totals[name] = total
-            self._pending.remove(collection)
-
-    @torch.no_grad()
-    def add_to_sharded_gradients(self) -> None:
-        """Add the collected sums to `.grad` of the parameters; the user's hooks on them run."""
-        parameters = self.experts.expert_parameters()
-        totals, self._totals = self._totals, {}
-        self.slots.join(totals.values())
-        for name, total in totals.items():
-            self._placeholders.pop(name, None)
-            accumulate_gradient(parameters[name], total.to(local_shard(parameters[name])))
-
-
-def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:
-    """Add this rank's rows of a gradient to `.grad`, as autograd does for a leaf.
-
-    First tensor hooks, which may replace the gradient, then the addition, then post-accumulate hooks.
-    """
-    gradient: Tensor = sharded_like(shard, sharded)
-    for hook in (sharded._backward_hooks or {}).values():
-        replaced = hook(gradient)
-        gradient = gradient if replaced is None else replaced
-    if has_gradient(sharded):
-        assert sharded.grad is not None
-        local_shard(sharded.grad).add_(local_shard(gradient))
-    else:
-        sharded.grad = gradient
-    for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
-        hook(sharded)

@@ -39,6 +39,7 @@ class ExpertSlots:
     Attributes:
         placement: by which the slots are filled, or will be by the next distribution.
         weights: name -> slots.
+        device: of the slots.
         bytes_sent: phase -> bytes that this rank has sent to other ranks so far.
     """
 
@@ -51,7 +52,7 @@ class ExpertSlots:
         param_dtype: torch.dtype | None,
         wire_dtype: torch.dtype,
     ) -> None:
-        self._parameters, self._group, self._device = parameters, group, device
+        self._parameters, self._group, self.device = parameters, group, device
         self._param_dtype, self._wire_dtype = param_dtype, wire_dtype
         self._stream = side_stream(device)
         self.placement = placement
@@ -88,7 +89,7 @@ class ExpertSlots:
             self._filled, self._is_queued = self.placement, False
             # From CPU memory each layer's rows travel by themselves.
             shards = {
-                name: local_shard(p).to(self._device, self.weights[name].dtype, non_blocking=True)
+                name: local_shard(p).to(self.device, self.weights[name].dtype, non_blocking=True)
                 for name, p in parameters.items()
             }
             slots = {name: weight.detach() for name, weight in self.weights.items()}
@@ -165,7 +166,7 @@ class ExpertSlots:
             if slot is None or slot.dtype != dtype or slot.shape != shape:
                 # Not an inference tensor, which could not be trained, even if the first forward is in inference mode.
                 with torch.inference_mode(False):
-                    self.weights[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+                    self.weights[name] = torch.zeros(shape, dtype=dtype, device=self.device)
             self.weights[name].requires_grad_(sharded.requires_grad)
 
 

@@ -194,7 +194,7 @@ def most_gradients() -> int:
 
     def count(*_: Any) -> None:
         nonlocal most
-        most = max(most, sum(layer.holds_gradients() and not layer._totals for layer in layers))
+        most = max(most, sum(layer.holds_gradients() and not layer.gradients._totals for layer in layers))
 
     run.micro(ALL)
     run.step()
