@@ -7,14 +7,14 @@ needs the numbers. Elsewhere the same functions copy plainly, or not at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes at whose multiples arrays begin in the buffer, so that any dtype and any load fits.
+# Bytes at whose multiples arrays begin: kernels are compiled anew for a pointer that is aligned otherwise.
 _ALIGNMENT: Final = 16
 
 
@@ -23,30 +23,26 @@ def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
 
     Args:
         device: where they go.
-        *arrays: of any shapes and dtypes.
+        *arrays: of one dtype.
 
     Returns:
         A tensor for each array, of its shape and dtype.
     """
-    values = [torch.from_numpy(array) for array in arrays]
-    num_bytes = sum(map(_padded, values))
-    # The allocator of pinned memory gives the buffer to nobody else before the copy is done.
-    buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-    for part, value in zip(_parts(buffer, values), values, strict=True):
-        part.copy_(value)
-    return tuple(_parts(buffer.to(device, non_blocking=True), values))
-
-
-def _padded(value: Tensor) -> int:
-    return -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _parts(buffer: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Views of `buffer`, one after the other, each of the shape and dtype of a tensor."""
+    dtype = arrays[0].dtype
+    assert all(array.dtype == dtype for array in arrays), [array.dtype for array in arrays]
+    # Each array's elements, and how many behind them are padding.
+    sizes = [size for array in arrays for size in (array.size, -array.size % (_ALIGNMENT // dtype.itemsize))]
+    flat = np.zeros(sum(sizes), dtype)
     start = 0
-    for value in like:
-        yield buffer[start : start + value.nbytes].view(value.dtype).view(value.shape)
-        start += _padded(value)
+    for array, size, padding in zip(arrays, sizes[::2], sizes[1::2], strict=True):
+        flat[start : start + size] = array.ravel()
+        start += size + padding
+    host = torch.from_numpy(flat)
+    if device.type == "cuda":
+        # The allocator of pinned memory gives it to nobody else before the copy is done.
+        host = host.pin_memory()
+    parts = host.to(device, non_blocking=True).split(sizes)[::2]
+    return tuple(part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
 
 
 def to_host(value: Tensor) -> np.ndarray:

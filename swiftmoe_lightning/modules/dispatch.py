@@ -23,10 +23,11 @@ def sorting_tables(plan: DispatchPlan, rank_plan: RankPlan) -> tuple[np.ndarray,
 
     Returns:
         Of the pairs in the order of their experts: which it is, what this rank sends to it, and its budget, [P] each;
-        and how many of this rank's assignments survive in each budget, [B].
+        and how many of this rank's assignments survive in each budget, [B]. All int32.
     """
     order_P = plan.placement.by_expert_P
-    return order_P, rank_plan.sent_P[order_P], plan.budget_of_pair_P[order_P], rank_plan.kept_B
+    tables = (order_P, rank_plan.sent_P[order_P], plan.budget_of_pair_P[order_P], rank_plan.kept_B)
+    return tuple(table.astype(np.int32) for table in tables)
 
 
 def sort_by_pair(
@@ -50,7 +51,7 @@ def sort_by_pair(
     budget_N = budget_P.repeat_interleave(sent_P, output_size=num_assigned)
     assignment_N = by_expert.assignment_R[:num_assigned]
     order_N, is_kept_N = _best_first(weights_TK.detach().flatten()[assignment_N], budget_N, kept_B)
-    pair_TK = torch.full(weights_TK.shape, -1, device=weights_TK.device)
+    pair_TK = torch.full(weights_TK.shape, -1, dtype=torch.int32, device=weights_TK.device)
     pair_TK.view(-1)[assignment_N[order_N]] = torch.where(is_kept_N, pair_N[order_N], -1)
     by_pair = sort_assignments(pair_TK, len(order_P))
     return by_pair._replace(assignment_R=by_pair.assignment_R[:num_kept])
@@ -61,7 +62,7 @@ def _best_first(score_N: Tensor, budget_N: Tensor, kept_B: Tensor) -> tuple[Tens
     best_first_N = torch.argsort(score_N, descending=True, stable=True)
     order_N = best_first_N[torch.argsort(budget_N[best_first_N], stable=True)]
     budget_N = budget_N[order_N]
-    sizes_B = torch.zeros_like(kept_B).scatter_add_(0, budget_N, torch.ones_like(budget_N))
+    sizes_B = torch.zeros_like(kept_B).scatter_add_(0, budget_N.to(torch.int64), torch.ones_like(budget_N))
     index_N = torch.arange(len(order_N), device=budget_N.device) - (sizes_B.cumsum(0) - sizes_B)[budget_N]
     return order_N, index_N < kept_B[budget_N]
 
@@ -82,7 +83,7 @@ class TokenDispatcher:
     Attributes:
         by_pair: the rows that this rank sends, sorted by pair.
         weights_TK: what rows that come back are multiplied by.
-        popularity_E: on the device.
+        popularity_E: [E] int32, on the device.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class TokenDispatcher:
         self._context, self._plan, self._rank_plan = context, plan, plan.for_rank(context.rank)
         self._by_slot: list[Tensor] = []
         self.weights_TK = weights_TK
-        device = weights_TK.device
+        device, popularity_E = weights_TK.device, popularity_E.astype(np.int32)
         if plan.num_dropped_tokens:
             self.popularity_E, *tables = to_device(device, popularity_E, *sorting_tables(plan, self._rank_plan))
             self.by_pair = sort_by_pair(by_expert, weights_TK, self._rank_plan, tuple(tables))

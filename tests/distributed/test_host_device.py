@@ -12,13 +12,12 @@ CPU = torch.device("cpu")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_arrays_arrive_with_their_shapes_and_dtypes_in_one_buffer() -> None:
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32, np.bool_])
+def test_arrays_arrive_with_their_shapes_in_one_buffer(dtype: type[np.generic]) -> None:
     arrays = [
-        np.arange(3, dtype=np.int32),
-        np.zeros((0, 4), np.int64),
-        np.array([[2.5, -1.0]], np.float64).T,
-        np.array([True, False]),
+        np.arange(size).reshape(shape).astype(dtype) for size, shape in [(3, 3), (0, (0, 4)), (6, (2, 3)), (4, 4)]
     ]
+    arrays.append(arrays[2].T)
     tensors = to_device(CPU, *arrays)
     for tensor, array in zip(tensors, arrays, strict=True):
         assert tensor.dtype == torch.from_numpy(array).dtype
@@ -58,8 +57,8 @@ def test_on_a_gpu_only_a_read_waits() -> None:
     device = torch.device("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        numbers, bits = to_device(device, np.arange(5), np.array([True]))
-        copy = HostCopy(device, lambda: numbers + bits)
+        numbers, one = to_device(device, np.arange(5), np.array([1]))
+        copy = HostCopy(device, lambda: numbers + one)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert copy.wait().tolist() == [1, 2, 3, 4, 5]
