@@ -96,7 +96,6 @@ class TokenDispatcher:
     ) -> None:
         self._context, self._plan, self._rank_plan = context, plan, plan.for_rank(context.rank)
         self._by_slot: list[Tensor] = []
-        self._receive_counts: Callable[[], Tensor] | None = None
         self.weights_TK = weights_TK
         device, popularity_E = weights_TK.device, popularity_E.astype(np.int32)
         if plan.num_dropped_tokens:
