@@ -22,6 +22,7 @@ def test_on_a_cpu_work_runs_where_it_is_called() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_model_waits_for_it_and_the_host_for_what_is_copied_down() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     stream = side_stream(device)
