@@ -115,6 +115,5 @@ class TrainingLoop:
             self._optimizer.step()
             self._optimizer.zero_grad()
         if self._engine is not None:
-            for layer in self._engine.layers:
-                layer.slots.finish_distribution()
+            self._engine.wait_for_weights()
         dist.barrier()

@@ -65,8 +65,8 @@ class TrainingSystem:
 
     def wait_for_weights(self) -> None:
         """Wait until the experts' next weights have arrived, as the next forward would."""
-        for layer in [] if self.engine is None else self.engine.layers:
-            layer.slots.finish_distribution()
+        if self.engine is not None:
+            self.engine.wait_for_weights()
 
     def set_adapting(self, every_step: bool) -> None:
         """Make a new placement in every step, or keep the present one."""
