@@ -84,21 +84,32 @@ ROWS: Final = (
     ),
     Row(
         "Memory",
-        "activation checkpointing; experts on the meta device in `configure_model`",
-        "no rank ever holds a whole expert tensor",
-        ("strategies/test_fit: modules", "engine/test_engine_setup: meta_experts"),
+        "activation checkpointing; experts on the meta device in `configure_model`; experts and optimizer state in the "
+        "CPU's memory (`offload_optimizer`)",
+        "no rank ever holds a whole expert tensor; a GPU's offloading is not tested on one yet",
+        (
+            "strategies/test_fit: modules",
+            "engine/test_engine_setup: meta_experts",
+            "engine/test_offload: offloaded",
+            "engine/test_memory: bytes",
+        ),
     ),
     Row(
         'Dense part sharded (`dense="fsdp2"`)',
         "Lightning, Fabric, Accelerate, HF Trainer, plain engine; accumulation, clipping, uneven evaluation, "
         'checkpoints of every kind, also to and from `dense="ddp"` and plain DDP',
         "the children of the outermost `nn.ModuleList`s are gathered one by one; evaluation holds the dense weights "
-        "whole; averaged weights (EMA, SWA) and `offload_optimizer` are refused",
+        "whole; averaged weights (EMA, SWA) are refused",
         (
             "engine/test_fully_sharded: thirty_steps whole_files",
             "strategies/test_fully_sharded: fit evaluation checkpoints averaged accelerate fabric trainer",
-            "test_config: cut_dense",
         ),
+    ),
+    Row(
+        "Several ranks a node (`exchange`)",
+        'every framework: `exchange="two_level"` or `"auto"` sends tokens and weights once to a node',
+        "nodes of equally many neighbouring ranks; an expert group on one node needs none of it",
+        ("engine/test_two_level: thirty_steps resumes", "distributed/test_node_groups: one_level"),
     ),
     Row(
         "Expert groups (`expert_parallel_size`)",
@@ -143,8 +154,12 @@ ROWS: Final = (
     Row(
         "Compilation",
         '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
-        "a graph break at each MoE layer of ours, no recompilation from step to step",
-        ("strategies/test_compiled_module: compiled", "huggingface/test_experts: compile"),
+        "graphs end at each exchange of tokens, no recompilation from step to step",
+        (
+            "strategies/test_compiled_module: compiled",
+            "engine/test_compiled: compiled",
+            "huggingface/test_experts: compile",
+        ),
     ),
     Row(
         "Checkpoints",

@@ -43,10 +43,10 @@ class SwiftMoEEngine:
     """Adaptive replication for every `Experts` layer of a module. One training step, in order:
 
     route, count, plan, dispatch, experts, combine    in forward: `MoE.forward`, `Experts.run`
-    collect      at the end of backward: each expert's gradient -> the ranks that own its rows   (all-to-all 1)
+    collect      inside backward, layer by layer: each expert's gradient -> the ranks that own its rows    (1)
     update       `optimizer.step()`, on this rank's rows alone; no communication
     place        next placements from popularity; the same answer on every rank
-    distribute   updated rows -> the experts' ranks in the next placements                       (all-to-all 2)
+    distribute   updated rows -> the experts' ranks in the next placements, two layers ahead of forward    (2)
 
     Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
     through `data_parallel()`; then make optimizers, and pass them through `prepare_optimizer`. Without a process
@@ -185,7 +185,7 @@ class SwiftMoEEngine:
             yield
 
     def collect(self) -> None:
-        """Phase 1: gradients in slots -> `.grad`, averaged over ranks. Called at the end of backward. A collective."""
+        """Phase 1: gradients in slots -> `.grad`, averaged over ranks. Backward calls it at its end. A collective."""
         self._collector.collect()
 
     def after_update(self, states: list[LayerState] | None = None) -> None:
