@@ -10,9 +10,10 @@ tensor that this rank owns, c elements of one expert in these rows, over all its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmoe_lightning.distributed import RankGroup, to_device
@@ -92,11 +93,10 @@ class PackedCollection:
         Sums are taken in float32 or wider, so they do not depend on who arrives first.
         """
         widths = [math.prod(shape) for shape in self._shapes.values()]
-        received_Pc = self._exchange.wait().view(self._placement.num_pairs, sum(widths))
-        totals = _sum_over_ranks(received_Pc.split(widths, dim=1), self._placement)
+        total_Ec = _sum_over_ranks(self._exchange.wait().view(self._placement.num_pairs, sum(widths)), self._placement)
         return {
-            name: total_Ec.view(len(total_Ec), *shape)
-            for (name, shape), total_Ec in zip(self._shapes.items(), totals, strict=True)
+            name: part_Ec.contiguous().view(len(part_Ec), *shape)
+            for (name, shape), part_Ec in zip(self._shapes.items(), total_Ec.split(widths, dim=1), strict=True)
         }
 
 
@@ -116,19 +116,12 @@ def _rows_in(
                 yield piece.unflatten(2, by_peer.shape[2:]), by_peer
 
 
-def _sum_over_ranks(parts: Sequence[Tensor], placement: Placement) -> list[Tensor]:
-    """Each [P, columns] -> [E, columns], in float32 or wider: the sum of each expert's pairs, in rank order."""
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    turns = [(pairs, placement.pair_expert_P[pairs]) for pairs in placement.pairs_by_replica_index]
-    first_pair_E, _, *others = to_device(parts[0].device, *(array for turn in turns for array in turn))
-    totals = []
-    for part_Pc in parts:
-        # One pair of every expert, in the order of the experts.
-        total_Ec = part_Pc.index_select(0, first_pair_E).to(wide)
-        for pairs, experts in zip(others[::2], others[1::2], strict=True):
-            total_Ec.index_add_(0, experts, part_Pc.index_select(0, pairs).to(wide))
-        totals.append(total_Ec)
-    return totals
+def _sum_over_ranks(received_Pc: Tensor, placement: Placement) -> Tensor:
+    """[P, c] -> [E, c], in float32 or wider: the sum of each expert's pairs, in rank order."""
+    order_P, first_E = to_device(received_Pc.device, placement.by_expert_P, placement.first_pair_E)
+    wide = torch.promote_types(received_Pc.dtype, torch.float32)
+    # One gather of all pairs, which adds up as it reads.
+    return F.embedding_bag(order_P, received_Pc.to(wide), first_E, mode="sum")
 
 
 def _row_elements(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:

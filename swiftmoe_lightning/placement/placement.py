@@ -121,17 +121,6 @@ class Placement:
         return is_first_P
 
     @cached_property
-    def pairs_by_replica_index(self) -> list[np.ndarray]:
-        """For i = 0, 1, ...: the indices of the i-th pairs of all experts that have more than i pairs, by expert.
-
-        The first array has a pair for each of the E experts. No array has two pairs of one expert.
-        """
-        num_pairs_E = np.bincount(self.pair_expert_P, minlength=self.num_experts)
-        first_P = np.repeat(np.cumsum(num_pairs_E) - num_pairs_E, num_pairs_E)
-        index_P = np.arange(len(first_P)) - first_P
-        return [self.by_expert_P[index_P == index] for index in range(num_pairs_E.max())]
-
-    @cached_property
     def num_pairs_W(self) -> np.ndarray:
         """[W] int64: pairs of each rank, which are the different experts on it; they sum to P."""
         return np.bincount(self.pair_rank_P, minlength=self.world_size)

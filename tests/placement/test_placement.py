@@ -84,7 +84,14 @@ def test_moved_replicas_are_the_difference_of_the_sets_of_pairs(data):
     assert before.num_moved(later) == len(pairs[1] - pairs[0])
 
 
-def test_pairs_by_replica_index_list_every_experts_ranks_one_by_one_in_rank_order() -> None:
-    # Pairs: (0, 0) (0, 1) (1, 0) (2, 1) (2, 2).
-    placement = Placement([0, 1, 0, 0, 1, 2], 3, 3)
-    assert [pairs.tolist() for pairs in placement.pairs_by_replica_index] == [[0, 1, 4], [2, 3]]
+def test_an_experts_first_pair_is_its_first_rank() -> None:
+    placement = Placement(np.array([0, 1, 1, 0, 2, 1]), num_experts=3, world_size=3)
+    assert list(zip(placement.pair_rank_P.tolist(), placement.pair_expert_P.tolist(), strict=True)) == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (2, 1),
+        (2, 2),
+    ]
+    assert placement.is_first_pair_P.tolist() == [True, True, False, False, False, True]
