@@ -129,8 +129,9 @@ class DirectCollection:
         return self._totals
 
 
-# Up to this size a copy into a buffer costs no more than a message (gloo, two and four ranks of one machine).
-_LEAST_MESSAGE = 32 * 1024
+# A message is copied to the network by the thread that trains, a packed buffer by gloo's own: smaller blocks take the
+# latter (two and four ranks of one machine, a core for each or for two).
+_LEAST_MESSAGE = 512 * 1024
 
 
 def travels_directly(tensors: Mapping[str, Tensor], world_size: int) -> bool:

@@ -69,7 +69,7 @@ def test_direct_equals_packed(table: list[int]) -> None:
 
 
 def test_only_large_blocks_on_the_cpu_travel_directly() -> None:
-    large = {"up": torch.empty(1, 64, 1024), "bias": torch.empty(1, 64)}
+    large = {"up": torch.empty(1, 1024, 1024), "bias": torch.empty(1, 64)}
     assert travels_directly(large, 4)
     assert not travels_directly(large, 8)
     assert not travels_directly({name: tensor.to("meta") for name, tensor in large.items()}, 1)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import swiftmoe_lightning as sml
 from tests.helpers import run_ranks
 
-DIM, HIDDEN, EXPERTS, NUM_LAYERS, SLOTS = 256, 256, 8, 6, 5
+DIM, HIDDEN, EXPERTS, NUM_LAYERS, SLOTS = 512, 512, 8, 6, 5
 # Of one expert, in float32.
 EXPERT_BYTES = 3 * DIM * HIDDEN * 4
 
