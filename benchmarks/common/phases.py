@@ -91,7 +91,9 @@ def engine_phases(engine: SwiftMoEEngine) -> Iterator[Stopwatch]:
     watch = Stopwatch()
     parts: tuple[tuple[Any, str, str], ...] = (
         (ShardedLayer, "begin_forward", "count"),
+        (ExpertSlots, "start_distribution", "distribute"),
         (ExpertSlots, "finish_distribution", "arrive"),
+        (GradientCollector, "on_gradients", "collect"),
         (GradientCollector, "collect", "collect"),
         (engine, "place", "place"),
         (engine, "distribute", "distribute"),

@@ -15,6 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+# Whether a storage is free; a torch without it allocates as ever.
+_use_count: Final = getattr(torch._C, "_storage_Use_Count", None)
 # Below, allocators keep blocks themselves.
 _SMALLEST: Final = 1 << 20
 # A free block is given back to the system when as many others have been taken since it was last used.
@@ -30,7 +32,7 @@ def reused_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
         device: only on the CPU memory is reused here.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or num_bytes < _SMALLEST:
+    if device.type != "cpu" or num_bytes < _SMALLEST or _use_count is None:
         return torch.empty(shape, dtype=dtype, device=device)
     # Not an inference tensor, whatever the mode: the block outlives it.
     with torch.inference_mode(False), torch.no_grad():
@@ -38,6 +40,13 @@ def reused_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
         # Not a view: the tensor is to be like any other.
         strides = torch.empty(shape, device="meta").stride()
         return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, tuple(shape), strides)
+
+
+def count_uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors and other objects have the storage."""
+    assert _use_count is not None
+    uses: int = _use_count(storage._cdata)
+    return uses
 
 
 @dataclass(eq=False)
@@ -50,7 +59,7 @@ class _Block:
 
     @property
     def is_free(self) -> bool:
-        return torch._C._storage_Use_Count(self.storage._cdata) == self.own_count
+        return count_uses(self.storage) == self.own_count
 
 
 class BlockPool:
@@ -77,7 +86,7 @@ class BlockPool:
         # Sizes change a little with every placement: in steps of an eighth, most fit into what was there before.
         step = 1 << max(num_bytes.bit_length() - 4, 0)
         storage = torch.UntypedStorage(-(-num_bytes // step) * step)
-        block = _Block(storage, torch._C._storage_Use_Count(storage._cdata), 0)
+        block = _Block(storage, count_uses(storage), 0)
         self.blocks.append(block)
         return block
 

@@ -68,3 +68,10 @@ def test_blocks_that_nobody_takes_go_back(monkeypatch) -> None:
     pool.take(100_000)
     assert sorted(b.storage.nbytes() for b in pool.blocks)[1] > 10_000
     assert len(pool.blocks) == 2
+
+
+def test_without_a_count_of_uses_nothing_is_kept(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_pool", pool := BlockPool())
+    monkeypatch.setattr(memory, "_use_count", None)
+    assert reused_empty((1 << 20, 2), torch.float32, CPU).is_contiguous()
+    assert not pool.blocks
