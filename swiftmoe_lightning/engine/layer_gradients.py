@@ -108,8 +108,11 @@ class LayerGradients:
         totals, self._totals = self._totals, {}
         self._slots.join(totals.values())
         for name, total in totals.items():
-            self._placeholders.pop(name, None)
+            placeholder = self._placeholders.pop(name, None)
             accumulate_gradient(parameters[name], total.to(local_shard(parameters[name])))
+            if placeholder is not None:
+                # It and its gradient refer to each other, and would wait for the garbage collector.
+                placeholder.release()
 
 
 def accumulate_gradient(sharded: nn.Parameter, shard: Tensor) -> None:

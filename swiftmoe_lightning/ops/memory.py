@@ -71,10 +71,10 @@ class BlockPool:
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8, in a storage that no other tensor has, of at most twice the size."""
+        """[num_bytes] uint8, in a storage that no other tensor has, at most a quarter larger."""
         with self._lock:
             self._num_taken += 1
-            fitting = [b for b in self.blocks if num_bytes <= b.storage.nbytes() <= 2 * num_bytes and b.is_free]
+            fitting = [b for b in self.blocks if num_bytes <= b.storage.nbytes() <= 1.25 * num_bytes and b.is_free]
             block = min(fitting, key=lambda b: b.storage.nbytes(), default=None)
             if block is None:
                 self._give_back_idle()
