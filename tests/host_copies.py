@@ -65,7 +65,6 @@ ELSEWHERE: Final[dict[str, str]] = {
     "distributed/host_device.py to_host": "what the callers are listed for",
     "engine/checkpoint.py full_state": "checkpoints",
     "engine/direct_exchange.py DirectCollection._places": "on the CPU alone",
-    "engine/direct_exchange.py DirectCollection.finish": "on the CPU alone",
     "engine/direct_exchange.py DirectDistribution.__init__": "on the CPU alone",
     "engine/gradient_placeholder.py _zeros_like": "on the CPU alone",
     "engine/handshake.py ForwardHandshake._explain_failure": "an error",

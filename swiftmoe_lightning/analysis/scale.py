@@ -111,7 +111,7 @@ class GroupCost:
     def token_seconds(self) -> float:
         """Of a micro-batch: dispatch and combine, forward and backward."""
         exchanges = _TOKEN_EXCHANGES * self.model.num_layers
-        return exchanges * self._exchange_in_group(self._token_bytes / self.group_size)
+        return exchanges * self._exchange_in_group(self.token_bytes / self.group_size)
 
     @property
     def count_seconds(self) -> float:
@@ -146,7 +146,7 @@ class GroupCost:
         waiting = in_flight if self.workload.micro_batches == 1 else self.model.num_layers
         owned = self.model.num_experts / self.group_size if self.num_groups > 1 else 0.0
         wire = 2 * (self.slots_per_rank + owned) * gradients if self.cluster.num_ranks > 1 else 0.0
-        tokens = 2 * self._token_bytes if self.group_size > 1 else 0.0
+        tokens = 2 * self.token_bytes if self.group_size > 1 else 0.0
         return waiting * self.slots_per_rank * weights + in_flight * wire + tokens
 
     def dense_bytes(self, dense: str) -> float:
@@ -184,9 +184,14 @@ class GroupCost:
         return parameters * BYTES_OF[self.workload.param_dtype], parameters * BYTES_OF[self.workload.reduce_dtype]
 
     @property
-    def _token_bytes(self) -> float:
+    def token_bytes(self) -> float:
         """What a rank sends in one exchange of one layer, its own part included: T K D, in the slots' dtype."""
         return self.workload.tokens * self.model.top_k * self.model.dim * BYTES_OF[self.workload.param_dtype]
+
+    @property
+    def ranks_per_node(self) -> int:
+        """n, ranks of the group on one node; of a rank with the fewest neighbours where groups lie across borders."""
+        return gcd(self.group_size, self._node_size)
 
     @property
     def _node_size(self) -> int:
@@ -194,7 +199,7 @@ class GroupCost:
 
     def _exchange_in_group(self, message: float) -> float:
         """Seconds, for a rank with the fewest neighbours where groups lie across nodes' borders."""
-        near = gcd(self.group_size, self._node_size) - 1
+        near = self.ranks_per_node - 1
         return self.cluster.exchange_seconds(near, self.group_size - 1 - near, message)
 
     def _fullest(self, num_groups: int) -> float:

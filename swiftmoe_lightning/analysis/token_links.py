@@ -7,7 +7,7 @@ expert group, on G nodes of n; E experts, K top-k, T tokens of a rank, D model d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 from typing import Final
 
 from swiftmoe_lightning.analysis.cluster import BYTES_OF
@@ -40,8 +40,8 @@ def flat_links(cost: GroupCost) -> TokenLinks:
     Args:
         cost: of a group.
     """
-    size, n = cost.group_size, _ranks_per_node(cost)
-    sent = _EXCHANGES * cost.model.num_layers * _assignments(cost) * _row_bytes(cost)
+    size, n = cost.group_size, cost.ranks_per_node
+    sent = _EXCHANGES * cost.model.num_layers * cost.token_bytes
     return TokenLinks(sent * (n - 1) / size, sent * (size - n) / size, cost.token_seconds)
 
 
@@ -57,16 +57,16 @@ def two_level_links(cost: GroupCost) -> TokenLinks | None:
     Returns:
         None for a group on one node, or with one rank a node.
     """
-    size, n = cost.group_size, _ranks_per_node(cost)
+    size, n = cost.group_size, cost.ranks_per_node
     if not 1 < n < size:
         return None
     num_nodes, num_experts, layers = size // n, cost.model.num_experts, cost.model.num_layers
     elsewhere = num_experts - num_experts / num_nodes
     is_absent = prod(max(elsewhere - k, 0) / (num_experts - k) for k in range(cost.model.top_k))
     to_each_node = cost.workload.tokens * (1 - is_absent)
-    to_each_rank = _assignments(cost) / n
-    between = to_each_node * (_EXCHANGES * _row_bytes(cost) + _LABEL_BYTES * cost.model.top_k)
-    inside = to_each_rank * _EXCHANGES * _row_bytes(cost)
+    row_bytes = cost.model.dim * BYTES_OF[cost.workload.param_dtype]
+    between = to_each_node * (_EXCHANGES * row_bytes + _LABEL_BYTES * cost.model.top_k)
+    inside = _EXCHANGES * cost.token_bytes / n
     exchanges = (
         cost.cluster.exchange_seconds(n - 1, 0, inside / _EXCHANGES),
         cost.cluster.exchange_seconds(0, num_nodes - 1, between / _EXCHANGES),
@@ -76,16 +76,3 @@ def two_level_links(cost: GroupCost) -> TokenLinks | None:
         between_bytes=layers * (num_nodes - 1) * between,
         seconds=layers * _EXCHANGES * sum(exchanges),
     )
-
-
-def _ranks_per_node(cost: GroupCost) -> int:
-    """n: of a rank with the fewest neighbours, where groups lie across nodes' borders."""
-    return gcd(cost.group_size, min(cost.cluster.ranks_per_node, cost.cluster.num_ranks))
-
-
-def _assignments(cost: GroupCost) -> int:
-    return cost.workload.tokens * cost.model.top_k
-
-
-def _row_bytes(cost: GroupCost) -> int:
-    return cost.model.dim * BYTES_OF[cost.workload.param_dtype]

@@ -72,7 +72,6 @@ class DirectCollection:
     """
 
     def __init__(self, gradients: Mapping[str, Tensor], placement: Placement, ranks: RankGroup) -> None:
-        self._placement, self._rank = placement, ranks.rank
         num_rows = tuple(gradient.shape[1] for gradient in gradients.values())
         messages = plan_messages(placement, num_rows, ranks.rank)
         self._works: list[Any] = []
@@ -83,49 +82,52 @@ class DirectCollection:
             name: reused_empty((placement.num_experts, *own.shape[1:]), own.dtype, own.device)
             for name, own in zip(gradients, self._own, strict=True)
         }
-        self._parts_P = self._places()
+        # (sum, part, whether it is the sum's first) of what does not come in its sum, in rank order.
+        self._left: list[tuple[Tensor, Tensor, bool]] = []
+        parts_P = self._places(placement, ranks.rank)
         for shard in messages.in_shards:
-            self._works.append(ranks.start_receive(self._parts_P[shard.pair][shard.tensor], shard.peer))
+            self._works.append(ranks.start_receive(parts_P[shard.pair][shard.tensor], shard.peer))
         sources = list(gradients.values())
         for block in messages.in_slots:
             rows = sources[block.tensor][block.index, block.rows]
             self._works.append(ranks.start_send(rows, block.peer))
             self.bytes_sent += rows.nbytes
 
-    def _places(self) -> list[Sequence[Tensor]]:
+    def _places(self, placement: Placement, rank: int) -> list[Sequence[Tensor]]:
         """[P] of one tensor [r, ...] for each gradient: where each pair's rows come.
 
         Those of an expert's first pair come in its sum; this rank's own stay where they are.
         """
-        placement, own_pairs = self._placement, self._placement.pairs_of(self._rank, self._rank + 1)
+        own_pairs = placement.pairs_of(rank, rank + 1)
         totals, shapes = list(self._totals.values()), [total.shape[1:] for total in self._totals.values()]
-        is_first_P = placement.is_first_pair_P.tolist()
         num_others = placement.num_pairs - placement.num_experts
         scratch = reused_empty((num_others, sum(map(math.prod, shapes))), totals[0].dtype, totals[0].device)
         spare = iter(scratch)
         places: list[Sequence[Tensor]] = []
-        for pair, expert in enumerate(placement.pair_expert_P.tolist()):
+        pairs = zip(placement.pair_expert_P.tolist(), placement.is_first_pair_P.tolist(), strict=True)
+        for pair, (expert, is_first) in enumerate(pairs):
+            sums = [total[expert] for total in totals]
             if own_pairs.start <= pair < own_pairs.stop:
-                places.append([own[pair - own_pairs.start] for own in self._own])
-            elif is_first_P[pair]:
-                places.append([total[expert] for total in totals])
+                parts = [own[pair - own_pairs.start] for own in self._own]
+            elif is_first:
+                parts = sums
             else:
-                parts = next(spare).split([math.prod(shape) for shape in shapes])
-                places.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+                flat = next(spare).split([math.prod(shape) for shape in shapes])
+                parts = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
+            if parts is not sums:
+                self._left += [(total, part, is_first) for total, part in zip(sums, parts, strict=True)]
+            places.append(parts)
         return places
 
     def finish(self) -> dict[str, Tensor]:
         """Wait for all rows. Returns name -> [E, r, ...], the sum of each expert's pairs, in rank order."""
         for work in self._works:
             work.wait()
-        totals, is_first_P = list(self._totals.values()), self._placement.is_first_pair_P.tolist()
-        own_pairs = self._placement.pairs_of(self._rank, self._rank + 1)
-        for pair, expert in enumerate(self._placement.pair_expert_P.tolist()):
-            for total, part in zip(totals, self._parts_P[pair], strict=True):
-                if not is_first_P[pair]:
-                    total[expert].add_(part)
-                elif own_pairs.start <= pair < own_pairs.stop:
-                    total[expert].copy_(part)
+        for total, part, is_first in self._left:
+            if is_first:
+                total.copy_(part)
+            else:
+                total.add_(part)
         return self._totals
 
 

@@ -42,15 +42,19 @@ class DistributionWindow:
 
     def refill(self, layer: ShardedLayer) -> None:
         """Start to send the weights of `layer`, which has stale slots on some rank, after all that wait."""
-        is_queued = layer in self._queue
+        self._queue.setdefault(layer)
         self.flush()
-        if not is_queued:
-            self._queue[layer] = None
-            self.flush()
 
     def flush(self) -> None:
         """Start to send all weights that wait."""
         self._start(len(self._queue))
+
+    def finish(self) -> None:
+        """Send all weights that wait, and wait for all that are under way."""
+        self.flush()
+        for layer in self._under_way:
+            layer.slots.finish_distribution()
+        self._under_way.clear()
 
     def _start(self, number: int) -> None:
         for layer in list(self._queue)[: max(number, 0)]:

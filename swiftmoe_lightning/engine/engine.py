@@ -216,9 +216,7 @@ class SwiftMoEEngine:
 
     def wait_for_weights(self) -> None:
         """Wait until all slots have the weights that were sent to them, as the layers' next forwards would."""
-        self._window.flush()
-        for layer in self.layers:
-            layer.slots.finish_distribution()
+        self._window.finish()
 
     def mark_stale(self) -> None:
         """After a write to parameters (EMA, by hand): next forwards fill the slots again. Call on all ranks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.modules.two_level import TwoLevelDispatcher
 from swiftmoe_lightning.placement import Capacity, NodePlan
 from tests.engine import dense, models
+from tests.engine.test_expert_groups import train as train_steps
 from tests.engine.test_matches_dense_reference import relative_error
 from tests.helpers import run_ranks
 
@@ -37,21 +37,12 @@ def always() -> Any:
 
 def train(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Tensor]:
     """`dense.train_dense`, spread over nodes of two ranks."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     settings = {"placement": models.RandomPolicy, "slots_per_rank": 4, "exchange": "two_level", **options}
     engine = sml.SwiftMoEEngine(models.build(dtype), sml.SwiftMoEConfig(**settings), ranks_per_node=2)
     model = engine.data_parallel()
     optimizer = engine.prepare_optimizer(torch.optim.AdamW(engine.module.parameters(), lr=1e-2))
     with always():
-        for step in range(dense.STEPS):
-            for micro_batch in range(dense.MICRO_BATCHES):
-                last = micro_batch == dense.MICRO_BATCHES - 1
-                x, target = (models.my_part(t, rank, world_size) for t in dense.batch(step, micro_batch, dtype))
-                with nullcontext() if last else model.no_sync():
-                    (F.mse_loss(model(x), target) / dense.MICRO_BATCHES).backward()
-            engine.clip_grad_norm_(0.5)
-            optimizer.step()
-            optimizer.zero_grad()
+        train_steps(engine, model, optimizer, range(dense.STEPS), dtype)
     assert (engine.group.nodes is None) == ("expert_parallel_size" in options)
     return engine.full_state_dict()
 
