@@ -5,16 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
-from swiftmoe_lightning import SwiftMoEEngine
 from swiftmoe_lightning.distributed import phase
-from swiftmoe_lightning.engine.gradient_collector import GradientCollector
-from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
-from swiftmoe_lightning.engine.slots import ExpertSlots
 
 
 class Stopwatch:
@@ -45,15 +40,6 @@ class Stopwatch:
             self._charge()
             self.spans[name].append(self._running.pop())
 
-    def timed(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, charged to phase `name`."""
-
-        def run(*args: Any) -> Any:
-            with self.phase(name):
-                return fn(*args)
-
-        return run
-
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._running:
@@ -74,31 +60,4 @@ def named_phases() -> Iterator[Stopwatch]:
 
     # The function `phase` hides its module in the package.
     with patch.object(sys.modules[phase.__module__], "record_function", charge):
-        yield watch
-
-
-@contextmanager
-def engine_phases(engine: SwiftMoEEngine) -> Iterator[Stopwatch]:
-    """A stopwatch that an engine's own phases are charged to, inside: count (all ranks' counts, before each layer),
-    arrive (the wait for distributed weights), collect, place and distribute. A caller adds its own around them.
-
-    Waiting for other ranks counts where it happens: a phase that communicates is charged for what made the ranks
-    uneven before it.
-
-    Args:
-        engine: the only one that trains inside.
-    """
-    watch = Stopwatch()
-    parts: tuple[tuple[Any, str, str], ...] = (
-        (ShardedLayer, "begin_forward", "count"),
-        (ExpertSlots, "start_distribution", "distribute"),
-        (ExpertSlots, "finish_distribution", "arrive"),
-        (GradientCollector, "on_gradients", "collect"),
-        (GradientCollector, "collect", "collect"),
-        (engine, "place", "place"),
-        (engine, "distribute", "distribute"),
-    )
-    with ExitStack() as patches:
-        for owner, method, name in parts:
-            patches.enter_context(patch.object(owner, method, watch.timed(name, getattr(owner, method))))
         yield watch

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.common.across_ranks import total
 from benchmarks.common.flexmoe import flexmoe_policy, move_state
-from benchmarks.common.phases import engine_phases
+from benchmarks.common.phases import named_phases
 from benchmarks.convergence.corpus import Corpus, load_corpus
 from benchmarks.convergence.presets import PRESETS
 from benchmarks.convergence.settings import Setting
@@ -40,17 +40,21 @@ from tests.helpers import run_ranks
 
 # Those whose drops the product has.
 REAL_SYSTEMS: Final = tuple(system for system in SYSTEMS if system != "deepspeed")
-# What a step spends its time on, in order; layers interleave their parts of it.
+# What a step spends its time on, in order: the package's named ranges and, around them, the training loop's parts.
 PHASES: Final = {
-    "forward": "forward",
+    "forward": "forward, but for the experts' parts below",
+    "route": "router",
     "count": "all ranks' counts of each expert's tokens",
-    "arrive": "wait for the experts' weights",
+    "plan": "which slot serves which token",
+    "dispatch": "tokens to the experts",
+    "experts": "experts",
+    "combine": "tokens back, and their sums",
     "backward": "backward",
     "collect": "experts' gradients to the optimizer's shards",
     "clip": "clip",
     "update": "optimizer",
     "place": "next placement",
-    "distribute": "send the experts' weights",
+    "distribute": "the experts' weights to their slots, and the wait for them",
     "move": "move optimizer state along with replicas",
 }
 
@@ -99,7 +103,7 @@ def train_on_ranks(setting: Setting, system: str, seed: int, corpus: Corpus) -> 
         first = step * setting.num_sequences + rank * setting.sequences_per_rank
         batch_BT = stack(sequences, first, first + setting.sequences_per_rank)
         before = engine.placements
-        with engine_phases(engine) as watch:
+        with named_phases() as watch:
             with watch.phase("forward"):
                 loss = next_byte_loss(wrapped, batch_BT)
             with watch.phase("backward"):

@@ -112,10 +112,10 @@ def test_phases_are_shown_by_system_with_what_is_new_in_them(
     figures.main(["phases", "--preset", "smoke", "--folder", str(folder)])
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     by_phase = {row[0]: row[2:] for row in rows if len(row) == 4}
-    assert by_phase["count"] == ["3.0 (25.0%)"] * 2
-    assert by_phase["backward"] == ["1.0 (8.3%)"] * 2
-    assert by_phase["all"] == ["12.0"] * 2
-    assert by_phase["new"] == ["33.3%"] * 2
+    assert by_phase["count"] == ["3.0 (18.8%)"] * 2
+    assert by_phase["backward"] == ["1.0 (6.2%)"] * 2
+    assert by_phase["all"] == ["16.0"] * 2
+    assert by_phase["new"] == ["25.0%"] * 2
 
 
 def test_phases_that_nobody_measured_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
