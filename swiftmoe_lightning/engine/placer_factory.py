@@ -29,16 +29,18 @@ def make_placer(config: SwiftMoEConfig, group: ExpertGroup) -> Placer:
 
 
 def _log_uniform_fallbacks(layers: Mapping[str, LayerMemory]) -> None:
-    """Log one line for the whole run, if uniform replicas ever replaced a policy's."""
-    with_fallbacks = {name: memory for name, memory in layers.items() if memory.num_fallbacks}
-    if not with_fallbacks:
+    """Log one line for the whole run, if uniform replicas replaced most of a layer's placements."""
+    mostly_uniform = {
+        name: memory for name, memory in layers.items() if 2 * memory.num_fallbacks > memory.num_placements
+    }
+    if not mostly_uniform:
         return
-    name_of_most = max(with_fallbacks, key=lambda name: with_fallbacks[name].num_fallbacks)
+    name_of_most = max(mostly_uniform, key=lambda name: mostly_uniform[name].num_fallbacks)
     _log.warning(
-        "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
-        "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well.",
-        len(with_fallbacks),
+        "popularity moved too fast to follow: uniform replicas stood in for most placements by it in %d layer(s), most "
+        "in %s, %d of %d times. For those placement='static' does as well.",
+        len(mostly_uniform),
         name_of_most,
-        with_fallbacks[name_of_most].num_fallbacks,
-        with_fallbacks[name_of_most].num_placements,
+        mostly_uniform[name_of_most].num_fallbacks,
+        mostly_uniform[name_of_most].num_placements,
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,18 @@ class Coldest(PlacementPolicy):
         return self.placements_of(tables, E)
 
 
+class ColdestAtFirst(Coldest):
+    """For its first placements; then for the expert that got most."""
+
+    num_calls = 0
+
+    def place(self, forecast: Forecast) -> list[Placement]:
+        self.num_calls += 1
+        return super().place(
+            forecast if self.num_calls <= 8 else replace(forecast, popularity_LE=-forecast.popularity_LE)
+        )
+
+
 def train(policy: Any, rank: int, num_steps: int) -> None:
     """Steps of two layers with one hot expert; the placer is dropped in the end, as with an engine."""
     group = SimpleNamespace(is_first=rank == 0, expert=SimpleNamespace(size=W), ranks_per_node=W)
@@ -42,15 +55,22 @@ def train(policy: Any, rank: int, num_steps: int) -> None:
     gc.collect()
 
 
-def test_a_run_in_which_uniform_replicas_replaced_a_plan_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_in_which_uniform_replicas_replaced_most_plans_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="swiftmoe_lightning")
     train(Coldest, rank=0, num_steps=10)
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warned) == 1
-    assert "uniform replicas stood in for placements by it in 2 layer(s), most in a.experts, " in warned[0]
+    assert "uniform replicas stood in for most placements by it in 2 layer(s), most in a.experts, " in warned[0]
     assert " of 10 times" in warned[0]
     # Each switch, too, for those who ask for more.
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+
+
+def test_a_run_in_which_they_replaced_a_few_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="swiftmoe_lightning")
+    train(ColdestAtFirst, rank=0, num_steps=60)
+    # Each layer's way there and back.
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 4
 
 
 @pytest.mark.parametrize(("policy", "rank"), [("balanced", 0), (Coldest, 1)])
