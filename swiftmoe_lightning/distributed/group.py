@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from swiftmoe_lightning.ops import reused_empty
+from swiftmoe_lightning.placement import shard_rows
 
 
 class RankGroup:
@@ -41,6 +42,10 @@ class RankGroup:
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         self.bytes_to_others_n = np.zeros(self.size, dtype=np.int64)
         _clean_up_at_exit()
+
+    def own_rows(self, num_rows: int) -> slice:
+        """Which of `num_rows` rows that are cut over the group are this rank's."""
+        return slice(*shard_rows(num_rows, self.size)[self.rank])
 
     def second(self, device_type: str) -> RankGroup:
         """A second group of the same ranks, in which nothing queues behind this one. A collective at the first call.

@@ -40,6 +40,6 @@ def cut_by_rows(loaded: Tensor, group: ExpertGroup) -> DTensor:
     assert isinstance(loaded, DTensor)
     in_group = loaded.redistribute(placements=[Shard(1)]).to_local().detach()
     first, last = local_rows(loaded.shape, group)
-    offset = shard_rows(loaded.shape[1], group.expert.size)[group.expert.rank][0]
+    offset = group.expert.own_rows(loaded.shape[1]).start
     own = in_group[:, first - offset : last - offset].clone(memory_format=torch.contiguous_format)
     return sharded_from_local(own.to(group.shard_mesh.device_type), loaded.shape, group)

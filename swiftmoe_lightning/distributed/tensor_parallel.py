@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swiftmoe_lightning.distributed.group import RankGroup
-from swiftmoe_lightning.placement import shard_rows
 
 
 # torch.compile cannot trace a collective in a backward.
@@ -57,8 +56,7 @@ class _GatherShares(torch.autograd.Function):
 
 
 def _own(rows_T: Tensor, ranks: RankGroup) -> Tensor:
-    first, last = shard_rows(len(rows_T), ranks.size)[ranks.rank]
-    return rows_T[first:last]
+    return rows_T[ranks.own_rows(len(rows_T))]
 
 
 def _gather(rows: Tensor, num_rows: int, ranks: RankGroup) -> Tensor:

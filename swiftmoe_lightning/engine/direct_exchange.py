@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.distributed import RankGroup
 from swiftmoe_lightning.ops import reused_empty
-from swiftmoe_lightning.placement import Placement, plan_messages, shard_rows
+from swiftmoe_lightning.placement import Placement, plan_messages
 
 
 class DirectDistribution:
@@ -48,7 +48,7 @@ class DirectDistribution:
             self._works.append(ranks.start_send(rows, shard.peer))
             self.bytes_sent += rows.nbytes
         for source, target in zip(sources, targets, strict=True):
-            own = slice(*shard_rows(target.shape[1], ranks.size)[ranks.rank])
+            own = ranks.own_rows(target.shape[1])
             for index, expert in enumerate(placement.experts_of(ranks.rank).tolist()):
                 target[index, own].copy_(source[expert])
 
@@ -76,8 +76,7 @@ class DirectCollection:
         messages = plan_messages(placement, num_rows, ranks.rank)
         self._works: list[Any] = []
         self.bytes_sent = 0
-        own_rows = [slice(*shard_rows(rows, ranks.size)[ranks.rank]) for rows in num_rows]
-        self._own = [gradient[:, rows] for gradient, rows in zip(gradients.values(), own_rows, strict=True)]
+        self._own = [gradient[:, ranks.own_rows(gradient.shape[1])] for gradient in gradients.values()]
         self._totals = {
             name: reused_empty((placement.num_experts, *own.shape[1:]), own.dtype, own.device)
             for name, own in zip(gradients, self._own, strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.distributed import RankGroup, to_device
 from swiftmoe_lightning.ops import reused_empty
-from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution, shard_rows
+from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution
 
 
 class PackedDistribution:
@@ -84,8 +84,8 @@ class PackedCollection:
         self.bytes_sent = self._exchange.bytes_sent
         self._shapes = {}
         for name, gradient in gradients.items():
-            first, last = shard_rows(gradient.shape[1], ranks.size)[ranks.rank]
-            self._shapes[name] = (last - first, *gradient.shape[2:])
+            own = ranks.own_rows(gradient.shape[1])
+            self._shapes[name] = (own.stop - own.start, *gradient.shape[2:])
 
     def finish(self) -> dict[str, Tensor]:
         """Wait for all rows. Returns name -> [E, r, ...], the sum of each expert's pairs, in rank order.

@@ -21,7 +21,7 @@ from swiftmoe_lightning.engine.direct_exchange import DirectCollection, DirectDi
 from swiftmoe_lightning.engine.packed_exchange import PackedCollection, PackedDistribution
 from swiftmoe_lightning.engine.replica_exchange import ReplicaExchange
 from swiftmoe_lightning.ops import reused_empty
-from swiftmoe_lightning.placement import Placement, shard_rows
+from swiftmoe_lightning.placement import Placement
 
 # What is sent: gradients in the expert group and between groups, then weights between groups and in the group.
 PHASES: Final = ("collect", "reduce", "gather", "distribute")
@@ -43,8 +43,8 @@ class Stage:
         """Name -> [num_experts, this rank's rows, ...], of tensors [experts, rows, ...]."""
         shapes = {}
         for name, shape in tensors.items():
-            first, last = shard_rows(shape[1], self.ranks.size)[self.ranks.rank]
-            shapes[name] = torch.Size((num_experts, last - first, *shape[2:]))
+            own = self.ranks.own_rows(shape[1])
+            shapes[name] = torch.Size((num_experts, own.stop - own.start, *shape[2:]))
         return shapes
 
 
