@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 
 from tests.helpers import run_ranks
-from tests.strategies.cases import Model, loader, trainer
+from tests.strategies.cases import GLOBAL_BATCH, Model, loader, trainer
 
 
 def fit(folder: Path) -> None:
-    profiler = PyTorchProfiler(folder, "profile", export_to_chrome=False, row_limit=-1)
-    trainer(2, profiler=profiler).fit(Model(), loader(2))
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=3)
+    profiler = PyTorchProfiler(folder, "profile", export_to_chrome=False, row_limit=-1, schedule=schedule)
+    trainer(2, profiler=profiler, limit_val_batches=0).fit(Model(), loader(2), loader(2, GLOBAL_BATCH))
 
 
 def test_phases_are_rows_of_lightnings_profiler(tmp_path: Path) -> None:

@@ -182,7 +182,9 @@ function start() {
   fill("map-policy", policies.flatMap((policy, i) => (maps.replicas[i] ? [[i, policy.name]] : [])));
   fill("map-expert", Array.from({ length: experts }, (_, i) => [i, `${i}`]));
   at("map-expert").value = mostPopular();
-  at("map-policy").parentElement.hidden = !at("map-policy").options.length;
+  // One is no choice.
+  at("map-policy").parentElement.hidden = at("map-policy").options.length < 2;
+  at("line-policies").hidden = policies.length < 2;
   policies.forEach((policy, i) => {
     const box = html("input", { type: "checkbox", checked: "" });
     at("line-policies").append(html("label", {}, box, key(i), policy.name));

@@ -117,10 +117,9 @@ def _chart_data(page: PageData) -> dict[str, Any]:
 
 
 def _policy_data(policy: PolicySeries, terms: list[str]) -> dict[str, Any]:
-    sent = (policy.bytes_gradients, policy.bytes_weights, policy.bytes_paper, policy.bytes_state_moved)
     return {
         "name": policy.name,
-        "sent": [None if value is None else float(value) for value in sent],
+        "sent": [None if value is None else float(value) for value in policy.sent],
         "losses": [float(policy.losses.get(term, 0.0)) for term in terms] if policy.losses else None,
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from swiftmoe_lightning.analysis.plan import Outcome, Plan
@@ -49,7 +51,7 @@ def run_page(trace: Trace, title: str) -> PageData:
         counts_ULE=trace.popularity_ULE,
         step_U=trace.step_U,
         layers=tuple(trace.layers),
-        policies=_recorded(trace),
+        policies=tuple(replace(run, name="this run", label="as recorded") for run in _recorded(trace)),
         capacity_factor=Sizes.of(trace, 1, 1, None).capacity_factor,
     )
 

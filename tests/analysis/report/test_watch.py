@@ -91,7 +91,7 @@ def test_a_page_waits_for_the_run_goes_with_it_and_says_when_it_ends(tmp_path: P
         status, first, html = get(server, tag)
         assert (status, steps(html)) == (200, [1])
         assert re.fullmatch(r"The run goes on\. Step 1, written at \d\d:\d\d:\d\d\.", state(html))
-        assert "recorded drops" in html
+        assert "this run drops" in html
         assert "2 ranks of 4 slots" in html
         assert get(server, first) == (304, first, "")
 
