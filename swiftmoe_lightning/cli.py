@@ -187,9 +187,7 @@ def report(  # noqa: PLR0913 - options
 
 @app.command()
 def watch(
-    run: Annotated[
-        Path, typer.Argument(help="A run folder of `train`, or PlacementRecorder's file; either may come later.")
-    ],
+    run: Annotated[Path, typer.Argument(help="A run folder, or PlacementRecorder's file; it may come later.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1 (default: a free one).", min=0, max=65535)] = 0,
 ) -> None:
     """Show a run's page in a browser of this machine, live while the run goes on, until Ctrl-C."""
