@@ -57,13 +57,13 @@ class LivePage:
             return waiting_html(
                 self._title, Status("Waiting for the first step.", f"There is no {self.recording} yet.")
             )
-        clock = time.strftime("%H:%M:%S", time.localtime(written))
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
         try:
             trace = read_trace(self.recording)
             page = run_page(trace, self._title)
         except (ValueError, OSError, ImportError) as error:
-            return waiting_html(self._title, Status("The recording cannot be read.", f"At {clock}: {error}"))
-        since = f"Step {trace.step_U[-1]}, written at {clock}."
+            return waiting_html(self._title, Status("The recording cannot be read.", f"{when}: {error}"))
+        since = f"Step {trace.step_U[-1]}, written {when}."
         # A recording of an older version was written when its run was over.
         if trace.metadata.get("finished", True):
             return page_html(page, Status("The run has ended.", since))
