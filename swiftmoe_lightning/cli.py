@@ -185,6 +185,20 @@ def report(  # noqa: PLR0913 - options
     typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, or PlacementRecorder's file; it may come later.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1 (default: a free one).", min=0, max=65535)] = 0,
+) -> None:
+    """Show a run's page in a browser of this machine, live while the run goes on, until Ctrl-C."""
+    from swiftmoe_lightning.analysis.report.watch import LivePage, PageServer
+
+    with _clear_errors("watch"):
+        server = PageServer(LivePage(run), port)
+    typer.echo(f"Open {server.url} in a browser. Ctrl-C ends this.")
+    server.serve_until_interrupted()
+
+
 _MODEL_HELP = "A preset (qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, olmoe-1b-7b) or a Hugging Face config.json."
 
 
@@ -283,7 +297,3 @@ def _clear_errors(command: str) -> Iterator[None]:
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-if __name__ == "__main__":
-    main()

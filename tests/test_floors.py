@@ -67,7 +67,6 @@ TESTED_IN = {
     "distributed/dtensor_writes.py": "distributed/test_dtensor_extension.py",
     "distributed/group.py": "engine/test_weight_traffic.py",
     "distributed/loaded_experts.py": "huggingface/test_expert_parallel.py",
-    "distributed/phase.py": "benchmarks/step/test_main.py",
     "distributed/private.py": "test_private_names.py",
     "distributed/sharding.py": "engine/test_matches_dense_reference.py",
     "distributed/store_barrier.py": "huggingface/test_save_pretrained.py",

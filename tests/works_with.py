@@ -83,6 +83,16 @@ ROWS: Final = (
         ),
     ),
     Row(
+        "Loggers, progress bars, profilers",
+        "TensorBoard with charts and heat maps, Weights & Biases, MLflow; TQDM and Rich; `PyTorchProfiler` with the "
+        "phases of a step",
+        "`SimpleProfiler` and `AdvancedProfiler` do not know the phases: [watching](docs/guides/watching.md)",
+        (
+            "callbacks/test_loggers: tensorboard biases mlflow bars",
+            "distributed/test_phase: lightnings_profiler",
+        ),
+    ),
+    Row(
         "Memory",
         "activation checkpointing; experts on the meta device in `configure_model`; experts and optimizer state in the "
         "CPU's memory (`offload_optimizer`)",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,17 +47,38 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: {target} is read-only. Name another folder.")
 
 
+def partial_file(path: Path) -> Path:
+    """Where a recording is written before it takes the place of `path`: a file beside it, and so on the same disk.
+
+    Args:
+        path: of the recording. A link stays one, to the same file.
+    """
+    path = path.resolve()
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of `path` at once: readers find the old or the new one, whole."""
+    partial = partial_file(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(path.resolve())
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """All arrays, and `metadata` as an array of its own, a JSON string. The file's folder is made.
 
     Args:
-        path: the file, whatever it ends in.
+        path: the file, whatever it ends in. Whoever reads it meanwhile finds the old file or the new one, whole.
         arrays: name -> array.
         metadata: JSON-able.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Numpy adds .npz to a name that ends otherwise, but not to an open file.
-    with path.open("wb") as file:
+    with _replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))  # type: ignore[arg-type]
 
 
@@ -68,7 +90,7 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     "swiftmoe.metadata" and [U, W, L, E] under "swiftmoe.shape", as JSON. The file's folder is made.
 
     Args:
-        path: the file.
+        path: the file. Whoever reads it meanwhile finds the old file or the new one, whole.
         arrays: `counts`, and `step` [U].
         metadata: JSON-able.
 
@@ -88,10 +110,10 @@ def write_parquet(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
         "count": counts_UWLE[is_row_UWLE],
     }
     metadata_of_schema = {METADATA_KEY: json.dumps(metadata), SHAPE_KEY: json.dumps(counts_UWLE.shape)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(columns, schema=parquet_schema(pa).with_metadata(metadata_of_schema))
     # With checksums, a damaged file is an error and not a file of other counts.
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    with _replacing(path) as partial:
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def parquet_schema(pa: Any) -> Any:

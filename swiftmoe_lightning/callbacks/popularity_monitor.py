@@ -13,7 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from swiftmoe_lightning.config import is_number
+from swiftmoe_lightning.analysis.report.figure import new_figure
+from swiftmoe_lightning.callbacks.heat_maps import HeatMaps
+from swiftmoe_lightning.callbacks.loggers import lay_out, log_figures, log_image, takes_images
+from swiftmoe_lightning.config import check_whole, is_number
 from swiftmoe_lightning.modules import LayerLoad, LoadReader
 from swiftmoe_lightning.placement import CAUSES
 
@@ -54,22 +57,34 @@ class ExpertPopularityMonitor(Callback):
     <layer> is the name of the layer's `Experts` module. The first five are also in `trainer.callback_metrics` after
     every step, for that step, so that EarlyStopping or ModelCheckpoint can watch them.
 
+    The progress bar shows the `imbalance` of the last step, and its `survival` if any layer has a capacity. TensorBoard
+    gets a page of charts ("Custom Scalars"), Weights & Biases the steps as an axis and what its table of runs shows.
+
     Args:
         max_keys: logs no more keys than this. Left out first, layer by layer from the last one, are the keys of single
             experts, then those of layers.
+        heatmap_every_n_steps: sends TensorBoard, Weights & Biases and MLflow two images every so many optimizer steps,
+            `moe/heatmap/popularity` and `moe/heatmap/replicas`, of all steps so far: experts of up to 6 layers down,
+            steps across, in up to 400 columns. After 100 images they come half as often, and so on. None sends none.
 
     Raises:
-        ValueError: for max_keys below 12.
+        ImportError: for heatmap_every_n_steps without matplotlib.
+        ValueError: for max_keys below 12, or heatmap_every_n_steps below 1.
     """
 
-    def __init__(self, max_keys: int = 500) -> None:
+    def __init__(self, max_keys: int = 500, heatmap_every_n_steps: int | None = None) -> None:
         if not (is_number(max_keys) and max_keys >= _NUM_ALWAYS):
             raise ValueError(f"max_keys must be {_NUM_ALWAYS} or more, got {max_keys!r}.")
-        self.max_keys = max_keys
+        if heatmap_every_n_steps is not None:
+            check_whole(heatmap_every_n_steps=heatmap_every_n_steps)
+            # A missing library is an error now, not in the middle of the training.
+            new_figure("", 1, 1)
+        self.max_keys, self.heatmap_every_n_steps = max_keys, heatmap_every_n_steps
         self._reader: LoadReader | None = None
         self._window = _Window([], [])
         self._step = 0
         self._token_bytes: dict[str, int] = {}
+        self._heat_maps: HeatMaps | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,6 +106,7 @@ class ExpertPopularityMonitor(Callback):
                 f"{len(sizes)} MoE layers, to stay within max_keys={self.max_keys}. Raise max_keys to see all."
             )
         self._window = _Window(layers, detailed)
+        self._start_logging(trainer, sizes)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -101,13 +117,23 @@ class ExpertPopularityMonitor(Callback):
         self._step = trainer.global_step
         loads = self._reader.read()
         self._window.add(loads)
-        trainer.callback_metrics.update({f"moe/{k}": torch.tensor(v) for k, v in _totals(loads.values()).items()})
+        totals = _totals(loads.values())
+        trainer.callback_metrics.update({f"moe/{key}": torch.tensor(value) for key, value in totals.items()})
+        if trainer.progress_bar_callback is not None:
+            # Numbers of the host: `log(..., prog_bar=True)` would send them to the device, and wait to have them back.
+            trainer.progress_bar_metrics.update(_shown(loads, totals))
         if due:
             self._flush(trainer)
+        if self._heat_maps is not None:
+            self._heat_maps.add(self._step, loads)
+            if self._heat_maps.is_due:
+                self._send_heat_maps(trainer, self._heat_maps)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush(trainer)
+        if self._heat_maps is not None and self._heat_maps.is_behind:
+            self._send_heat_maps(trainer, self._heat_maps)
 
     def _flush(self, trainer: Trainer) -> None:
         if values := self._window.take():
@@ -115,7 +141,29 @@ class ExpertPopularityMonitor(Callback):
             before, self._token_bytes = self._token_bytes, self._reader.token_bytes
             values |= {f"moe/{key}": float(self._token_bytes[link] - before[link]) for link, key in _LINKS.items()}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+                log_figures(logger, values, trainer.global_step)
+
+    def _start_logging(self, trainer: Trainer, num_experts: dict[str, int]) -> None:
+        """Lay out the loggers' pages and begin the heat maps: on rank 0, as the numbers are the same on all."""
+        self._heat_maps = None
+        if not trainer.is_global_zero or not num_experts:
+            return
+        for logger in trainer.loggers:
+            lay_out(logger)
+        if self.heatmap_every_n_steps is None:
+            return
+        if not any(takes_images(logger) for logger in trainer.loggers):
+            rank_zero_warn(
+                "ExpertPopularityMonitor draws no heat maps, as no logger of the Trainer takes images. Add a "
+                "TensorBoardLogger, WandbLogger or MLFlowLogger, or leave heatmap_every_n_steps out."
+            )
+            return
+        self._heat_maps = HeatMaps(self.heatmap_every_n_steps, num_experts)
+
+    def _send_heat_maps(self, trainer: Trainer, heat_maps: HeatMaps) -> None:
+        for what, image in heat_maps.draw().items():
+            for logger in filter(takes_images, trainer.loggers):
+                log_image(logger, f"moe/heatmap/{what}", image, trainer.global_step)
 
 
 def _totals(loads: Iterable[LayerLoad]) -> dict[str, float]:
@@ -133,6 +181,14 @@ def _totals(loads: Iterable[LayerLoad]) -> dict[str, float]:
         float(sum(load.num_moved for load in loads)),
     )
     return dict(zip(_TOTALS, values, strict=True))
+
+
+def _shown(loads: dict[str, LayerLoad], totals: dict[str, float]) -> dict[str, float]:
+    """What the progress bar shows of a step: in a dropless model survival is 1, and left out."""
+    shown = {"imbalance": totals["imbalance"]} if totals else {}
+    if any(load.capacity is not None for load in loads.values()):
+        shown["survival"] = totals["token_survival_rate"]
+    return shown
 
 
 class _Window:

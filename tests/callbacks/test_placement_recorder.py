@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.analysis import read_trace
+from swiftmoe_lightning.callbacks.placement_recorder import _BackgroundWriter
 from tests.callbacks.test_popularity_monitor import Memory
 from tests.helpers import run_ranks
 from tests.strategies.cases import DIM, GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer
@@ -77,6 +82,7 @@ def test_recorded_steps_add_up_to_a_readers_totals(tmp_path: Path) -> None:
         "layers": [LAYER],
         "world_size": 2,
         "slots_per_rank": 4,
+        "finished": True,
     }
 
 
@@ -93,6 +99,7 @@ def test_a_parquet_path_gets_the_counts_as_a_table(tmp_path: Path) -> None:
         "layers": [LAYER],
         "world_size": 2,
         "slots_per_rank": 4,
+        "finished": True,
     }
 
 
@@ -101,6 +108,12 @@ def test_a_parquet_path_without_pyarrow_is_refused_before_training(monkeypatch: 
     with pytest.raises(ImportError, match=r'pip install "swiftmoe-lightning\[parquet\]"'):
         sml.PlacementRecorder("trace.parquet")
     sml.PlacementRecorder("trace.npz")
+
+
+@pytest.mark.parametrize("seconds", [-1, float("inf"), "30", None])
+def test_a_pause_that_is_no_number_is_refused(seconds: Any) -> None:
+    with pytest.raises(ValueError, match="write_every_n_seconds must be a number"):
+        sml.PlacementRecorder("trace.npz", seconds)
 
 
 class ThreeOfFour(nn.Module):
@@ -142,16 +155,59 @@ def test_accumulated_batches_are_one_row(tmp_path: Path) -> None:
 
 
 class Breaks(Model):
+    """Fails in the fourth step, and says what the recording held in the second."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.seen = path, ""
+
     def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == 1:
+            wait_for(self.path.exists)
+            trace = read_trace(self.path)
+            self.seen = f"{trace.step_U.tolist()}, finished: {trace.metadata['finished']}"
         if index == 3:
-            raise RuntimeError("out of order")
+            raise RuntimeError(f"out of order, saw {self.seen}")
         return super().training_step(batch, index)
 
 
-def test_a_fit_that_breaks_off_leaves_its_steps(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="out of order"):
-        run_ranks(Fit(tmp_path / "trace.npz", 1, "auto", Breaks), 1, init=False)
-    assert load(tmp_path / "trace.npz")["step"].tolist() == [1, 2, 3]
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_recording_is_there_after_the_first_step_and_a_fit_that_breaks_off_leaves_its_steps(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    with pytest.raises(AssertionError, match=r"out of order, saw \[1\], finished: False"):
+        run_ranks(Fit(path, 1, "auto", partial(Breaks, path)), 1, init=False)
+    trace = read_trace(path)
+    assert (trace.step_U.tolist(), trace.metadata["finished"]) == ([1, 2, 3], True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writes_are_made_in_a_thread_one_at_a_time_with_a_pause_after_each() -> None:
+    writer, may_end = _BackgroundWriter(0.0), Event()
+    assert writer.is_due
+    writer.start(may_end.wait)  # type: ignore[arg-type]
+    assert not writer.is_due
+    time.sleep(0.1)
+    may_end.set()
+    writer.wait()
+    # Nine times the 0.1 s of the write.
+    assert not writer.is_due
+    wait_for(lambda: writer.is_due)
+
+
+def test_a_write_that_fails_is_warned_of_and_made_again() -> None:
+    def fail() -> None:
+        raise OSError("No space left on device")
+
+    writer = _BackgroundWriter(0.0)
+    with pytest.warns(UserWarning, match=r"could not write, and will try again: OSError\('No space left on device'\)"):
+        writer._run(fail)
+    wait_for(lambda: writer.is_due)
 
 
 class Two(Model):
@@ -209,5 +265,9 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_run(
     monkeypatch.setattr("os.access", lambda path, _: path != tmp_path)
     with pytest.raises(PermissionError, match=rf"trace\.npz cannot be written: {tmp_path} is read-only\. Name another"):
         sml.PlacementRecorder(tmp_path / "new" / "trace.npz")
-    sml.PlacementRecorder(tmp_path / "file")
+    # A file beside it takes its place.
+    with pytest.raises(
+        PermissionError, match=rf"file\.partial cannot be written: {tmp_path} is read-only\. Name another"
+    ):
+        sml.PlacementRecorder(tmp_path / "file")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

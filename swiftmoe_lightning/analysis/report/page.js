@@ -1,12 +1,16 @@
 // The page itself: reads the data, fills the controls, and draws every chart again when a choice or the width changes.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const { lines, maps, policies, experts } = data;
 const at = (id) => document.getElementById(id);
 const chosen = (id) => Number(at(id).value);
 
+let data, lines, maps, policies, experts;
+function read() {
+  data = JSON.parse(at("data").textContent);
+  ({ lines, maps, policies, experts } = data);
+}
+
 // Whole numbers of 1 or 2 bytes in base64 -> values. Once for each series: it is cut into rows later.
-const unpacked = new Map();
+const unpacked = new WeakMap();
 function unpack(packed) {
   if (!unpacked.has(packed)) {
     const bytes = atob(packed.data);
@@ -95,6 +99,10 @@ function drawMaps() {
   const replicas = packed && rows(packed, maps, layer * experts, experts);
   if (packed) drawReplicas(common, packed, replicas, name, policies[policy].name);
   drawExpert({ popularity, replicas, packed, expert, policy, name });
+  const cut = maps.layers.length < data.layers.length;
+  const some = cut ? `${maps.layers.length} of ${data.layers.length} layers can be chosen. ` : "";
+  const tied = packed ? "Where the two lines meet, replicas are in proportion to popularity." : "";
+  at("map-note").textContent = averaged(maps, "column") + some + tied;
 }
 
 function replicasText(value) {
@@ -141,10 +149,23 @@ function drawExpert({ popularity, replicas, packed, expert, policy, name }) {
 }
 
 function drawAll() {
+  const focused = document.activeElement?.closest("figure");
+  at("over-time").hidden = !policies.length;
+  at("losses").closest("section").hidden = !policies.some((policy) => policy.losses);
+  at("sent").closest("section").hidden = !policies.some(isCounted);
   drawLines();
   drawMaps();
   lossBars(at("losses"), data);
   byteBars(at("sent"), policies);
+  focused?.querySelector("svg[tabindex]")?.focus({ preventScroll: true });
+}
+
+// The samples of lines and hatches in the tables.
+function drawKeys() {
+  for (const cell of document.querySelectorAll("[data-policy], [data-loss]")) {
+    const { policy, loss } = cell.dataset;
+    if (!cell.querySelector(".key")) cell.prepend(loss === undefined ? key(Number(policy)) : hatchKey(Number(loss)));
+  }
 }
 
 // The expert to begin with: the first layer's most popular one, all steps together.
@@ -154,24 +175,21 @@ function mostPopular() {
 }
 
 function start() {
+  read();
   document.body.append(hatches());
   fill("line-layer", [[0, "all"], ...data.layers.map((name, i) => [i + 1, name])]);
   fill("map-layer", maps.layers.map((layer, i) => [i, data.layers[layer]]));
   fill("map-policy", policies.flatMap((policy, i) => (maps.replicas[i] ? [[i, policy.name]] : [])));
   fill("map-expert", Array.from({ length: experts }, (_, i) => [i, `${i}`]));
   at("map-expert").value = mostPopular();
-  at("map-policy").parentElement.hidden = !at("map-policy").options.length;
+  // One is no choice.
+  at("map-policy").parentElement.hidden = at("map-policy").options.length < 2;
+  at("line-policies").hidden = policies.length < 2;
   policies.forEach((policy, i) => {
     const box = html("input", { type: "checkbox", checked: "" });
     at("line-policies").append(html("label", {}, box, key(i), policy.name));
   });
-  at("over-time").hidden = !policies.length;
-  for (const cell of document.querySelectorAll("[data-policy]")) cell.prepend(key(Number(cell.dataset.policy)));
-  for (const cell of document.querySelectorAll("[data-loss]")) cell.prepend(hatchKey(Number(cell.dataset.loss)));
-  const cut = maps.layers.length < data.layers.length;
-  const some = cut ? `${maps.layers.length} of ${data.layers.length} layers can be chosen. ` : "";
-  const tied = maps.replicas.some(Boolean) ? "Where the two lines meet, replicas are in proportion to popularity." : "";
-  at("map-note").textContent = averaged(maps, "column") + some + tied;
+  drawKeys();
 
   for (const id of ["line-layer", "line-policies"]) at(id).addEventListener("change", drawLines);
   for (const id of ["map-layer", "map-policy", "map-expert"]) at(id).addEventListener("change", drawMaps);

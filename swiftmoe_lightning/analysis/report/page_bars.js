@@ -11,6 +11,9 @@ function bytesText(value) {
   return `${Number(value.toPrecision(4))} TB`;
 }
 
+// A recorded run does not say what it sent.
+const isCounted = (policy) => policy.sent.some((value) => value !== null);
+
 // One unit for a whole axis, so that its ticks are round in it.
 function byteScale(most) {
   const power = Math.min(Math.max(Math.floor(Math.log10(Math.max(most, 1)) / 3), 0), 4);
@@ -29,11 +32,8 @@ function bottomAxis(picture, { left, width, y, top, title }) {
 
 function byteBars(figure, policies) {
   const width = clear(figure);
-  const known = policies.filter((policy) => policy.sent.some((value) => value !== null));
-  if (!known.length) {
-    figure.append(html("p", { class: "plot quiet" }, "Not counted for these policies."));
-    return;
-  }
+  const known = policies.filter(isCounted);
+  if (!known.length) return;
   const most = Math.max(...known.flatMap((policy) => policy.sent.map((value) => value ?? 0)), 1);
   const room = width - BAR.label - BAR.value;
   const label = `Bytes sent a step: ${known.map((policy) => policy.name).join(", ")}`;

@@ -61,8 +61,10 @@ function stepsText(columns, i) {
 
 // Empties a figure but for its caption, and says how much room a plot has.
 function clear(figure) {
+  // Measured while the old plot is there: a page that is shorter for a moment would scroll.
+  const width = Math.max(figure.clientWidth, 240);
   for (const old of figure.querySelectorAll(".plot, .readout")) old.remove();
-  return Math.max(figure.clientWidth, 240);
+  return width;
 }
 
 function stepAxis(picture, columns, box) {
@@ -128,10 +130,16 @@ function drawSeries(picture, series, box) {
   picture.append(line);
 }
 
-// Pointer and arrow keys choose a column; `show` gets its number and draws or writes what is there.
-function followColumns(picture, box, count, show) {
-  let at = -1;
-  const go = (i) => show((at = Math.min(Math.max(i, 0), count - 1)));
+// Pointer and arrow keys choose a column; `show` gets its number and draws or writes what is there. The figure remembers
+// the step, so that a chart that is drawn again shows it again.
+function followColumns(figure, picture, box, columns, show) {
+  const count = columns.last.length;
+  let at = columns.last.findIndex((last) => last >= figure.step);
+  const go = (i) => {
+    at = Math.min(Math.max(i, 0), count - 1);
+    figure.step = columns.first[at];
+    show(at);
+  };
   const shape = { class: "catch", x: box.left, y: box.top, width: box.width, height: box.height };
   const area = svg("rect", shape);
   area.addEventListener("pointermove", (event) => {
@@ -146,6 +154,7 @@ function followColumns(picture, box, count, show) {
     event.preventDefault();
     go(at + move);
   });
+  if (at >= 0) show(at);
 }
 
 // series: {name, values, worst, scale, colour, dash, asSteps, text(value, i)}; right: the second scale, if there is one.
@@ -164,7 +173,7 @@ function lineChart(figure, { columns, series, left, right, label, height = 220 }
   picture.append(cursor);
   const hint = "Point at the chart, or focus it and press the arrow keys, to read values.";
   const readout = html("output", { class: "readout", "aria-live": "polite" }, hint);
-  followColumns(picture, box, columns.last.length, (i) => {
+  followColumns(figure, picture, box, columns, (i) => {
     const x = box.left + ((i + 0.5) / columns.last.length) * box.width;
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, x);
     cursor.setAttribute("visibility", "visible");

@@ -44,6 +44,11 @@ class PolicySeries:
     bytes_state_moved: float | None
     losses: Mapping[str, float]
 
+    @property
+    def sent(self) -> tuple[float | None, ...]:
+        """Bytes of gradients, of weights, of both the paper's way, and of moved state."""
+        return self.bytes_gradients, self.bytes_weights, self.bytes_paper, self.bytes_state_moved
+
 
 @dataclass(frozen=True, eq=False)
 class PageData:

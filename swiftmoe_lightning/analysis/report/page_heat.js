@@ -67,7 +67,7 @@ function heatMap(figure, options) {
     const text = html("b", {}, options.read(expert, i));
     readout.replaceChildren(`expert ${expert}, ${stepsText(columns, i)}: `, text);
   };
-  followColumns(picture, box, columns.last.length, (i) => show(options.chosen, i));
+  followColumns(figure, picture, box, columns, (i) => show(options.chosen, i));
   const area = picture.querySelector(".catch");
   const expertAt = (event) => {
     const bounds = area.getBoundingClientRect();

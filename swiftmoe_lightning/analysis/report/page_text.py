@@ -10,6 +10,7 @@ from swiftmoe_lightning.analysis.report.page_data import PageData, PolicySeries
 from swiftmoe_lightning.analysis.report.page_numbers import dropped_share
 from swiftmoe_lightning.placement import imbalance
 
+_SENT: Final = ("gradients", "weights", "paper's way", "state moved")
 LOSS_TERMS: Final = {
     "split": "The tokens could have been shared better over the same replicas.",
     "placement": "The same replicas on other ranks would have done better.",
@@ -51,11 +52,13 @@ def policy_table(data: PageData) -> str:
     """The HTML table of each policy's drops, imbalance and bytes; without policies, a sentence."""
     if not data.policies:
         return "<p>No policy was compared.</p>"
+    sent = _SENT if _counts_bytes(data) else ()
     head = (
         '<thead><tr><th rowspan="2" scope="col">policy</th><th colspan="2" scope="colgroup">assignments, %</th>'
-        '<th colspan="2" scope="colgroup">imbalance</th><th colspan="4" scope="colgroup">bytes a step</th>'
-        '<th rowspan="2" scope="col">replicas moved a step</th></tr>'
-        + _row("th", "dropped", "survived", "mean", "max", "gradients", "weights", "paper's way", "state moved")
+        '<th colspan="2" scope="colgroup">imbalance</th>'
+        + ('<th colspan="4" scope="colgroup">bytes a step</th>' if sent else "")
+        + '<th rowspan="2" scope="col">replicas moved a step</th></tr>'
+        + _row("th", "dropped", "survived", "mean", "max", *sent)
         + "</thead>"
     )
     rows = "".join(_policy_row(index, policy, data) for index, policy in enumerate(data.policies))
@@ -66,11 +69,16 @@ def _policy_row(index: int, policy: PolicySeries, data: PageData) -> str:
     share = dropped(policy, data)
     numbers = [f"{100 * share:.2f}", f"{100 * (1 - share):.2f}"]
     numbers += [f"{mean_imbalance(policy):.3f}", f"{imbalance(policy.load_ULW).max():.2f}"]
-    sent = (policy.bytes_gradients, policy.bytes_weights, policy.bytes_paper, policy.bytes_state_moved)
-    numbers += ["–" if value is None else bytes_text(value) for value in sent]
+    if _counts_bytes(data):
+        numbers += ["–" if value is None else bytes_text(value) for value in policy.sent]
     numbers.append(f"{policy.moved_UL.sum(1).mean():.1f}")
     name = f'<th scope="row" data-policy="{index}">{escape(policy.name)}<small>{escape(policy.label)}</small></th>'
     return f"<tr>{name}{_cells('td', numbers)}</tr>"
+
+
+def _counts_bytes(data: PageData) -> bool:
+    """Whether any policy's bytes are known. A run's own are not recorded."""
+    return any(value is not None for policy in data.policies for value in policy.sent)
 
 
 def loss_terms(data: PageData) -> list[str]:
@@ -101,10 +109,15 @@ def notes(data: PageData) -> str:
     capacity = "Nothing is dropped: no capacity is set. "
     if data.capacity_factor is not None:
         capacity = f"Dropped: assignments over capacity, factor {data.capacity_factor:g}. "
+    sent = ""
+    if _counts_bytes(data):
+        sent = (
+            "Gradients, weights: what the two weight phases send, all ranks together. Paper's way: both, sent as the "
+            "paper sends them. State moved: optimizer state that follows moved replicas. "
+        )
     return escape(
-        capacity + "Imbalance: load of the busiest rank over the mean rank's, after drops; 1 is perfect. Gradients, "
-        "weights: what the two weight phases send, all ranks together. Paper's way: both, sent as the paper sends "
-        "them. State moved: optimizer state that follows moved replicas. Moved: experts new on a rank, all layers."
+        f"{capacity}Imbalance: load of the busiest rank over the mean rank's, after drops; 1 is perfect. {sent}"
+        "Moved: experts new on a rank, all layers."
     )
 
 

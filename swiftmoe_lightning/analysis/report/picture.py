@@ -1,11 +1,11 @@
-"""A recorded run as one picture. U steps, W ranks, L layers, E experts."""
+"""A recorded run as one picture, or as heat maps. U steps, W ranks, L layers, E experts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from swiftmoe_lightning.placement import imbalance
 
 _MOST_LAYERS: Final = 6
 _MOST_COLOURS: Final = 12
+
+T = TypeVar("T")
 
 
 def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
@@ -27,57 +29,89 @@ def draw_picture(recording: Mapping[str, np.ndarray], path: str | Path, title: s
     Raises:
         ImportError: when matplotlib is not installed.
     """
-    num_layers = recording["replicas"].shape[1]
-    shown = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS)).round().astype(int))
+    names = json.loads(str(recording["metadata"]))["layers"]
+    shown = spread_out(list(enumerate(names)))
+    popularity_ULE = recording["counts"].sum(1)
+    share_ULE = popularity_ULE / np.maximum(popularity_ULE.mean(-1, keepdims=True), 1e-9)
     figure = new_figure(title, 11, 2.6 + 1.6 * len(shown))
     heights = [1.0] * len(shown) + [1.3]
     axes = figure.subplots(len(shown) + 1, 2, sharex=True, height_ratios=heights, squeeze=False)
-    _draw_popularity(figure, axes[:-1, 0], recording, shown)
-    _draw_replicas(figure, axes[:-1, 1], recording, shown)
+    for column, (what, values_ULE) in enumerate((("popularity", share_ULE), ("replicas", recording["replicas"]))):
+        maps = {name: values_ULE[:, layer] for layer, name in shown}
+        _DRAW[what](figure, axes[:-1, column], maps, recording["step"])
     _draw_lines(axes[-1], recording)
     figure.savefig(path, dpi=130)
 
 
-def _draw_popularity(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
+def heat_map_image(what: str, maps: Mapping[str, np.ndarray], step_U: np.ndarray) -> np.ndarray:
+    """Draw heat maps of a few layers, one below the other.
+
+    Args:
+        what: "popularity" or "replicas".
+        maps: layer -> [U, E]; popularity in mean popularities, so that 1 is balanced.
+        step_U: [U] the step of each column, or its first, at even distances.
+
+    Returns:
+        [height, width, 3] uint8; 800 wide, and 120 high a layer.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+    """
+    figure = new_figure("", 8, 0.5 + 1.2 * len(maps))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    axes = figure.subplots(len(maps), 1, sharex=True, squeeze=False)[:, 0]
+    _DRAW[what](figure, axes, maps, step_U)
+    axes[-1].set_xlabel("optimizer step")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def spread_out(layers: Sequence[T]) -> list[T]:
+    """At most 6 of them, evenly from the first to the last.
+
+    Args:
+        layers: in their order.
+    """
+    chosen = np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int)
+    return [layers[index] for index in chosen]
+
+
+def _draw_popularity(figure: Any, axes: np.ndarray, maps: Mapping[str, np.ndarray], step_U: np.ndarray) -> None:
     from matplotlib.colors import PowerNorm
 
-    popularity_ULE = recording["counts"].sum(1)
-    share_ULE = popularity_ULE / np.maximum(popularity_ULE.mean(-1, keepdims=True), 1e-9)
-    most = max(float(np.quantile(share_ULE, 0.99)), 1.0)
+    most = max(float(np.quantile(np.concatenate([share_UE.ravel() for share_UE in maps.values()]), 0.99)), 1.0)
     # On the scale of the square root both the peaks of a collapsed router and small differences can be seen.
     colours = {"cmap": "cividis", "norm": PowerNorm(0.5, 0, most)}
-    image = _draw_heat_maps(axes, share_ULE, "popularity", recording, shown, **colours)
+    image = _draw_heat_maps(axes, "popularity", maps, step_U, **colours)
     ticks = [0, *(2**i for i in range(10) if 2**i <= most)]
     figure.colorbar(image, ax=axes, label="popularity, 1 = balanced", extend="max", ticks=ticks)
 
 
-def _draw_replicas(figure: Any, axes: np.ndarray, recording: Mapping[str, np.ndarray], shown: np.ndarray) -> None:
+def _draw_replicas(figure: Any, axes: np.ndarray, maps: Mapping[str, np.ndarray], step_U: np.ndarray) -> None:
     from matplotlib.colors import BoundaryNorm, Normalize
 
-    replicas_ULE = recording["replicas"]
-    most = max(int(replicas_ULE.max()), 1)
+    most = max(*(int(np.ceil(replicas_UE.max())) for replicas_UE in maps.values()), 1)
     few = most <= _MOST_COLOURS
     norm = BoundaryNorm(np.arange(0.5, most + 1), 256) if few else Normalize(0, most)
-    image = _draw_heat_maps(axes, replicas_ULE, "replicas", recording, shown, cmap="viridis", norm=norm)
+    image = _draw_heat_maps(axes, "replicas", maps, step_U, cmap="viridis", norm=norm)
     bar = figure.colorbar(image, ax=axes, label="replicas", ticks=range(1, most + 1) if few else None)
     bar.minorticks_off()
 
 
+_DRAW: Final = {"popularity": _draw_popularity, "replicas": _draw_replicas}
+
+
 def _draw_heat_maps(
-    axes: np.ndarray,
-    values_ULE: np.ndarray,
-    what: str,
-    recording: Mapping[str, np.ndarray],
-    shown: np.ndarray,
-    **colours: Any,
+    axes: np.ndarray, what: str, maps: Mapping[str, np.ndarray], step_U: np.ndarray, **colours: Any
 ) -> Any:
     """One map below the other: a map for each layer, a line for each expert, a column for each step."""
-    names = json.loads(str(recording["metadata"]))["layers"]
-    steps_U = recording["step"]
-    extent = (steps_U[0] - 0.5, steps_U[-1] + 0.5, values_ULE.shape[-1] - 0.5, -0.5)
-    for axis, layer in zip(axes, shown, strict=True):
-        image = axis.imshow(values_ULE[:, layer].T, aspect="auto", interpolation="nearest", extent=extent, **colours)
-        axis.set_title(f"{what}, {names[layer]}", fontsize=9)
+    distance = (step_U[-1] - step_U[0]) / max(len(step_U) - 1, 1) or 1
+    for axis, (name, values_UE) in zip(axes, maps.items(), strict=True):
+        extent = (step_U[0] - 0.5, step_U[-1] + distance - 0.5, values_UE.shape[1] - 0.5, -0.5)
+        image = axis.imshow(values_UE.T, aspect="auto", interpolation="nearest", extent=extent, **colours)
+        axis.set_title(f"{what}, {name}", fontsize=9)
         axis.set_ylabel("expert")
         axis.yaxis.get_major_locator().set_params(integer=True)
     return image

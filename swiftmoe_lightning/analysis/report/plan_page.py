@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from swiftmoe_lightning.analysis.plan import Outcome, Plan
 from swiftmoe_lightning.analysis.report.page_data import PageData, PolicySeries
 from swiftmoe_lightning.analysis.report.plan_table import age_text
+from swiftmoe_lightning.analysis.sizes import Sizes
 from swiftmoe_lightning.analysis.trace import Trace
 
 
@@ -19,8 +22,7 @@ def plan_page(plan: Plan, title: str) -> PageData:
     """
     machine, options, trace = plan.machine, plan.options, plan.trace
     series = [_series(name, outcome) for name, outcome in plan.outcomes.items()]
-    if {"loads", "dropped", "moved"} <= trace.recorded.keys():
-        series.insert(0, _recorded(trace))
+    series[:0] = _recorded(trace)
     return PageData(
         title=title,
         subtitle=f"{machine.num_ranks} ranks of {machine.slots_per_rank} slots, plans {age_text(options.lag)}",
@@ -29,6 +31,28 @@ def plan_page(plan: Plan, title: str) -> PageData:
         layers=tuple(trace.layers),
         policies=tuple(series),
         capacity_factor=options.capacity_factor,
+    )
+
+
+def run_page(trace: Trace, title: str) -> PageData:
+    """The page's data for a run alone, as far as it is recorded: no policy is replayed.
+
+    Args:
+        trace: of the run.
+        title: the page's.
+
+    Raises:
+        ValueError: where the trace's metadata is damaged.
+    """
+    ranks, slots = (trace.metadata.get(key) for key in ("world_size", "slots_per_rank"))
+    return PageData(
+        title=title,
+        subtitle="" if None in (ranks, slots) else f"{ranks} ranks of {slots} slots",
+        counts_ULE=trace.popularity_ULE,
+        step_U=trace.step_U,
+        layers=tuple(trace.layers),
+        policies=tuple(replace(run, name="this run", label="as recorded") for run in _recorded(trace)),
+        capacity_factor=Sizes.of(trace, 1, 1, None).capacity_factor,
     )
 
 
@@ -49,9 +73,12 @@ def _series(name: str, outcome: Outcome) -> PolicySeries:
     )
 
 
-def _recorded(trace: Trace) -> PolicySeries:
+def _recorded(trace: Trace) -> tuple[PolicySeries, ...]:
+    """The run itself, if the trace has its loads: one series or none."""
     recorded = trace.recorded
-    return PolicySeries(
+    if not {"loads", "dropped", "moved"} <= recorded.keys():
+        return ()
+    run = PolicySeries(
         name="recorded",
         label="the run itself",
         replicas_ULE=recorded.get("replicas"),
@@ -64,3 +91,4 @@ def _recorded(trace: Trace) -> PolicySeries:
         bytes_state_moved=None,
         losses={},
     )
+    return (run,)
