@@ -1,7 +1,7 @@
 """The versions of libraries that are tested, and a new user's first minutes.
 
-`make matrix` runs `oldest` and `newest`, `make fresh` the last. The environment chooses torch: TORCH is what pip installs
-(TORCH=torch==2.13.0), and PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes builds without CUDA.
+`make matrix` runs `oldest` and `newest`, `make fresh` the last. The environment chooses torch: TORCH is what pip
+installs (TORCH=torch==2.13.0), and PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes builds without CUDA.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def lower_bounds() -> dict[str, str]:
 
 
 def run_tests(session: nox.Session, torch: str, *pins: str) -> None:
+    """Install torch, the package with the versions that are pinned, and run what the command line or TESTS names."""
     # torch first and alone: what comes after is then satisfied, and does not pick a build of its own.
     session.install(torch)
     session.install("--editable", f".[{','.join(EXTRAS)}]", *TOOLS, *pins)
