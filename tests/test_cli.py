@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import swiftmoe_lightning
 from swiftmoe_lightning.analysis import CANDIDATES
 from swiftmoe_lightning.cli import app
 
@@ -59,6 +60,12 @@ def test_help_names_every_option() -> None:
     _, output = run("--help")
     for name in ("strategy", "data", "capacity-factor", "slots-per-rank", "aux-loss-coef", "seed", "out"):
         assert f"--{name}" in output
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"swiftmoe-lightning {swiftmoe_lightning.__version__}\n")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", swiftmoe_lightning.__version__)
 
 
 # [4 steps, 2 ranks, 1 layer, 4 experts]; what the run itself did is there, too.
