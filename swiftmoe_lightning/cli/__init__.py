@@ -53,7 +53,7 @@ def train(  # noqa: PLR0913 - options
     lr: Annotated[float, option("Learning rate.", 0)] = DemoOptions.lr,
     seed: Annotated[int, option("Decides weights and data: runs of one seed can be compared.", 0)] = DemoOptions.seed,
     out: Annotated[
-        Path | None, option("Run folder; files there are written over (default: runs/STRATEGY, or runs).")
+        Path | None, option("Run folder; an earlier run's files in it are replaced (default: runs/STRATEGY, or runs).")
     ] = None,
 ) -> None:
     """Train a small byte-level GPT on real text, with static and with adaptive replicas, and compare the two."""

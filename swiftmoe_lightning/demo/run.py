@@ -191,7 +191,7 @@ class Demo:
         text = (len(self._train_text) + len(self._val_text)) / 1e6
         Console().print(
             f"{options.strategy}: {size:.1f} M parameters, {options.layers} layers of {options.experts} experts, "
-            f"{text:.1f} MB of text, {ranks.total} ranks ({ranks.accelerator}).",
+            f"{text:.1f} MB text, {ranks.total} ranks ({ranks.accelerator}).",
             soft_wrap=True,
         )
 
