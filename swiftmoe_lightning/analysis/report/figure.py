@@ -30,7 +30,5 @@ def import_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError(
-            'the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`, or `pip install matplotlib`.'
-        ) from missing
+        raise ImportError('the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`.') from missing
     return Figure
