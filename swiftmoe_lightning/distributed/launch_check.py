@@ -68,9 +68,14 @@ def check_launch(timeout_s: float) -> Iterator[LaunchReport]:
         speeds, failures = _probe(store, own, ranks, timeout_s)
         findings = [*failures, *findings]
     yield LaunchReport(own.rank, ranks, own.world_size, findings, speeds)
-    # The launcher kills all ranks when the first one ends with an error, and rank 0 may hold the store.
-    store.set(f"left/{own.rank}", "")
-    _wait(store, [f"left/{facts.rank}" for facts in ranks] if own.rank == 0 else ["left/0"], _PATIENCE_S)
+    # The launcher kills all ranks when the first one ends with an error, so rank 0 has told before any of them does. It
+    # ends last, for it may hold the store.
+    if own.rank == 0:
+        store.set("told", "")
+        _wait(store, [f"left/{facts.rank}" for facts in ranks if facts.rank], _PATIENCE_S)
+    else:
+        _wait(store, ["told"], _PATIENCE_S)
+        store.set(f"left/{own.rank}", "")
 
 
 def _connect(own: RankFacts, timeout_s: float) -> dist.Store:
