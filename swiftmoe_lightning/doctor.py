@@ -1,4 +1,4 @@
-"""What `swiftmoe doctor` prints: versions, devices and the backend of each operation; or a checkpoint's state."""
+"""What `swiftmoe doctor` prints: versions, devices and the backend of each operation; a launch; a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections import defaultdict
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftmoe_lightning.distributed.backends import available_backends
+from swiftmoe_lightning.distributed.launch_check import LaunchReport
 from swiftmoe_lightning.engine.checkpoint_verification import verify_checkpoint
 from swiftmoe_lightning.ops import backend
 
@@ -87,6 +89,32 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(entries, indent=2))
     return is_good
+
+
+def print_launch(report: LaunchReport, as_json: bool) -> None:
+    """The ranks of a launch, the speed of their links, and what is wrong, with the fix; or all of it as JSON.
+
+    Args:
+        report: from `check_launch`.
+        as_json: print JSON only.
+    """
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+        return
+    table = _table("rank", "host", "address", "backend", "GPU", "torch", "NCCL", "lightning", "this package")
+    for facts in report.ranks:
+        gpu = "none" if facts.gpu is None else f"{facts.local_rank}: {facts.gpu_name}"
+        versions = [facts.versions[name] or "none" for name in ("torch", "NCCL", "lightning", "swiftmoe-lightning")]
+        table.add_row(str(facts.rank), facts.host, facts.host_address or "none", facts.backend, gpu, *versions)
+    console = Console()
+    console.print(table)
+    for link, speed in report.speeds.items():
+        console.print(f"A rank sends {speed / 1e9:.3g} GB/s {link} {'hosts' if link == 'between' else 'its host'}.\n")
+    for finding in report.findings:
+        kind = "Problem" if finding.is_problem else "Slow"
+        console.print(f"{kind}: {finding.what}\n  Fix: {finding.fix}\n", markup=False, soft_wrap=True)
+    if not report.findings:
+        console.print(f"No problem found: {report.world_size} of {report.world_size} ranks came, and fit together.")
 
 
 def _versions() -> dict[str, str | None]:

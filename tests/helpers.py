@@ -97,7 +97,7 @@ def start_ranks(
 
 def script_environment(**more: str) -> dict[str, str]:
     """The environment for a script that starts its own ranks, without this process's rank and port."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+    kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **more}
 
 

@@ -60,7 +60,7 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
 # Not in a step of training, or of what is on the host anyway.
 ELSEWHERE: Final[dict[str, str]] = {
     "distributed/expert_group.py ExpertGroup.broadcast_int": "setup",
-    "distributed/node_groups.py measure_speed_ratio": "setup",
+    "distributed/node_groups.py measure_speed": "setup",
     "distributed/host_device.py to_device": "what the callers are listed for",
     "distributed/host_device.py to_host": "what the callers are listed for",
     "engine/checkpoint.py full_state": "checkpoints",

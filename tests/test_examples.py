@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -15,7 +16,10 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
-    run_script(sys.executable, str(path), cwd=tmp_path)
+    said = run_script(sys.executable, str(path), cwd=tmp_path).stderr
+    # No warning of this package, and none of torch that it causes; Lightning's own stay.
+    assert not re.search(r"swiftmoe_lightning/\S+\.py:\d+", said), said
+    assert not re.search(r"W\d{4} .*torch/(?!distributed/elastic)", said), said
 
 
 @pytest.mark.parametrize(

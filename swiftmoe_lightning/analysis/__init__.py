@@ -7,10 +7,12 @@ from swiftmoe_lightning.analysis.megatron import read_megatron
 from swiftmoe_lightning.analysis.model_sizes import PRESETS, ModelSizes, model_of
 from swiftmoe_lightning.analysis.plan import Plan, PlanOptions, make_plan
 from swiftmoe_lightning.analysis.read_trace import read_trace
+from swiftmoe_lightning.analysis.recommend import Recommendation, recommend
 from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
 from swiftmoe_lightning.analysis.scale import GroupCost
 from swiftmoe_lightning.analysis.scale_advice import Advice
 from swiftmoe_lightning.analysis.sizes import Sizes
+from swiftmoe_lightning.analysis.sweep import Point, Sweep
 from swiftmoe_lightning.analysis.trace import Trace
 from swiftmoe_lightning.analysis.write_trace import check_writable, writer_for
 
@@ -25,9 +27,12 @@ __all__ = [
     "ModelSizes",
     "Plan",
     "PlanOptions",
+    "Point",
+    "Recommendation",
     "Replay",
     "Rules",
     "Sizes",
+    "Sweep",
     "Trace",
     "Workload",
     "check_writable",
@@ -35,6 +40,7 @@ __all__ = [
     "model_of",
     "read_megatron",
     "read_trace",
+    "recommend",
     "replay",
     "writer_for",
 ]

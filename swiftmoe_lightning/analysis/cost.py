@@ -71,6 +71,11 @@ class Machine:
         """Bytes of an expert's optimizer state, on its way to a new rank."""
         return 8 * self.expert_bytes if self.state_bytes is None else self.state_bytes
 
+    @property
+    def flops_of_assignment(self) -> float:
+        """Operations of one assignment, forward and backward."""
+        return 3 * self.expert_bytes if self.assignment_flops is None else self.assignment_flops
+
 
 def phase_bytes(num_pairs: float, machine: Machine) -> float:
     """What collect, or distribute, puts on the wire in one layer, all ranks together: G (P - P / W).
@@ -125,12 +130,11 @@ def step_seconds(max_load: float, busiest: float, moved: float, machine: Machine
     """
     if machine.flops is None or machine.link_bytes is None:
         return None
-    assignment_flops = 3 * machine.expert_bytes if machine.assignment_flops is None else machine.assignment_flops
     away = 1 - 1 / machine.num_ranks
     sent = 2 * busiest * machine.expert_bytes
     sent += 4 * max_load * machine.assignment_bytes * away
     sent += moved * (machine.moved_state_bytes + machine.expert_bytes) / machine.num_ranks
-    return max_load * assignment_flops / machine.flops + sent / machine.link_bytes
+    return max_load * machine.flops_of_assignment / machine.flops + sent / machine.link_bytes
 
 
 def paper_step_seconds(max_load: float, machine: Machine) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -98,14 +99,14 @@ def replay(popularity_ULE: np.ndarray, policy: PlacementPolicy, rules: Rules) ->
         rules: how it is run.
     """
     num_steps, num_layers, num_experts = popularity_ULE.shape
-    run = _Run(policy, rules, num_layers, num_experts)
+    steps = replayed_loads(popularity_ULE, policy, rules)
     bounded_steps = _spread(np.flatnonzero(popularity_ULE.any((1, 2))))
     bounds: list[Bounds] = []
     arrays = _Arrays(num_steps, num_layers, num_experts, policy.world_size)
     seconds = 0.0
-    for step, popularity_LE in enumerate(popularity_ULE):
+    for step in range(num_steps):
         begin = time.perf_counter()
-        loads = run.step(popularity_LE)
+        loads = next(steps)
         seconds += time.perf_counter() - begin
         arrays.keep(step, loads)
         if step in bounded_steps:
@@ -122,6 +123,20 @@ def replay(popularity_ULE: np.ndarray, policy: PlacementPolicy, rules: Rules) ->
         {cause: float(np.mean([b.by_cause[cause] for b in bounds])) for cause in CAUSES},
         seconds / num_steps,
     )
+
+
+def replayed_loads(popularity_ULE: np.ndarray, policy: PlacementPolicy, rules: Rules) -> Iterator[list[ExpertLoad]]:
+    """What `replay` adds up: each step's loads by layer, one step after the other.
+
+    Args:
+        popularity_ULE: as in `replay`.
+        policy: a new one, where it remembers.
+        rules: how it is run.
+    """
+    _, num_layers, num_experts = popularity_ULE.shape
+    run = _Run(policy, rules, num_layers, num_experts)
+    for popularity_LE in popularity_ULE:
+        yield run.step(popularity_LE)
 
 
 def _spread(steps: np.ndarray) -> set[int]:

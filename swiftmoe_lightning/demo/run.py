@@ -7,7 +7,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,13 +27,24 @@ from swiftmoe_lightning.analysis.time_to_loss import Curve
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.demo.gpt import GPT, LanguageModel
+from swiftmoe_lightning.demo.interrupt import ctrl_c_ends
 from swiftmoe_lightning.demo.options import DemoOptions
-from swiftmoe_lightning.demo.summary import dropped_share, summary_rows, summary_table
+from swiftmoe_lightning.demo.printing import (
+    draw_if_possible,
+    print_next,
+    print_outcome,
+    shown_path,
+    tell_if_nothing_is_drawn,
+)
+from swiftmoe_lightning.demo.summary import dropped_share, summary_rows
 from swiftmoe_lightning.demo.text import Sequences, read_texts, split_texts
 from swiftmoe_lightning.strategies import SwiftMoEStrategy
 
 _CPU_RANKS: Final = 4
 _VALIDATIONS: Final = 20
+_RECORDING: Final = "placements.npz"
+# All that a run may write.
+_FILES: Final = (_RECORDING, "picture.png", "metrics.csv", "hparams.yaml")
 
 
 @dataclass(frozen=True)
@@ -138,9 +148,12 @@ class Demo:
         self._model = self._make_model()
 
     def run(self) -> None:
-        """Train, and on rank 0 print the numbers."""
+        """Train, and on rank 0 print the numbers. Files of an earlier run in the folder are removed first."""
+        tell_if_nothing_is_drawn()
+        self.clear_folder()
         if (outcome := self.train()) is not None:
             print_outcome(self._title, {self.options.strategy: outcome.rows}, self.options.folder, outcome.files)
+            print_next(self.options.folder)
 
     def train(self) -> Outcome | None:
         """Train, and write metrics.csv, placements.npz and picture.png to the folder.
@@ -149,10 +162,23 @@ class Demo:
             On rank 0, what came of it.
         """
         self._announce()
-        timer, recorder = StepTimer(), PlacementRecorder(self.options.folder / "placements.npz")
+        timer, recorder = StepTimer(), PlacementRecorder(self.options.folder / _RECORDING)
         trainer = self._make_trainer([timer, ExpertPopularityMonitor(), recorder])
-        trainer.fit(self._model, self._loader(train=True), self._loader(train=False))
+        with ctrl_c_ends(trainer, self._stopped):
+            trainer.fit(self._model, self._loader(train=True), self._loader(train=False))
         return self._outcome(recorder, timer) if trainer.is_global_zero else None
+
+    @rank_zero_only
+    def clear_folder(self) -> None:
+        """Remove what an earlier run wrote, so that a run that is stopped leaves no mixture of both."""
+        for name in _FILES:
+            (self.options.folder / name).unlink(missing_ok=True)
+
+    def _stopped(self, num_steps: int) -> str:
+        return (
+            f"Stopped after {num_steps} of {self.options.steps} steps. What was recorded is in "
+            f"{shown_path(self.options.folder)}/."
+        )
 
     @property
     def _title(self) -> str:
@@ -165,7 +191,7 @@ class Demo:
         text = (len(self._train_text) + len(self._val_text)) / 1e6
         Console().print(
             f"{options.strategy}: {size:.1f} M parameters, {options.layers} layers of {options.experts} experts, "
-            f"{text:.1f} MB of text, {ranks.total} ranks ({ranks.accelerator}).",
+            f"{text:.1f} MB text, {ranks.total} ranks ({ranks.accelerator}).",
             soft_wrap=True,
         )
 
@@ -232,40 +258,6 @@ class Demo:
         clock = np.append(0.0, np.cumsum(timer.seconds))
         seconds = [float(clock[step]) for step in model.val_steps]
         return Outcome(rows, Curve(options.strategy, model.val_steps, seconds, model.val_losses, dropped), files)
-
-
-def draw_if_possible(path: Path, draw: Callable[[Path], None]) -> list[str]:
-    """Draw a picture or, without matplotlib, print what to install.
-
-    Args:
-        path: the picture's file.
-        draw: draws to it.
-
-    Returns:
-        The names of the files that were written.
-    """
-    try:
-        draw(path)
-    except ImportError as missing:
-        Console().print(f"No picture: {missing}", markup=False)
-        return []
-    return [path.name]
-
-
-def print_outcome(title: str, runs: Mapping[str, Mapping[str, str]], folder: Path, files: list[str]) -> None:
-    """Print a table of runs, and where the files are.
-
-    Args:
-        title: the table's.
-        runs: label -> its rows.
-        folder: where the files are.
-        files: their names.
-    """
-    console = Console()
-    console.print(summary_table(title, runs))
-    # A folder's name need not be Unicode, which must not fail a run that is done.
-    shown = os.fsencode(folder).decode(errors="replace")
-    console.print(f"Files: {shown}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
 def _silence_lightning() -> None:

@@ -65,23 +65,34 @@ def make_node_groups(
 def measure_speed_ratio(groups: NodeGroups, device: torch.device) -> float:
     """Bytes a second inside nodes over those between nodes, the same number on all ranks. A collective.
 
-    All nodes exchange inside at once, then all rails at once, as they do in training; the slowest rank counts.
+    All nodes exchange inside at once, then all rails at once, as they do in training.
 
     Args:
         groups: whose `speed_ratio` is not looked at.
         device: of the bytes.
     """
-    speeds = []
-    for ranks in (groups.node, groups.rail):
-        send = torch.zeros(ranks.size * _PROBE_BYTES, dtype=torch.uint8, device=device)
-        splits = [_PROBE_BYTES] * ranks.size
-        seconds = math.inf
-        for _ in range(_PROBE_RUNS):
-            # A number read from the device: so the collective, too, has ended.
-            groups.everyone.all_reduce(torch.zeros(1, device=device)).item()
-            start = time.perf_counter()
-            ranks.start_all_to_all(send, splits, splits).wait()[-1].item()
-            seconds = min(seconds, time.perf_counter() - start)
-        slowest = groups.everyone.all_reduce(torch.tensor([seconds], device=device), dist.ReduceOp.MAX)
-        speeds.append((ranks.size - 1) / slowest.item())
-    return speeds[0] / speeds[1]
+    inside, between = (measure_speed(ranks, groups.everyone, device) for ranks in (groups.node, groups.rail))
+    return inside / between
+
+
+def measure_speed(ranks: RankGroup, everyone: RankGroup, device: torch.device) -> float:
+    """Bytes a second that a rank sends to others while it receives as many, the same number on all ranks. A collective.
+
+    All groups exchange at once; the slowest rank counts.
+
+    Args:
+        ranks: a group of this rank's, of two or more.
+        everyone: the ranks of all groups.
+        device: of the bytes.
+    """
+    send = torch.zeros(ranks.size * _PROBE_BYTES, dtype=torch.uint8, device=device)
+    splits = [_PROBE_BYTES] * ranks.size
+    seconds = math.inf
+    for _ in range(_PROBE_RUNS):
+        # A number read from the device: so the collective, too, has ended.
+        everyone.all_reduce(torch.zeros(1, device=device)).item()
+        start = time.perf_counter()
+        ranks.start_all_to_all(send, splits, splits).wait()[-1].item()
+        seconds = min(seconds, time.perf_counter() - start)
+    slowest = everyone.all_reduce(torch.tensor([seconds], device=device), dist.ReduceOp.MAX)
+    return (ranks.size - 1) * _PROBE_BYTES / slowest.item()

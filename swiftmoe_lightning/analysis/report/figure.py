@@ -16,12 +16,19 @@ def new_figure(title: str, width: float, height: float) -> Any:
     Raises:
         ImportError: when matplotlib is not installed.
     """
+    figure = import_figure()(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def import_figure() -> Any:
+    """The class `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError(
-            'the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`, or `pip install matplotlib`.'
-        ) from missing
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
-    return figure
+        raise ImportError('the picture needs matplotlib. Run `pip install "swiftmoe-lightning[report]"`.') from missing
+    return Figure
