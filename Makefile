@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread for each of several ranks is faster than many threads for all.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/swiftmoe train
@@ -18,6 +18,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.step
@@ -36,4 +39,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .hypothesis

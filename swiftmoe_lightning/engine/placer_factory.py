@@ -36,7 +36,8 @@ def _log_uniform_fallbacks(layers: Mapping[str, LayerMemory]) -> None:
     name_of_most = max(with_fallbacks, key=lambda name: with_fallbacks[name].num_fallbacks)
     _log.warning(
         "popularity moved too fast to follow now and then: uniform replicas stood in for placements by it in %d "
-        "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well.",
+        "layer(s), most in %s, %d of %d times. If that is most of them, placement='static' does as well. "
+        "(FAQ: uniform-replicas)",
         len(with_fallbacks),
         name_of_most,
         with_fallbacks[name_of_most].num_fallbacks,
