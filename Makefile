@@ -55,4 +55,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .nox .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .nox .mypy_cache .ruff_cache .hypothesis

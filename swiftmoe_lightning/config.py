@@ -102,7 +102,7 @@ class SwiftMoEConfig:
             sizes = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
             raise ValueError(
                 f"expert_parallel_size={self.expert_parallel_size} does not divide the {num_ranks} ranks into groups "
-                f"of equal size. Set it to one of {sizes}, or leave it None."
+                f"of equal size. Set it to one of {sizes}, or leave it None. (FAQ: group-size)"
             )
         return self.expert_parallel_size
 
@@ -125,7 +125,7 @@ class SwiftMoEConfig:
             raise ValueError(
                 f"{world_size} ranks x {self.slots_per_rank} slots = {world_size * self.slots_per_rank} slots cannot "
                 f"hold {num_experts} experts, and every expert keeps at least one replica. Set slots_per_rank to "
-                f"{-(-num_experts // world_size)} or more, or leave it None."
+                f"{-(-num_experts // world_size)} or more, or leave it None. (FAQ: too-few-slots)"
             )
         return self.slots_per_rank
 

@@ -30,5 +30,5 @@ def check_names(library: str, names: Mapping[object, Sequence[str]], install: st
     if missing:
         raise ImportError(
             f"swiftmoe_lightning uses names of {library} that are not public, and {library} {version(library)} lacks "
-            f"{', '.join(missing)}. Install one that has them: pip install '{install}'"
+            f"{', '.join(missing)}. Install one that has them: pip install '{install}' (FAQ: missing-names)"
         )

@@ -135,7 +135,7 @@ def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
     if started != accelerator.num_processes:
         raise ValueError(
             f"{started} processes were started, but this {kind} sees {accelerator.num_processes}: each would "
-            f"train alone. Without GPUs make it as {on_cpu}."
+            f"train alone. Without GPUs make it as {on_cpu}. (FAQ: one-process)"
         )
     if accelerator.distributed_type.name == "FSDP" and _sizes_of(accelerator).get("cp", 1) > 1:
         kinds = type(accelerator.distributed_type)
@@ -145,5 +145,6 @@ def check_processes(accelerator: Accelerator, kind: str, on_cpu: str) -> None:
             f"Accelerate is set up for {accelerator.distributed_type.name}, which cuts the model itself, and cannot be "
             "combined with spread experts. Leave DeepSpeed, FSDP and Megatron-LM out. For a dense part that is cut as "
             "by FSDP2, set ParallelismConfig(dp_shard_size=...) or SwiftMoEConfig(dense='fsdp2'). Pipeline parallelism "
-            "has no substitute: its stages run at different times, and an expert layer needs all its ranks at once."
+            "has no substitute: its stages run at different times, and an expert layer needs all its ranks at once. "
+            "(FAQ: other-parallelism)"
         )

@@ -117,7 +117,7 @@ def _warn_of_one_process(accelerator: Accelerator) -> None:
         warnings.warn(
             "`accelerate launch` started one process, so there are no ranks to spread experts over. On GPUs add "
             "--multi_gpu --num_processes N; on the CPU start N processes with torchrun --nproc-per-node N, and make "
-            "Accelerator(cpu=True).",
+            "Accelerator(cpu=True). (FAQ: one-process)",
             stacklevel=3,
         )
 
@@ -152,7 +152,7 @@ def check_fresh(optimizer: Optimizer, model: nn.Module) -> None:
     if foreign:
         raise ValueError(
             f"{foreign} parameters of the optimizer are not the model's. Make it from the parameters of the very model "
-            "that is prepared."
+            "that is prepared. (FAQ: other-parameters)"
         )
     refuse_stepped(optimizer, "Prepare first, then step, or load with accelerator.load_state.")
 
@@ -245,5 +245,5 @@ def load_whole(model: nn.Module, path: Path) -> None:
     if missing or incompatible.unexpected_keys:
         raise ValueError(
             f"{path} belongs to another model: it lacks {missing}, and holds {incompatible.unexpected_keys} that this "
-            "one does not have. Build the model that was saved, or load another folder."
+            "one does not have. Build the model that was saved, or load another folder. (FAQ: another-model)"
         )

@@ -54,7 +54,7 @@ class ExpertPopularityMonitor(Callback):
     `moe/<layer>/popularity/<expert>`   share of the layer's assignments, 0..1; balanced is 1/E
     `moe/<layer>/replicas/<expert>`     slots of the expert in the last of these steps
 
-    <layer> is the name of the layer's `Experts` module. The first five are also in `trainer.callback_metrics` after
+    `<layer>` is the name of the layer's `Experts` module. The first five are also in `trainer.callback_metrics` after
     every step, for that step, so that EarlyStopping or ModelCheckpoint can watch them.
 
     The progress bar shows the `imbalance` of the last step, and its `survival` if any layer has a capacity. TensorBoard

@@ -39,7 +39,7 @@ def _reduce(tensor: DTensor, protocol: Any) -> Any:
     raise RuntimeError(
         f"a tensor of shape {list(tensor.shape)} is cut over the ranks, and a file of it would hold this rank's "
         f"{list(tensor.to_local().shape)} alone. Gather on all ranks, then save on one: engine.full_state_dict() for "
-        "the model, or tensor.full_tensor()."
+        "the model, or tensor.full_tensor(). (FAQ: part-of-a-tensor)"
     )
 
 
@@ -48,5 +48,5 @@ def _collective(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         f"{operator.name()} was called on a tensor that is cut over the ranks, of which each holds rows of its own: "
         "there is nothing to reduce, and nothing to send. Leave experts out (gradients of theirs are averaged "
         "already), or use tensor.full_tensor(). LocalSGD, in which ranks step each for itself, cannot be combined with "
-        "spread experts."
+        "spread experts. (FAQ: part-of-a-tensor)"
     )

@@ -37,7 +37,8 @@ def store_barrier(call: str, timeout_s: float) -> None:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             message = (
                 f"rank {dist.get_rank()} has waited {waited:.0f} s in {call} for ranks {missing}. It gathers "
-                "experts from all ranks: call it on every rank (outside of `if rank == 0:`); one of them writes."
+                "experts from all ranks: call it on every rank (outside of `if rank == 0:`); one of them writes. "
+                "(FAQ: missing-ranks)"
             )
             if waited > timeout_s:
                 raise RuntimeError(message)

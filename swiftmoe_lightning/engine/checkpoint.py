@@ -31,7 +31,9 @@ from swiftmoe_lightning.modules import shape_message
 META_FILE: Final = "meta.pt"
 # The key, in META_FILE, of the SHA-256 of DCP's index, which carries no checksum itself.
 _INDEX_SUM: Final = "swiftmoe_metadata_sha256"
-_TO_WRITE: Final = "Make room, choose another folder, or leave out what cannot be pickled."
+_TO_WRITE: Final = (
+    "Make room, choose another folder, or leave out what cannot be pickled. (FAQ: checkpoint-not-written)"
+)
 
 
 def full_state(value: Any, keep: bool) -> Any:
@@ -250,5 +252,6 @@ def unreadable(path: str | os.PathLike[str], reason: str) -> str:
     """The error message for a checkpoint that cannot be read for this `reason`."""
     return (
         f"cannot read the checkpoint {str(path)!r} ({reason}). It may be missing, cut off or corrupt, or hold objects "
-        "that need Trainer.fit(..., weights_only=False): check the path, or use an older one."
+        "that need Trainer.fit(..., weights_only=False): check the path, or use an older one. "
+        "(FAQ: checkpoint-not-read)"
     )

@@ -46,7 +46,8 @@ class ExpertDataParallel(DistributedDataParallel):
         if self._join_config.enable and self.engine is not None and self.engine.layers:
             raise ValueError(
                 "ranks with spread experts need equally many training batches, and cannot join uneven inputs. Leave "
-                "Join out, and set drop_last=True in the loader, or with Accelerate even_batches=True."
+                "Join out, and set drop_last=True in the loader, or with Accelerate even_batches=True. "
+                "(FAQ: uneven-batches)"
             )
         try:
             return super().forward(*args, **kwargs)
@@ -57,7 +58,7 @@ class ExpertDataParallel(DistributedDataParallel):
                 "the backward before this forward did not reach every dense parameter. If an exception ended it, "
                 "DistributedDataParallel cannot go on: wrap the module again (model = engine.data_parallel()) and call "
                 "zero_grad() before you try again. If parameters were not used, pass find_unused_parameters=True. "
-                f"DistributedDataParallel says: {error}"
+                f"DistributedDataParallel says: {error} (FAQ: failed-backward)"
             ) from error
 
     @contextmanager

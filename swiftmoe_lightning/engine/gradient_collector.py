@@ -58,7 +58,8 @@ class GradientCollector:
             raise RuntimeError(
                 "optimizer.step() inside no_sync(): the experts' gradients have not been collected from the ranks, so "
                 "experts would stay while the rest moves. Run the last backward before a step, and the step, outside "
-                "no_sync(). LocalSGD, in which ranks step each for itself, cannot be combined with spread experts."
+                "no_sync(). LocalSGD, in which ranks step each for itself, cannot be combined with spread experts. "
+                "(FAQ: step-in-no-sync)"
             )
 
     def on_forward(self) -> None:

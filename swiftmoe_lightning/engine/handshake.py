@@ -23,7 +23,7 @@ from swiftmoe_lightning.modules import NON_FINITE_SCORES
 _EQUAL_CALLS: Final = (
     "every rank must run the same MoE layers in the same order, as many times, in evaluation and in hooks, too (no "
     "forward under `if rank == 0:`): give all ranks equally many training batches (drop_last=True, or "
-    "limit_train_batches)."
+    "limit_train_batches). (FAQ: different-forwards)"
 )
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -212,7 +212,8 @@ class ForwardHandshake:
             raise RuntimeError(
                 f"ranks have made different numbers of optimizer steps ({', '.join(map(str, updates_W))}, by rank), "
                 "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
-                "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all."
+                "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all. "
+                "(FAQ: different-steps)"
             )
         bad_ranks = [rank for rank, is_finite in zip(ranks, table.rows[:, Header.FINITE], strict=True) if not is_finite]
         if bad_ranks:

@@ -151,7 +151,8 @@ def _refuse_wrapped_or_quantized(name: str, experts: Experts) -> None:
     if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
         raise ValueError(
             f"the experts {name!r} are wrapped (an adapter, LoRA), and forward would not see what is spread over the "
-            "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router)."
+            "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router). "
+            "(FAQ: experts-not-plain)"
         )
     for key, parameter in experts.expert_parameters().items():
         is_plain = nn.Parameter in type(parameter).__mro__ or is_sharded(parameter)
@@ -160,7 +161,7 @@ def _refuse_wrapped_or_quantized(name: str, experts: Experts) -> None:
             raise ValueError(
                 f"{key} of the experts {name!r} is quantized ({kind}), which can be neither cut over the ranks nor "
                 "updated. Build or load the experts in float32, bfloat16 or float16, and leave them out of "
-                "quantization."
+                "quantization. (FAQ: experts-not-plain)"
             )
 
 

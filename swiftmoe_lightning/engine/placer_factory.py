@@ -38,7 +38,7 @@ def _log_uniform_fallbacks(layers: Mapping[str, LayerMemory]) -> None:
     name_of_most = max(mostly_uniform, key=lambda name: mostly_uniform[name].num_fallbacks)
     _log.warning(
         "popularity moved too fast to follow: uniform replicas stood in for most placements by it in %d layer(s), most "
-        "in %s, %d of %d times. For those placement='static' does as well.",
+        "in %s, %d of %d times. For those placement='static' does as well. (FAQ: uniform-replicas)",
         len(mostly_uniform),
         name_of_most,
         mostly_uniform[name_of_most].num_fallbacks,

@@ -102,7 +102,7 @@ class ShardedLayer(ExpertParallelContext):
                 "the experts' weights were written since they were last sent to their slots, and not by an optimizer "
                 "that this engine prepared. Pass every optimizer through engine.prepare_optimizer (a strategy or "
                 "prepare() does it, until its run ends: train on under 'swiftmoe'); after a write by hand call "
-                "engine.mark_stale()."
+                "engine.mark_stale(). (FAQ: stale-weights)"
             )
 
     def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], HandshakeTable]:
@@ -196,7 +196,8 @@ class ShardedLayer(ExpertParallelContext):
         if any(p.requires_grad for p in self.experts.parameters()) and not self.slots.holds(placement):
             raise RuntimeError(
                 "backward through a forward from before the last optimizer step (or load): its experts' weights have "
-                "been replaced since, as an in-place update would. Run forward again after each step."
+                "been replaced since, as an in-place update would. Run forward again after each step. "
+                "(FAQ: backward-after-step)"
             )
         self.collector.on_backward(self)
 

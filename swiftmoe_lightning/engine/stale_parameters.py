@@ -20,7 +20,8 @@ def refuse_foreign(optimizer: Optimizer, module: nn.Module) -> None:
     if not any(id(p) in ids_of_module for p in parameters):
         raise ValueError(
             f"none of the optimizer's {len(parameters)} parameters belongs to the engine's {type(module).__name__}, "
-            "whose experts it would never update. Make it from module.parameters(), after the engine."
+            "whose experts it would never update. Make it from module.parameters(), after the engine. "
+            "(FAQ: other-parameters)"
         )
 
 
@@ -54,7 +55,7 @@ def refuse_replaced(optimizer: Optimizer, replaced: Mapping[str, StaleParameters
     if stale:
         raise ValueError(
             f"the optimizer holds parameters of {stale} from before the engine took them over. Make the engine "
-            "first, then the optimizer from module.parameters()."
+            "first, then the optimizer from module.parameters(). (FAQ: other-parameters)"
         )
 
 
@@ -72,5 +73,5 @@ def refuse_uncut(optimizer: Optimizer, replaced: StaleParameters | None, dense: 
     if replaced is None or replaced.held_by(optimizer):
         raise ValueError(
             f"the optimizer holds parameters from before dense={dense!r} cut them over the ranks. Call "
-            "engine.data_parallel() first, then make the optimizer from module.parameters()."
+            "engine.data_parallel() first, then make the optimizer from module.parameters(). (FAQ: other-parameters)"
         )

@@ -161,7 +161,7 @@ class ShardedUpdate:
             raise ValueError(
                 f"optimizer state {key!r} of {self._name_of(sharded)!r} has shape {list(value.shape)} in the "
                 f"checkpoint, and the parameter has {list(sharded.shape)}: it belongs to another model. Build the "
-                "model with the checkpoint's num_experts, dim and hidden_dim."
+                "model with the checkpoint's num_experts, dim and hidden_dim. (FAQ: another-model)"
             )
         return value
 
@@ -194,12 +194,13 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
     except Exception as error:
         raise ValueError(
             f"{name} cannot update shards as it is set up ({type(error).__name__}: {error}). {fix} If it is "
-            "the fused or foreach flag that fails on this device or dtype, leave it unset."
+            "the fused or foreach flag that fails on this device or dtype, leave it unset. "
+            "(FAQ: elementwise-optimizers)"
         ) from error
     if not torch.allclose(updated, torch.cat(updated_pieces, dim=1), rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"{name} looks at whole tensors (norms, factors or orthogonalisation), and each rank holds only a shard "
-            f"of each: its update would be wrong. {fix}"
+            f"of each: its update would be wrong. {fix} (FAQ: elementwise-optimizers)"
         )
 
 

@@ -52,9 +52,13 @@ def convert(model: Model) -> Model:
             unconverted[name] = (module, str(error))
     if not converted and not num_ours:
         reasons = f":\n{_describe(unconverted)}" if unconverted else ", and nothing in it looks like experts."
-        raise ValueError(f"convert() found no experts in {type(model).__name__} that it can take over{reasons}")
+        raise ValueError(
+            f"convert() found no experts in {type(model).__name__} that it can take over{reasons} (FAQ: not-converted)"
+        )
     if unconverted:
-        warnings.warn(f"convert() left these experts as they are:\n{_describe(unconverted)}", stacklevel=2)
+        warnings.warn(
+            f"convert() left these experts as they are:\n{_describe(unconverted)} (FAQ: not-converted)", stacklevel=2
+        )
     return model
 
 

@@ -217,17 +217,21 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(
             f"one process was started for {args.n_gpu} GPUs, and experts are spread over processes. Start one for each "
-            f"GPU: torchrun --nproc-per-node {args.n_gpu} script.py"
+            f"GPU: torchrun --nproc-per-node {args.n_gpu} script.py (FAQ: one-process)"
         )
     if args.world_size == 1:
         return
     for name, fix in _REFUSED.items():
         if value := getattr(args, name, None):
-            raise ValueError(f"{name}={value!r} cannot be combined with experts spread over processes. {fix}")
+            raise ValueError(
+                f"{name}={value!r} cannot be combined with experts spread over processes. {fix} "
+                "(FAQ: other-parallelism)"
+            )
     if getattr(args.accelerator_config, "even_batches", True) is False:
         raise ValueError(
             "even_batches=False gives processes different numbers of batches, and the Trainer would wait for ever "
-            "where it gathers losses. Leave it True: what evaluation repeats is dropped from its metrics."
+            "where it gathers losses. Leave it True: what evaluation repeats is dropped from its metrics. "
+            "(FAQ: uneven-batches)"
         )
 
 
@@ -263,5 +267,5 @@ def check_loaded(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> Non
     if any(wrong.values()):
         raise ValueError(
             f"{str(folder)!r} belongs to another model: {wrong}. Build the model that was saved, or resume from "
-            "another checkpoint."
+            "another checkpoint. (FAQ: another-model)"
         )

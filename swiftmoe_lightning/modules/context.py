@@ -156,7 +156,8 @@ class SingleDeviceContext(ExpertParallelContext):
             raise RuntimeError(
                 "these experts are a copy (deepcopy, AveragedModel) of ones that are spread over the ranks, and hold "
                 "this rank's rows alone. Spread the copy, too, on all ranks: SwiftMoEEngine(copy), whose mark_stale() "
-                "you call when the copy was written. Or load engine.full_state_dict() into a model built anew."
+                "you call when the copy was written. Or load engine.full_state_dict() into a model built anew. "
+                "(FAQ: copied-experts)"
             )
         return parameters
 

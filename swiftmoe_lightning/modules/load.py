@@ -13,7 +13,7 @@ from swiftmoe_lightning.placement import ExpertLoad, Placement
 
 NON_FINITE_SCORES = (
     "the router gave non-finite scores in {where}. Training has diverged, or its input holds inf or nan: lower the "
-    "learning rate, clip gradients, or add a z-loss (MoE(z_loss_coef=1e-3))."
+    "learning rate, clip gradients, or add a z-loss (MoE(z_loss_coef=1e-3)). (FAQ: non-finite-scores)"
 )
 
 

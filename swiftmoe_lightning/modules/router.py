@@ -161,7 +161,7 @@ class TopKRouter(nn.Module):
                 f"TopKRouter(bias_update_rate={self.bias_update_rate}) has trained for "
                 f"{_FORWARDS_BEFORE_WARNING} forwards, and nobody has updated its bias, so nothing balances the "
                 "experts. An engine does, on one device, too (a strategy has one); or "
-                "call router.update_bias(popularity) after every optimizer step.",
+                "call router.update_bias(popularity) after every optimizer step. (FAQ: idle-router-bias)",
                 stacklevel=3,
             )
 

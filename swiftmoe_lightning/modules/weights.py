@@ -40,5 +40,5 @@ def shape_message(name: str, saved: torch.Size, expected: torch.Size) -> str:
     """The error message for a checkpoint in which `name` has another shape."""
     return (
         f"{name!r} has shape {list(saved)} in the checkpoint, and {list(expected)} in this model. Build the model "
-        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint."
+        "with the checkpoint's num_experts, dim and hidden_dim, or load another checkpoint. (FAQ: another-model)"
     )

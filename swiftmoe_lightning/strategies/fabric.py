@@ -142,7 +142,8 @@ class SwiftMoEFabricStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
         if sharded_by_id:
             raise ValueError(
                 f"{len(sharded_by_id)} parameters of the optimizer belong to no model that has been set up. "
-                "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before setup_optimizers(optimizer)."
+                "Call fabric.setup(model, optimizer), or fabric.setup_module(model) before "
+                "setup_optimizers(optimizer). (FAQ: other-parameters)"
             )
         if sum(holds_experts.values()) > 1:
             raise ValueError(

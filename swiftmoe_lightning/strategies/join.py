@@ -101,5 +101,6 @@ def refuse_uneven_training(num_batches_W: list[int]) -> None:
         numbers = ("unknown" if n < 0 else str(n) for n in num_batches_W)
         raise ValueError(
             f"ranks have different numbers of training batches ({', '.join(numbers)}, by rank), and would wait for "
-            "each other: give all ranks equally many training batches (drop_last=True, or limit_train_batches)."
+            "each other: give all ranks equally many training batches (drop_last=True, or limit_train_batches). "
+            "(FAQ: uneven-batches)"
         )
