@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -33,3 +34,10 @@ def test_launch_scripts_give_the_example_options_that_it_takes(script: str, laun
     example = words.index("examples/expert_groups.py")
     given = runpy.run_path(str(folder / "expert_groups.py"))["options"](words[example + 1 :])
     assert (given.accelerator, given.num_nodes, given.devices, given.group_size) == ("gpu", 2, 8, 8)
+
+
+def test_the_notebook_is_stored_without_outputs_and_runs(tmp_path: Path) -> None:
+    notebook = EXAMPLES[0].parent / "tour.ipynb"
+    for cell in json.loads(notebook.read_text())["cells"]:
+        assert not cell.get("outputs"), cell["source"]
+    run_script(sys.executable, "-m", "nbclient.cli", str(notebook), "--output", "ran", cwd=tmp_path, TOUR_STEPS="40")
