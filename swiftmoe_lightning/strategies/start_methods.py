@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from typing_extensions import override
 
@@ -82,7 +81,9 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         RuntimeError: when it exits (at SIGTERM, or by `sys.exit`): the process that waits for its result would wait on.
     """
-    apply_to_collection((args, kwargs), nn.Module, _unshare)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, nn.Module):
+            _unshare(value)
     try:
         return function(*args, **kwargs)
     except SystemExit as stop:
@@ -91,9 +92,9 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def _unshare(module: nn.Module) -> None:
-    """Copy what was pickled for a rank, now or for earlier ranks: all would write to the same memory.
+    """Copy what lies in memory that all ranks share: pickling puts it there.
 
-    Lightning (2.6) does so under spawn alone, and not under forkserver, or under fork after a spawn.
+    Lightning (2.6) copies under spawn alone; not under forkserver, nor under fork once a spawn has shared the module.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.is_shared():
