@@ -119,6 +119,17 @@ def rank_errors(fn: Callable[..., Any], world_size: int, *args: Any, **options: 
     return [error for error in caught.value.errors if error is not None]
 
 
+def from_one_process(fn: Callable[..., Any], *args: Any) -> Any:
+    """What module-level `fn(*args)` returns in a process that no launcher has started, as a notebook's kernel is."""
+    return run_ranks(_forget_launcher, 1, fn, *args, init=False)[0]
+
+
+def _forget_launcher(fn: Callable[..., Any], *args: Any) -> Any:
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]
+    return fn(*args)
+
+
 def _rank_main(
     fn: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, folder: str, init: bool, timeout_s: int
 ) -> None:

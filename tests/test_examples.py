@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +39,14 @@ def test_launch_scripts_give_the_example_options_that_it_takes(script: str, laun
     example = words.index("examples/expert_groups.py")
     given = runpy.run_path(str(folder / "expert_groups.py"))["options"](words[example + 1 :])
     assert (given.accelerator, given.num_nodes, given.devices, given.group_size) == ("gpu", 2, 8, 8)
+
+
+def test_the_notebook_is_stored_without_outputs_and_runs(tmp_path: Path) -> None:
+    path = shutil.copy(EXAMPLES[0].parent / "tour.ipynb", tmp_path)
+    assert not any(cell.get("outputs") for cell in json.loads(Path(path).read_text())["cells"])
+    execute = Path(sys.executable).with_name("jupyter-execute")
+    run_script(str(execute), "--inplace", "tour.ipynb", cwd=tmp_path, TOUR_STEPS="40")
+    outputs = Path(path).read_text()
+    for rule in ("static", "symi", "balanced"):
+        assert re.search(rf"{rule} +dropped +[\d.]+% of the tokens, loss", outputs)
+    assert "Tensor (8, 32, 64)" in outputs

@@ -116,7 +116,6 @@ TESTED_IN = {
     "strategies/registration.py": "strategies/test_launch.py",
     "strategies/shard_dense.py": "strategies/test_fully_sharded.py",
     "strategies/signals.py": "strategies/test_sigterm_trainer.py",
-    "strategies/start_methods.py": "strategies/test_launch.py",
     "analysis/baselines/revising.py": "analysis/baselines/test_baselines.py",
     "analysis/baselines/tables.py": "analysis/baselines/test_baselines.py",
     "analysis/candidates.py": "analysis/test_plan.py",

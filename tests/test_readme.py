@@ -28,6 +28,7 @@ DOCUMENTS = [
     "docs/parallel-axes.md",
     "docs/checkpoints.md",
     "docs/stopping-and-resuming.md",
+    "docs/guides/notebooks.md",
     "docs/guides/watching.md",
     "benchmarks/README.md",
 ]

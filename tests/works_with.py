@@ -22,10 +22,14 @@ class Row(NamedTuple):
 ROWS: Final = (
     Row(
         "Launch",
-        "`python script.py` (popen), torchrun, `accelerate launch`, LightningCLI by name and class path, `devices=1`",
-        "spawn and fork are refused",
+        "`python script.py` (popen), torchrun, `accelerate launch`, LightningCLI by name and class path, `devices=1`; "
+        "spawn, fork and notebooks (`swiftmoe_notebook`, Accelerate's `notebook_launcher`): whole weights come back",
+        "[notebooks](docs/guides/notebooks.md): no tensor parallelism; what `predict` returns stays with the ranks",
         (
-            "strategies/test_launch: own_processes torchrun accelerate_launch cli_takes start_methods",
+            "strategies/test_launch: own_processes torchrun accelerate_launch cli_takes",
+            "strategies/test_start_methods: come_back any_start_method ends_all fabric",
+            "accelerate/test_launchers: launched_function",
+            "test_examples: notebook",
             "strategies/test_fit: trainer_options",
         ),
     ),

@@ -25,14 +25,14 @@ from swiftmoe_lightning.engine import checkpoint as checkpoints
 from swiftmoe_lightning.engine.parameter_swap import parameter_names, refuse_stepped, swap_parameters
 from swiftmoe_lightning.placement import PlacementPolicy
 from swiftmoe_lightning.strategies.checkpoint_io import WholeFileMixin
-from swiftmoe_lightning.strategies.start_methods import refuse_start_method
+from swiftmoe_lightning.strategies.start_methods import FabricLauncher, StartMethodMixin
 from swiftmoe_lightning.strategies.tensor_parallel import TensorParallelMixin
 
 # The entry of a checkpoint that holds each model's placements, by the key under which the user saves the model.
 STATE_KEY: Final = "swiftmoe_engines"
 
 
-class SwiftMoEFabricStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
+class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DDPStrategy):
     """Fabric's data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     The loop stays as under "ddp": `setup` (optimizers may be made before it), `setup_module` and
@@ -45,12 +45,13 @@ class SwiftMoEFabricStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
         parallelize_fn: called with a module that is set up and `device_mesh`, as under `ModelParallelStrategy`; returns
             the module, with tensor-parallel dense layers.
         tensor_parallel_size: ranks that get the same batches. None gives every rank batches of its own, and no mesh.
-        **ddp_options: anything Fabric's `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters,
-            ...).
+        **ddp_options: anything Fabric's `DDPStrategy` takes (timeout, start_method, find_unused_parameters, ...).
 
     Raises:
         ValueError: for a setting out of range, or parallelize_fn without tensor_parallel_size.
     """
+
+    multiprocessing_launcher = FabricLauncher
 
     def __init__(  # noqa: PLR0913 - public options
         self,
@@ -85,7 +86,6 @@ class SwiftMoEFabricStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
         self._parallelize_fn = parallelize_fn
         self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)
-        refuse_start_method(self._start_method)
         self._backward_sync_control = _SyncControl()
         self._engines: list[SwiftMoEEngine] = []
         # For each engine, the names of the whole parameters that it replaced: an optimizer may still have those.

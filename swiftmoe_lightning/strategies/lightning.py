@@ -26,14 +26,14 @@ from swiftmoe_lightning.strategies.join import JoinCallback
 from swiftmoe_lightning.strategies.precision import shard_precision
 from swiftmoe_lightning.strategies.shard_dense import shard_dense
 from swiftmoe_lightning.strategies.signals import note_agreed_stop, stop_together
-from swiftmoe_lightning.strategies.start_methods import refuse_start_method
+from swiftmoe_lightning.strategies.start_methods import StartMethodMixin, TrainerLauncher
 from swiftmoe_lightning.strategies.tensor_parallel import TensorParallelMixin
 
 _STATE_KEY = "swiftmoe"
 _DIRECTORY_KEY = "swiftmoe_directory"
 
 
-class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
+class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DDPStrategy):
     """Data-parallel training in which every MoE layer's experts are replicated by popularity, anew every step.
 
     Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
@@ -45,13 +45,14 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
             of one plain file. Both kinds load, whatever it is set to.
-        **ddp_options: anything `DDPStrategy` takes (timeout, process_group_backend, find_unused_parameters, ...).
+        **ddp_options: anything `DDPStrategy` takes (timeout, start_method, find_unused_parameters, ...).
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or tensor_parallel_size with another start_method than "popen".
     """
 
     strategy_name = "swiftmoe"
+    multiprocessing_launcher = TrainerLauncher
 
     def __init__(  # noqa: PLR0913 - public options
         self,
@@ -83,7 +84,11 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
         )
         self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)
-        refuse_start_method(self._start_method)
+        if tensor_parallel_size is not None and self._start_method != "popen":
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size} needs configure_model to find a mesh, and the process to "
+                f"which start_method={self._start_method!r} returns the weights has none. Use torchrun, or 'popen'."
+            )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._engine: SwiftMoEEngine | None = None
         self._evaluating: bool | None = None
@@ -96,7 +101,10 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
             RuntimeError: before `Trainer.fit`, `validate`, `test` or `predict` has set it up.
         """
         if self._engine is None:
-            raise RuntimeError("SwiftMoEStrategy.engine exists once the Trainer runs a module: call trainer.fit first.")
+            raise RuntimeError(
+                "SwiftMoEStrategy.engine exists once the Trainer runs a module: call trainer.fit first. Of ranks that "
+                "spawn or fork started it is in their processes alone: read it in a callback."
+            )
         return self._engine
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -119,8 +127,9 @@ class SwiftMoEStrategy(TensorParallelMixin, WholeFileMixin, DDPStrategy):
 
     @override
     def model_to_device(self) -> None:
+        # configure_model may have added layers, also on meta, and the precision plugin may have cast parameters.
+        self._attach()
         super().model_to_device()
-        # The second call: configure_model may have added layers, and the precision plugin may have cast parameters.
         self._attach()
 
     @override

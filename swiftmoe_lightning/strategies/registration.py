@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from swiftmoe_lightning.strategies.fabric import SwiftMoEFabricStrategy
 from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy
+
+# Strategy name -> start method, as Lightning names those of DDP.
+_START_METHODS: Final = {
+    "swiftmoe": "popen",
+    "swiftmoe_spawn": "spawn",
+    "swiftmoe_fork": "fork",
+    "swiftmoe_notebook": "fork",
+}
 
 
 class _WrongPackage:
@@ -24,10 +32,14 @@ class _WrongPackage:
 
 
 def register() -> None:
-    """Make `strategy="swiftmoe"` known to Lightning's Trainer and to Fabric."""
-    description = "Data parallel, with experts replicated by popularity anew every step"
-    StrategyRegistry.register("swiftmoe", SwiftMoEStrategy, description=description, override=True)
-    STRATEGY_REGISTRY.register("swiftmoe", SwiftMoEFabricStrategy, description=description, override=True)
+    """Make `strategy="swiftmoe"`, "swiftmoe_spawn", ... known to Lightning's Trainer and to Fabric."""
+    registries: list[tuple[Callable[..., Any], type]] = [
+        (StrategyRegistry.register, SwiftMoEStrategy),
+        (STRATEGY_REGISTRY.register, SwiftMoEFabricStrategy),
+    ]
     if "pytorch_lightning" in sys.modules:
-        registry: Callable[..., Any] = sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register
-        registry("swiftmoe", _WrongPackage, description=description, override=True)
+        registries.append((sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register, _WrongPackage))
+    for name, start_method in _START_METHODS.items():
+        description = f"Data parallel, experts replicated by popularity anew every step, start_method {start_method!r}"
+        for add, strategy in registries:
+            add(name, strategy, description=description, override=True, start_method=start_method)

@@ -265,12 +265,6 @@ def test_a_file_that_one_rank_cannot_read_is_an_error_on_every_rank(tmp_path: Pa
     assert "FileNotFoundError" in second
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
-def test_start_methods_that_cannot_bring_shards_back_are_refused(start_method: Any) -> None:
-    with pytest.raises(ValueError, match=f"start_method='{start_method}'.*Use start_method='popen'.*or torchrun"):
-        sml.SwiftMoEFabricStrategy(start_method=start_method)
-
-
 def test_the_engine_is_there_only_once_a_model_is_set_up() -> None:
     with pytest.raises(RuntimeError, match="call fabric.setup first"):
         _ = sml.SwiftMoEFabricStrategy().engine

@@ -139,12 +139,6 @@ def test_lightning_cli_takes_the_strategy_by_class_path_without_an_import_and_it
     start(tmp_path, source, "script.py", "fit", "--config", "config.yaml")
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
-def test_start_methods_that_cannot_bring_shards_back_are_refused(start_method: Any) -> None:
-    with pytest.raises(ValueError, match=f"start_method='{start_method}'.*Use start_method='popen'.*or torchrun"):
-        sml.SwiftMoEStrategy(start_method=start_method)
-
-
 def test_a_trainer_of_pytorch_lightning_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     other = pytest.importorskip("pytorch_lightning")
     registration.register()
