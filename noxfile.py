@@ -57,7 +57,7 @@ def newest(session: nox.Session) -> None:
 @nox.session
 def fresh(session: nox.Session) -> None:
     """Install the wheel as a new user, and follow the README in an empty folder."""
-    folder = Path(session.create_tmp(), "new-user")
+    folder = Path(session.create_tmp(), "new-user").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     # The checkout must not stand in for what was installed.
     session.env["PYTHONPATH"] = ""

@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
         from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"SwiftMoETrainer needs transformers ({error}). Install it: pip install 'transformers>=5,<6'"
+            f"SwiftMoETrainer needs transformers ({error}). Install it: pip install 'transformers>=5.13,<6'"
         ) from error
     return SwiftMoETrainer
 

@@ -174,6 +174,8 @@ _THIRD_PARTY_WARNINGS = (
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*\\.grad attribute of a Tensor that is not a leaf Tensor.*",
+    # torch's clipping of a parameter with one element beside DTensors, which Accelerate before 1.15 calls.
+    "Found a non-scalar tensor with numel=1.*",
 )
 
 

@@ -77,8 +77,13 @@ def _missing(ranks: Sequence[RankFacts], world_size: int) -> list[Finding]:
     master = ranks[0].master_address
     fix = f"Start the missing processes, and let their hosts reach {master} (a firewall?)."
     if _is_loopback(master):
-        fix = f"MASTER_ADDR is {master}, which other hosts take for themselves: give the first host's own address."
-    return [Finding(True, f"Of {world_size} ranks {ranks_text(missing)} did not come; {ranks_text(came)} did.", fix)]
+        fix = (
+            f"Start the missing processes. MASTER_ADDR is {master}, which other hosts take for themselves: if there "
+            "are several, give the first one's own address."
+        )
+    return [
+        Finding(True, f"{_capital(ranks_text(missing))} of {world_size} did not come; {ranks_text(came)} did.", fix)
+    ]
 
 
 def _differing(ranks: Sequence[RankFacts]) -> list[Finding]:

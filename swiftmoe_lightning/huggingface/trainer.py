@@ -46,7 +46,7 @@ _PRIVATE: Final = (
     "_load_from_checkpoint",
     "_load_best_model",
 )
-check_names("transformers", {Trainer: _PRIVATE}, "transformers>=5,<6")
+check_names("transformers", {Trainer: _PRIVATE}, "transformers>=5.13,<6")
 
 # Training argument -> what to do instead, over several processes.
 _REFUSED: Final = {

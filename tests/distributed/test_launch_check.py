@@ -54,8 +54,8 @@ def test_a_rank_that_does_not_come_is_named_and_nobody_waits_longer_than_told() 
     assert first == second
     ranks, speeds, findings, printed = first
     assert (ranks, speeds) == ([0, 1], {})
-    assert findings == [(True, "Of 3 ranks rank 2 did not come; ranks 0-1 did.")]
-    assert "Problem: Of 3 ranks rank 2 did not come; ranks 0-1 did.\n  Fix: MASTER_ADDR is 127.0.0.1" in printed
+    assert findings == [(True, "Rank 2 of 3 did not come; ranks 0-1 did.")]
+    assert "Problem: Rank 2 of 3 did not come; ranks 0-1 did.\n  Fix: Start the missing processes." in printed
 
 
 def test_ranks_that_meet_but_cannot_exchange_are_a_problem() -> None:

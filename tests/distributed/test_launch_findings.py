@@ -52,7 +52,7 @@ def test_where_nothing_is_wrong_nothing_is_found(ranks: list[RankFacts]) -> None
 def test_ranks_that_did_not_come_are_named_with_those_that_did() -> None:
     ranks = [facts for facts in cluster(2, 4) if facts.rank not in (2, 5, 6, 7)]
     missing = find_problems(ranks, 8)[0]
-    assert missing.what == "Of 8 ranks ranks 2, 5-7 did not come; ranks 0-1, 3-4 did."
+    assert missing.what == "Ranks 2, 5-7 of 8 did not come; ranks 0-1, 3-4 did."
     assert missing.is_problem
     assert "let their hosts reach 10.0.0.1" in missing.fix
     at_home = changed(cluster(1, 2), (0, 1), master_address="localhost")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
@@ -237,6 +238,9 @@ def resume_alone(folder: str) -> dict[str, Any]:
     return {name: result(made) for name, made in [("resumed", resumed), ("alone", alone), ("plain", plain)]}
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers' Trainer cannot resume ranks on the CPU"
+)
 def test_a_run_that_resumes_is_one_that_never_stopped_and_checkpoints_are_ordinary(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

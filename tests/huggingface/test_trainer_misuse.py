@@ -74,7 +74,7 @@ def test_a_checkpoint_of_another_model_is_named_with_its_keys(tmp_path: Path) ->
 def test_without_transformers_the_trainer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "swiftmoe_lightning.huggingface.trainer", raising=False)
-    with pytest.raises(ImportError, match=re.escape("Install it: pip install 'transformers>=5,<6'")):
+    with pytest.raises(ImportError, match=re.escape("Install it: pip install 'transformers>=5.13,<6'")):
         _ = sml.SwiftMoETrainer
 
 
@@ -84,7 +84,7 @@ def test_a_trainer_without_the_methods_that_are_overridden_is_refused(monkeypatc
     monkeypatch.delattr(transformers.Trainer, "_wrap_model")
     monkeypatch.delitem(sys.modules, "swiftmoe_lightning.huggingface.trainer", raising=False)
     message = (
-        r"transformers \S+ lacks Trainer\._wrap_model\. Install one that has them: pip install 'transformers>=5,<6'"
+        r"transformers \S+ lacks Trainer\._wrap_model\. Install one that has them: pip install 'transformers>=5.13,<6'"
     )
     with pytest.raises(ImportError, match=message):
         _ = sml.SwiftMoETrainer

@@ -162,8 +162,9 @@ def errors_of_failing_ranks() -> list[tuple[str, bool]]:
 
 def test_a_rank_that_fails_exits_or_is_stopped_ends_all_with_an_error() -> None:
     messages, unchanged = zip(*from_one_process(errors_of_failing_ranks), strict=True)
-    assert "ZeroDivisionError: of rank 1" in messages[0] or "closed by peer" in messages[0]
-    assert "stopped by SystemExit(0)" in messages[1] or "closed by peer" in messages[1]
+    # Rank 0, which misses it, may be the first that is found to have failed.
+    assert "ZeroDivisionError: of rank 1" in messages[0] or "by peer" in messages[0]
+    assert "stopped by SystemExit(0)" in messages[1] or "by peer" in messages[1]
     assert "stopped by SIGTERMException" in messages[2]
     assert all(unchanged)
 
@@ -217,6 +218,12 @@ def test_a_notebook_is_told_the_name_that_works_there(monkeypatch: pytest.Monkey
         with pytest.raises(MisconfigurationException, match="Use strategy='swiftmoe_notebook'"):
             Fabric(accelerator="cpu", devices=2, strategy=name)
     assert trainer(2, "swiftmoe_notebook").strategy.launcher.is_interactive_compatible  # type: ignore[union-attr]
+
+
+def test_a_fork_of_a_process_that_uses_cuda_is_refused_as_by_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="Cannot re-initialize CUDA in forked subprocess"):
+        trainer(2, "swiftmoe_notebook").fit(Model())
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])

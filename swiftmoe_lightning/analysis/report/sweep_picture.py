@@ -52,7 +52,11 @@ def draw_sweep(points: Sequence[Point], best: Recommendation, path: Path, title:
         axis.plot([chosen.slots_per_rank], [value], "*", color="#c1272d", markersize=15, zorder=3, label="recommended")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("slots of a rank")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        # Groups of half the size have twice the slots.
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({point.slots_per_rank for point in (same_group if axis is drops else best.knees)}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, frameon=False)
     # Few drops and small differences show beside many and large ones.
