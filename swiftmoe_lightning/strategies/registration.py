@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from swiftmoe_lightning.strategies.fabric import SwiftMoEFabricStrategy
 from swiftmoe_lightning.strategies.lightning import SwiftMoEStrategy
-
-# Strategy name -> start method, as Lightning names those of DDP.
-_START_METHODS: Final = {
-    "swiftmoe": "popen",
-    "swiftmoe_spawn": "spawn",
-    "swiftmoe_fork": "fork",
-    "swiftmoe_notebook": "fork",
-}
 
 
 class _WrongPackage:
@@ -32,14 +23,22 @@ class _WrongPackage:
 
 
 def register() -> None:
-    """Make `strategy="swiftmoe"`, "swiftmoe_spawn", ... known to Lightning's Trainer and to Fabric."""
-    registries: list[tuple[Callable[..., Any], type]] = [
-        (StrategyRegistry.register, SwiftMoEStrategy),
-        (STRATEGY_REGISTRY.register, SwiftMoEFabricStrategy),
+    """Make `strategy="swiftmoe"` known to Lightning's Trainer and to Fabric, and each name that they have for DDP:
+    "swiftmoe_spawn", "swiftmoe_notebook", "swiftmoe_find_unused_parameters_true", ...
+    """
+    registries: list[tuple[Any, type]] = [
+        (StrategyRegistry, SwiftMoEStrategy),
+        (STRATEGY_REGISTRY, SwiftMoEFabricStrategy),
     ]
     if "pytorch_lightning" in sys.modules:
-        registries.append((sys.modules["pytorch_lightning.strategies"].StrategyRegistry.register, _WrongPackage))
-    for name, start_method in _START_METHODS.items():
-        description = f"Data parallel, experts replicated by popularity anew every step, start_method {start_method!r}"
-        for add, strategy in registries:
-            add(name, strategy, description=description, override=True, start_method=start_method)
+        registries.append((sys.modules["pytorch_lightning.strategies"].StrategyRegistry, _WrongPackage))
+    for registry, strategy in registries:
+        of_ddp = {name: entry for name, entry in registry.items() if entry["strategy"].__name__ == "DDPStrategy"}
+        for name, entry in of_ddp.items():
+            registry.register(
+                name.replace("ddp", "swiftmoe", 1),
+                strategy,
+                description=f"As {name!r}, with experts replicated by popularity anew every step",
+                override=True,
+                **entry["init_params"],
+            )

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -207,6 +209,14 @@ def test_each_start_method_has_a_name_as_those_of_ddp(name: str, start_method: s
     for strategy in (trainer(2, name).strategy, Fabric(accelerator="cpu", devices=2, strategy=name).strategy):
         assert isinstance(strategy, (sml.SwiftMoEStrategy, sml.SwiftMoEFabricStrategy))
         assert strategy._start_method == start_method
+
+
+@pytest.mark.parametrize("registry", [StrategyRegistry, STRATEGY_REGISTRY])
+def test_there_is_a_name_for_every_one_of_ddp(registry: dict[str, Any]) -> None:
+    of_ddp = {name: registry[name]["init_params"] for name in registry if name.startswith("ddp")}
+    assert "ddp_find_unused_parameters_true" in of_ddp
+    ours = {name: registry[name]["init_params"] for name in registry if name.startswith("swiftmoe")}
+    assert ours == {name.replace("ddp", "swiftmoe"): options for name, options in of_ddp.items()}
 
 
 def test_a_notebook_is_told_the_name_that_works_there(monkeypatch: pytest.MonkeyPatch) -> None:
