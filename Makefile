@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 # One thread for each of several ranks is faster than many threads for all.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs bench gpu clean
+.PHONY: demo test nightly lint docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/swiftmoe train
 
 test: $(VENV)/ready
 	$(BIN)/pytest -n 2
+
+# What `make test` leaves out, as long as it takes: further cases of tests that it runs, and some benchmarks' commands.
+nightly: $(VENV)/ready
+	$(BIN)/pytest -n 2 -m nightly
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import cycle
@@ -93,6 +93,25 @@ def start_ranks(
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def nightly(*cases: Any) -> list[Any]:
+    """Cases of `pytest.mark.parametrize` that `make nightly` runs and `make test` leaves out: kin of some that stay."""
+    values = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*each, marks=pytest.mark.nightly) for each in values]
+
+
+def only_by_day(cases: Mapping[str, Any], *names: str) -> list[Any]:
+    """The cases by name for `pytest.mark.parametrize`; all but the named ones are `nightly`.
+
+    Args:
+        cases: name -> case.
+        *names: of those that `make test` runs, too.
+    """
+    assert cases.keys() >= set(names)
+    return [
+        pytest.param(case, id=name, marks=[] if name in names else pytest.mark.nightly) for name, case in cases.items()
+    ]
 
 
 def script_environment(**more: str) -> dict[str, str]:

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import run_script
+from tests.helpers import only_by_day, run_script
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+# Their likes run in other tests, too.
+NIGHTLY = {"expert_groups.py", "hf_expert_parallel.py", "lightning_cli.py", "resume_other_world_size.py"}
+
+
+@pytest.mark.parametrize("path", only_by_day({p.name: p for p in EXAMPLES}, *({p.name for p in EXAMPLES} - NIGHTLY)))
 def test_the_example_runs(path: Path, tmp_path: Path) -> None:
     said = run_script(sys.executable, str(path), cwd=tmp_path).stderr
     # No warning of this package, and none of torch that it causes; Lightning's own stay.

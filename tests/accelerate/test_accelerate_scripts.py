@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import swiftmoe_lightning as sml
 from tests.engine.models import RandomPolicy
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 FOLDER = "accelerate.test_utils.scripts"
 NUM_SPREAD: list[int] = []
@@ -155,12 +155,12 @@ def check_communication_hooks(experts: bool) -> bool:
 @pytest.mark.parametrize(
     ("check", "experts"),
     [
-        (check_training, False),
+        *nightly((check_training, False)),
         (check_training, True),
-        (check_sync, False),
+        *nightly((check_sync, False)),
         (check_sync, True),
         (check_communication_hooks, False),
-        (check_metrics, False),
+        *nightly((check_metrics, False)),
         (check_metrics, True),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
-from tests.helpers import free_port, from_one_process
+from tests.helpers import free_port, from_one_process, nightly
 from tests.strategies.cases import assert_close
 
 
@@ -71,7 +71,7 @@ def trained_alone() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("launch", [by_notebook_launcher, by_debug_launcher, by_torch_spawn, by_torch_fork])
+@pytest.mark.parametrize("launch", [by_notebook_launcher, by_debug_launcher, *nightly(by_torch_spawn), by_torch_fork])
 def test_a_launched_function_trains_as_one_process(launch: Callable[[str], Any], tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     from_one_process(launch, str(path))

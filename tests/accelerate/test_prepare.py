@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
-from tests.helpers import run_ranks
+from tests.helpers import nightly, only_by_day, run_ranks
 
 STEPS = 6
 BATCH = dense.TOKENS
@@ -118,7 +118,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", only_by_day(CASES, "plain", "clipped by value", "accumulated and clipped"))
 def test_ranks_with_spread_experts_train_like_plain_accelerate_with_whole_ones(options: dict[str, Any]) -> None:
     expected = run_ranks(Loop(**options, ours=False), 2, init=False)
     for actual, plain in zip(run_ranks(Loop(**options), 2, init=False), expected, strict=True):
@@ -156,7 +156,7 @@ def test_fp16_scales_clips_and_skips_like_plain_accelerate() -> None:
         close(actual["state"], expected["state"], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("saver", "loader"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("saver", "loader"), [*nightly((True, False), (False, True)), (True, True)])
 def test_a_folder_of_save_state_goes_on_with_and_without_spread_experts(
     tmp_path: Path, saver: bool, loader: bool
 ) -> None:

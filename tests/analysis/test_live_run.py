@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.analysis import Machine, PlanOptions, Replay, Rules, Sizes, Trace, make_plan, read_trace, replay
 from swiftmoe_lightning.placement import Capacity, Placement, make_policy
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.strategies.cases import DIM, GLOBAL_BATCH, NUM_BATCHES, Model, loader, trainer
 
 W, E, EPOCHS = 4, 5, 4
@@ -113,7 +113,7 @@ def assert_same(replayed_run: Replay, trace: Trace) -> None:
 CAPPED = {"capacity_factor": 1.0}
 
 
-@pytest.mark.parametrize("placement", ["balanced", "packed"])
+@pytest.mark.parametrize("placement", ["balanced", *nightly("packed")])
 @pytest.mark.parametrize("moe_options", [CAPPED, {}], ids=["capped", "dropless"])
 def test_a_replay_gives_the_runs_own_numbers(tmp_path: Path, placement: str, moe_options: dict[str, Any]) -> None:
     options = {} if placement == "balanced" else {"placement": placement}
@@ -143,9 +143,9 @@ def test_the_papers_rule_with_a_budget_for_each_slot_is_replayed_exactly(tmp_pat
 @pytest.mark.parametrize(
     ("moe_options", "options", "rules"),
     [
-        (CAPPED, {"replace_every": 2}, {"interval": 2}),
+        *nightly((CAPPED, {"replace_every": 2}, {"interval": 2})),
         (CAPPED, {"replace_every": "auto"}, {"interval": "auto"}),
-        ({}, {"replace_every": "auto"}, {"interval": "auto"}),
+        *nightly(({}, {"replace_every": "auto"}, {"interval": "auto"})),
         (CAPPED, {"replace_every": 3}, {"interval": 3}),
     ],
     ids=["every second step", "auto", "auto, dropless", "every third step"],

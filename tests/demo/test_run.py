@@ -14,7 +14,7 @@ import pytest
 
 from swiftmoe_lightning.demo.options import DemoOptions
 from swiftmoe_lightning.demo.run import Demo, Ranks
-from tests.helpers import run_ranks, run_script
+from tests.helpers import nightly, run_ranks, run_script
 
 TINY = {
     "strategy": "swiftmoe",
@@ -43,7 +43,7 @@ def arguments(**options: Any) -> list[str]:
     ("command", "strategy"),
     [
         ([str(Path(sys.executable).with_name("swiftmoe"))], "swiftmoe"),
-        ([sys.executable, "-m", "swiftmoe_lightning"], "static"),
+        *nightly(([sys.executable, "-m", "swiftmoe_lightning"], "static")),
     ],
 )
 def test_the_command_starts_its_ranks_and_ends_with_table_picture_and_files(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import swiftmoe_lightning as sml
 from tests.engine import models
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 NUM_STEPS = 5
 # What torch.compile must have in its graphs; the exchanges between them are no operators of ours.
@@ -59,7 +59,7 @@ def train(compiles: bool, capacity_factor: float | None) -> tuple[Tensor, int, b
     return torch.stack(losses), len(placements), drops, backend.operators, counts
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("capacity_factor", [*nightly(None), 1.0])
 def test_a_compiled_model_trains_the_same_under_changing_placements(capacity_factor: float | None) -> None:
     eager = run_ranks(train, 2, False, capacity_factor)
     compiled = run_ranks(train, 2, True, capacity_factor, timeout_s=180)

@@ -19,7 +19,7 @@ import swiftmoe_lightning as sml
 from swiftmoe_lightning.engine import checkpoint
 from tests.engine import dense, models
 from tests.engine.test_matches_dense_reference import relative_error
-from tests.helpers import rank_errors, run_ranks
+from tests.helpers import nightly, rank_errors, run_ranks
 
 
 def build(size: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[sml.SwiftMoEEngine, Any, Any]:
@@ -60,7 +60,7 @@ def train_groups(size: int, dtype: torch.dtype, options: dict[str, Any]) -> tupl
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(4, 2), (4, 4), (4, 1), (3, 1)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [*nightly((torch.float32, 1e-5)), (torch.float64, 1e-12)])
 def test_groups_with_placements_of_their_own_equal_a_dense_single_process(
     world_size: int, size: int, dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import swiftmoe_lightning as sml
 from swiftmoe_lightning.engine.checkpoint import full_state
 from tests.engine import dense, models
-from tests.helpers import rank_errors, run_ranks
+from tests.helpers import nightly, rank_errors, run_ranks
 
 CONFIG = sml.SwiftMoEConfig(dense="fsdp2", placement=models.RandomPolicy)
 
@@ -80,7 +80,7 @@ def train(in_blocks: bool, stock_clip: bool, fused: bool) -> tuple[dict[str, Ten
 
 
 @pytest.mark.parametrize(("world_size", "in_blocks"), [(2, True), (2, False), (3, True), (4, True)])
-@pytest.mark.parametrize(("stock_clip", "fused"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("stock_clip", "fused"), [*nightly((False, False)), (True, True)])
 def test_thirty_steps_equal_a_dense_single_process(
     world_size: int, in_blocks: bool, stock_clip: bool, fused: bool
 ) -> None:

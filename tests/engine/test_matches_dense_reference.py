@@ -15,7 +15,7 @@ from torch import Tensor
 
 import swiftmoe_lightning as sml
 from tests.engine import dense, models
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 
 def train_ranks(dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
@@ -50,7 +50,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [*nightly((torch.float32, 1e-5)), (torch.float64, 1e-12)])
 def test_thirty_steps_with_a_new_placement_each_equal_a_dense_single_process(
     world_size: int, dtype: torch.dtype, tolerance: float
 ) -> None:

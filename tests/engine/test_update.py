@@ -83,13 +83,19 @@ def train(kind: Any, options: dict[str, Any], stock_clip: bool, with_closure: bo
     return engine.full_state_dict(), shapes
 
 
-@pytest.mark.parametrize(("kind", "options"), SOME, ids=lambda o: o.__name__ if isinstance(o, type) else str(o))
-def test_elementwise_optimizers_update_ranks_like_one_process(kind: Any, options: dict[str, Any]) -> None:
-    ((expected, expected_shapes),) = run_ranks(train, 1, kind, options, False, False)
-    for state, shapes in run_ranks(train, 3, kind, options, False, True):
-        assert shapes == expected_shapes
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-10)
+def train_with_each(with_closure: bool) -> list[tuple[dict[str, Tensor], dict[int, Any]]]:
+    return [train(kind, options, False, with_closure) for kind, options in SOME]
+
+
+def test_elementwise_optimizers_update_ranks_like_one_process() -> None:
+    (alone,) = run_ranks(train_with_each, 1, False)
+    for rank in run_ranks(train_with_each, 3, True):
+        for chosen, (state, shapes), (expected, expected_shapes) in zip(SOME, rank, alone, strict=True):
+            assert shapes == expected_shapes, chosen
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    state[name], value, rtol=1e-8, atol=1e-10, msg=lambda text, chosen=chosen: f"{chosen}: {text}"
+                )
 
 
 def test_stock_clipping_of_all_parameters_at_once_is_right() -> None:

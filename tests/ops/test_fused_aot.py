@@ -69,6 +69,7 @@ def all_builds():
     return list(builds.values())
 
 
+@pytest.mark.nightly
 def test_the_experts_fit_an_h100_without_spilling_and_use_its_tensor_cores():
     builds = all_builds()
     names = [build.kernel.rpartition(".")[2] for build in builds]

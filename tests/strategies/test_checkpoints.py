@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor
 
 import swiftmoe_lightning as sml
-from tests.helpers import rank_errors, run_ranks
+from tests.helpers import nightly, rank_errors, run_ranks
 from tests.strategies.cases import NUM_BATCHES, Model, assert_close, loader, trainer, whole
 
 FILE, DIRECTORY = "swiftmoe", "swiftmoe-directory"
@@ -68,13 +68,12 @@ OURS = [
     ((2, DIRECTORY), (1, FILE)),
 ]
 OTHERS = [((2, FILE), (1, "auto")), ((1, "auto"), (2, FILE)), ((2, FILE), (2, "ddp")), ((2, "ddp"), (2, FILE))]
-
-
 # Only the engine moves Amsgrad's router bias.
+ALL = [(make, *runs) for make in (Model, Sgd, Amsgrad) for runs in (OURS if make is Amsgrad else OURS + OTHERS)]
+
+
 @pytest.mark.parametrize(
-    ("make", "first", "second"),
-    [(make, *runs) for make in (Model, Sgd, Amsgrad) for runs in (OURS if make is Amsgrad else OURS + OTHERS)],
-    ids=str,
+    ("make", "first", "second"), [*ALL[::4], *nightly(*(each for i, each in enumerate(ALL) if i % 4))], ids=str
 )
 def test_a_run_goes_on_as_if_it_had_not_stopped(first: Any, second: Any, make: Any, tmp_path: Path) -> None:
     alone = FILE if make is Amsgrad else "auto"

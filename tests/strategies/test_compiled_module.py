@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import swiftmoe_lightning as sml
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.strategies.cases import Model, assert_close, loader, trainer, whole
 
 
@@ -42,7 +42,7 @@ def fit_compiled(world_size: int, strategy: str, whole_module: bool) -> tuple[di
     return whole(model), counts
 
 
-@pytest.mark.parametrize("whole_module", [True, False])
+@pytest.mark.parametrize("whole_module", [True, *nightly(False)])
 def test_a_compiled_module_trains_the_same_without_recompiling_at_every_step(whole_module: bool) -> None:
     ((expected, expected_counts),) = run_ranks(fit_compiled, 1, 1, "auto", whole_module, init=False)
     for state, counts in run_ranks(fit_compiled, 2, 2, "swiftmoe", whole_module, init=False, timeout_s=120):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import swiftmoe_lightning as sml
 from tests.accelerate import test_prepare as test_accelerate
 from tests.engine.models import RandomPolicy
-from tests.helpers import rank_errors, run_ranks
+from tests.helpers import nightly, only_by_day, rank_errors, run_ranks
 from tests.huggingface import test_trainer as test_hf_trainer
 from tests.strategies import cases, test_fabric
 
@@ -117,11 +117,10 @@ def run(world_size: int, mode: str, path: str, steps: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ((2, "fsdp2"), (3, "fsdp2")),
+        *nightly(((2, "fsdp2"), (3, "fsdp2"))),
         ((2, "fsdp2 directory"), (3, "fsdp2 directory")),
         ((2, "fsdp2"), (2, "ddp")),
-        ((2, "ddp"), (2, "fsdp2")),
-        ((2, "fsdp2 directory"), (2, "swiftmoe")),
+        *nightly(((2, "ddp"), (2, "fsdp2")), ((2, "fsdp2 directory"), (2, "swiftmoe"))),
         ((2, "swiftmoe"), (3, "fsdp2")),
     ],
     ids=str,
@@ -156,7 +155,7 @@ class AccelerateLoop(test_accelerate.Loop):
         self.config = CONFIG
 
 
-@pytest.mark.parametrize("options", test_accelerate.CASES.values(), ids=test_accelerate.CASES)
+@pytest.mark.parametrize("options", only_by_day(test_accelerate.CASES, "accumulated and clipped"))
 def test_an_accelerate_loop_trains_like_plain_accelerate(options: dict[str, Any]) -> None:
     (expected, _) = run_ranks(test_accelerate.Loop(**options, ours=False), 2, init=False)
     for actual in run_ranks(AccelerateLoop(**options), 2, init=False):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.strategies.cases import assert_close
 from tests.strategies.killed_run import WHERE, Kill, num_lost_steps, run_and_kill, train
 from tests.strategies.sigterm_runs import assert_same_losses
@@ -23,7 +23,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[s
     return folder, run_ranks(train, 2, folder, False, init=False)[0]
 
 
-@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("directory", [*nightly(False), True])
 def test_killed_runs_resume_from_a_whole_checkpoint(
     directory: bool, uninterrupted: tuple[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:

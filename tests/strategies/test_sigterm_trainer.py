@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.helpers import rank_errors, run_ranks, script_environment
+from tests.helpers import nightly, rank_errors, run_ranks, script_environment
 from tests.strategies.sigterm_runs import (
     ROOT,
     Signal,
@@ -135,7 +135,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", *nightly("Lightning")])
 def test_sigterm_to_the_launcher_saves(launcher: str, uninterrupted: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -21,7 +21,7 @@ from swiftmoe_lightning.strategies.tensor_parallel import mesh_shape
 from tests.engine import dense, models
 from tests.engine import test_tensor_parallel as test_engine
 from tests.engine.models import RandomPolicy
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.strategies import cases
 from tests.strategies.test_fully_sharded import Blocks
 
@@ -106,7 +106,7 @@ def test_a_fit_equals_one_process(
         cases.assert_close(state, expected, 1e-5)
 
 
-@pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+@pytest.mark.parametrize("directory", [*nightly(False), True], ids=["file", "directory"])
 def test_a_run_goes_on_at_another_tensor_parallel_size(directory: bool, tmp_path: Path) -> None:
     path, again = str(tmp_path / "two.ckpt"), str(tmp_path / "one.ckpt")
     (expected,) = run_ranks(fit, 1, 1, None, {"max_epochs": 3}, init=False)

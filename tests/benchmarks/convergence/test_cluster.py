@@ -14,7 +14,7 @@ from benchmarks.convergence.real_ranks import train_on_ranks
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS
 from benchmarks.convergence.training import make_model, train
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 SETTING = Setting(
     num_ranks=4,
@@ -36,7 +36,7 @@ CORPUS = Corpus(TEXT, TEXT)
 
 
 @pytest.mark.parametrize("system", ["static", "symi", "balanced", "dropless", "flexmoe-10"])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [*nightly(1), 2])
 def test_trains_like_four_real_ranks(system: str, top_k: int) -> None:
     # FlexMoE's first revision comes before the tenth step.
     num_steps = 11 if system == "flexmoe-10" else 5

@@ -47,6 +47,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.nightly
 def test_what_is_missing_is_run_and_everything_compared(
     folder: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

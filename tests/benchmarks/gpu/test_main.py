@@ -10,6 +10,7 @@ from benchmarks.gpu import peers
 from benchmarks.gpu.check import checks
 
 
+@pytest.mark.nightly
 def test_without_a_gpu_it_checks_and_says_that_it_times_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", minversion="5.24")
 TINY = "--ranks 2 --ep-size 2 --pairs 1 --steps 1 --layers 1 --dim 16 --hidden-dim 16 --experts 4 --tokens 16"
 
 
+@pytest.mark.nightly
 def test_a_small_run_measures_everything(
     result: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
