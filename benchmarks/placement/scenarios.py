@@ -2,9 +2,10 @@
 
 python -m benchmarks.placement.scenarios
 
-Every policy of `swiftmoe plan` meets every scenario of `swiftmoe_lightning.analysis.SCENARIOS` at its default sizes,
-with the slots that training takes by default and with twice the fewest, with a capacity factor of 1 and dropless. Keys
-are those of `python -m benchmarks.placement`, without times.
+Every policy of `swiftmoe plan` meets every scenario of `swiftmoe_lightning.analysis.SCENARIOS`, 64 experts on
+16 ranks, with the slots that training takes by default and with twice the fewest, at a capacity factor of 1 and
+dropless. One layer stands for all, since layers differ in the order of their experts alone. Keys are those of
+`python -m benchmarks.placement`, without times.
 
 Writes benchmarks/results/NAME.json and NAME.md (tables).
 """
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=ScenarioOptions.seed, help="of all draws")
     arguments = parser.parse_args(argv)
     provenance = collect_provenance()
-    options = ScenarioOptions(seed=arguments.seed, num_steps=arguments.steps)
+    options = ScenarioOptions(seed=arguments.seed, num_steps=arguments.steps, num_layers=1)
     rows: list[dict[str, Any]] = []
     for name in SCENARIOS:
         rows += compare_policies(name, make_scenario(name, options), options.num_ranks, SLOTS, CAPACITY_FACTORS)
