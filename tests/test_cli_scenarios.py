@@ -90,7 +90,10 @@ def test_a_report_of_a_scenario_has_its_name(tmp_path: Path) -> None:
         ([], "give a TRACE, or --scenario NAME with one of even, zipf, "),
         (["trace.npz", "--scenario", "hot"], "give a TRACE, or --scenario NAME"),
         (["--scenario", "calm"], "scenario must be one of 'even', "),
-        (["--scenario", "all", "--recommend"], "--scenario all is for `swiftmoe plan` without --recommend. Name one"),
+        (
+            ["--scenario", "all", "--steps", "2", "--recommend"],
+            "--scenario all is for `swiftmoe plan` without --recommend. Name one",
+        ),
         (["trace.npz", "--seed", "1"], "--seed is for scenarios. Add --scenario, or leave it out."),
         (["trace.npz", "--recommend", "--experts", "8"], "--experts is for scenarios."),
         (["--scenario", "hot", "--steps", "1000000000"], "a scenario would take"),

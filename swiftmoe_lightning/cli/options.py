@@ -24,7 +24,7 @@ def option(text: str, least: float | None = None) -> typer.models.OptionInfo:
     return info
 
 
-Ranks = Annotated[int | None, option("Ranks to plan for (default: the trace's own).", 1)]
+Ranks = Annotated[int | None, option("Ranks to plan for (default: the trace's own, a scenario's 16).", 1)]
 Slots = Annotated[int | None, option("Slots of a rank (default: the trace's own).", 1)]
 Lag = Annotated[int, option("Rows between the step that a plan is made from and the one it serves.", 0)]
 Policies = Annotated[str, option("Policies, with commas between; 'all' takes every one.")]

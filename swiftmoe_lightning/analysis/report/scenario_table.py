@@ -43,18 +43,13 @@ def scenario_table(plans: Mapping[str, Plan]) -> Table:
     for name in ("scenario", *plan.outcomes, "best"):
         table.add_column(name, justify="left" if name == "scenario" else "right", no_wrap=True)
     for scenario, plan in plans.items():
-        cells = [f"{_lost_text(plan, name)} / {sent_over_paper(plan, name):.2f}" for name in plan.outcomes]
+        cells = [f"{_lost_text(plan, name)} / {_sent_over_paper(plan, name):.2f}" for name in plan.outcomes]
         table.add_row(scenario, *cells, _lost_text(plan, None))
     return table
 
 
-def sent_over_paper(plan: Plan, policy: str) -> float:
-    """Bytes of both weight phases, over what the paper's way sends with the placements of `PAPERS_POLICY`.
-
-    Args:
-        plan: of several policies, `PAPERS_POLICY` among them.
-        policy: whose bytes.
-    """
+def _sent_over_paper(plan: Plan, policy: str) -> float:
+    """Bytes of both weight phases, over what the paper's way sends with the placements of `PAPERS_POLICY`."""
     outcome = plan.outcomes[policy]
     return (outcome.bytes_gradients + outcome.bytes_weights) / plan.outcomes[PAPERS_POLICY].bytes_paper
 
