@@ -126,6 +126,7 @@ TESTED_IN = {
     "analysis/report/page_text.py": "analysis/report/test_page.py",
     "analysis/report/plan_table.py": "test_cli.py",
     "analysis/report/scale_table.py": "test_cli_scale.py",
+    "analysis/report/scenario_table.py": "test_cli_scenarios.py",
     "analysis/report/sweep_table.py": "test_cli_recommend.py",
     "analysis/scale_advice.py": "analysis/test_scale.py",
     "analysis/sizes.py": "analysis/test_plan.py",

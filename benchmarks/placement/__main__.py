@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {
         "ranks": arguments.ranks,
         "planning": time_planning(arguments.planning_seconds),
-        "rows": [row for path in arguments.traces for row in compare_policies(path, arguments.ranks)],
+        "rows": [
+            row for path in arguments.traces for row in compare_policies(path.stem, read_trace(path), arguments.ranks)
+        ],
     }
     if arguments.domains:
         results["domain_switch"] = switch_domains(read_trace(arguments.domains).popularity_ULE)

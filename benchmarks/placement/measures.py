@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from benchmarks.common.interleaved import seconds_of
 from benchmarks.common.spread import spread
-from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, make_plan, read_trace
+from swiftmoe_lightning.analysis import CANDIDATES, Machine, PlanOptions, Trace, make_plan
 from swiftmoe_lightning.placement import Capacity, Forecast, Placement, make_policy, plan_dispatch
 
 SLOTS: Final = (2, 4, 8)
@@ -40,23 +39,28 @@ _RULES: Final = (("balanced", "balanced", "rank"), ("packed", "balanced", "rank"
 _MACHINES: Final = ((8, 12), (16, 6), (8, 9))
 
 
-def compare_policies(path: Path, num_ranks: int) -> list[dict[str, Any]]:
+def compare_policies(
+    name: str,
+    trace: Trace,
+    num_ranks: int,
+    slots_per_rank: Sequence[int] = SLOTS,
+    capacity_factors: Sequence[float | None] = CAPACITY_FACTORS,
+) -> list[dict[str, Any]]:
     """Every policy on one trace: a row for each number of slots and capacity factor."""
-    trace = read_trace(path)
     rows = []
-    for slots in SLOTS:
+    for slots in slots_per_rank:
         machine = Machine(num_ranks=num_ranks, slots_per_rank=slots)
-        for factor in CAPACITY_FACTORS:
+        for factor in capacity_factors:
             plan = make_plan(trace, machine, PlanOptions(policies=tuple(CANDIDATES), capacity_factor=factor)).as_json()
-            print(f"{path.stem}: {slots} slots, capacity {factor or 'none'}", flush=True)
+            print(f"{name}: {slots} slots, capacity {factor or 'none'}", flush=True)
             rows.append(
                 {
-                    "trace": path.stem,
+                    "trace": name,
                     "slots_per_rank": slots,
                     "capacity_factor": factor,
                     "bounds": plan["bounds"],
                     "policies": {
-                        name: {key: values[key] for key in _KEYS} for name, values in plan["policies"].items()
+                        policy: {key: values[key] for key in _KEYS} for policy, values in plan["policies"].items()
                     },
                 }
             )

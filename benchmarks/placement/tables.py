@@ -29,7 +29,8 @@ def write_tables(results: dict[str, Any], path: Path) -> Path:
         "Plans are one step old. Each cell: dropped assignments / imbalance (busiest rank's load over the mean) "
         "/ bytes of both weight phases, over what the paper's way sends with symi's placements. Without a capacity "
         "nothing is dropped. `static`, `symi` and FlexMoE have slot budgets, the others budgets pooled "
-        "over a rank. FlexMoE, EPLB, LPT and shadowing are re-implementations; `oracle` and `shadowing` know the "
+        "over a rank. `static-pooled` is `static` with those and our split. "
+        "FlexMoE, EPLB, LPT and shadowing are re-implementations; `oracle` and `shadowing` know the "
         "step that they serve.",
     ]
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}

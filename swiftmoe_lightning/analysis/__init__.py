@@ -11,6 +11,7 @@ from swiftmoe_lightning.analysis.recommend import Recommendation, recommend
 from swiftmoe_lightning.analysis.replay import Replay, Rules, replay
 from swiftmoe_lightning.analysis.scale import GroupCost
 from swiftmoe_lightning.analysis.scale_advice import Advice
+from swiftmoe_lightning.analysis.scenarios import SCENARIOS, Scenario, ScenarioOptions, make_scenario, scenario_shares
 from swiftmoe_lightning.analysis.sizes import Sizes
 from swiftmoe_lightning.analysis.sweep import Point, Sweep
 from swiftmoe_lightning.analysis.trace import Trace
@@ -19,6 +20,7 @@ from swiftmoe_lightning.analysis.write_trace import check_writable, writer_for
 __all__ = [
     "CANDIDATES",
     "PRESETS",
+    "SCENARIOS",
     "Advice",
     "Candidate",
     "Cluster",
@@ -31,16 +33,20 @@ __all__ = [
     "Recommendation",
     "Replay",
     "Rules",
+    "Scenario",
+    "ScenarioOptions",
     "Sizes",
     "Sweep",
     "Trace",
     "Workload",
     "check_writable",
     "make_plan",
+    "make_scenario",
     "model_of",
     "read_megatron",
     "read_trace",
     "recommend",
     "replay",
+    "scenario_shares",
     "writer_for",
 ]

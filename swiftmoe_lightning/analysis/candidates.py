@@ -48,6 +48,7 @@ CANDIDATES: Final[Mapping[str, Candidate]] = {
         name: Candidate(make=partial(make_policy, name), capacity_per="slot", label=_PAPERS)
         for name in ("symi", "static")
     },
+    "static-pooled": Candidate(make=partial(make_policy, "static"), split="balanced", label="static, " + _OURS),
     **{
         f"flexmoe-{interval}": Candidate(
             make=partial(FlexMoEPolicy, interval=interval), capacity_per="slot", moves_state=True, label=_BASELINE

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from swiftmoe_lightning.cli.options import Bytes, Lag, Policies, Ranks, Slots, clear_errors, names, option, say
+from swiftmoe_lightning.cli.options import (
+    Bytes,
+    Lag,
+    Policies,
+    Ranks,
+    Scenario,
+    Slots,
+    clear_errors,
+    names,
+    only_one,
+    option,
+    say,
+    traces_of,
+)
 from swiftmoe_lightning.cli.plan import plan
 from swiftmoe_lightning.demo.options import DemoOptions
 
@@ -100,7 +113,10 @@ app.command()(plan)
 
 @app.command()
 def report(  # noqa: PLR0913 - options
-    run_or_trace: Annotated[Path, typer.Argument(help="A run folder of `swiftmoe train`, or a trace as for `plan`.")],
+    run_or_trace: Annotated[
+        Path | None, typer.Argument(help="A run folder of `swiftmoe train`, or a trace as for `plan`.")
+    ] = None,
+    scenario: Scenario = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     ranks: Ranks = None,
     slots: Slots = None,
@@ -110,22 +126,29 @@ def report(  # noqa: PLR0913 - options
     experts_bytes: Bytes = 1_000_000,
 ) -> None:
     """Draw a run or a trace as one page that opens offline: popularity, replicas, drops, imbalance, bytes."""
-    from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, check_writable, make_plan, read_trace
+    from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, check_writable, make_plan
     from swiftmoe_lightning.analysis.report.page import write_page
     from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
     with clear_errors("report"):
         # An error of the path comes before the replays.
         check_writable(out)
-        recording = run_or_trace / "placements.npz"
-        recorded = read_trace(recording if recording.exists() else run_or_trace)
+        title = str(scenario) if run_or_trace is None else run_or_trace.name
+        recorded = only_one(traces_of(_recording(run_or_trace), scenario, num_ranks=ranks))
         sizes = Sizes.of(recorded, ranks, slots, capacity_factor)
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
-        write_page(out, plan_page(make_plan(recorded, machine, options, say), title=run_or_trace.name))
+        write_page(out, plan_page(make_plan(recorded, machine, options, say), title))
     # A file's name may hold bytes that are not Unicode.
     name = os.fsencode(out).decode(errors="replace")
     typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+
+
+def _recording(run_or_trace: Path | None) -> Path | None:
+    """The recording in a run folder; anything else as it is."""
+    if run_or_trace is not None and (recording := run_or_trace / "placements.npz").exists():
+        return recording
+    return run_or_trace
 
 
 @app.command()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.analysis import Trace
 
 
 def option(text: str, least: float | None = None) -> typer.models.OptionInfo:
@@ -20,10 +24,12 @@ def option(text: str, least: float | None = None) -> typer.models.OptionInfo:
     return info
 
 
-Ranks = Annotated[int | None, option("Ranks to plan for (default: the trace's own).", 1)]
+Ranks = Annotated[int | None, option("Ranks to plan for (default: the trace's own, a scenario's 16).", 1)]
 Slots = Annotated[int | None, option("Slots of a rank (default: the trace's own).", 1)]
 Lag = Annotated[int, option("Rows between the step that a plan is made from and the one it serves.", 0)]
 Policies = Annotated[str, option("Policies, with commas between; 'all' takes every one.")]
+_SCENARIOS = "even, zipf, hot, rotating, burst, switch, dying, relaxing, or all"
+Scenario = Annotated[str | None, option(f"A synthetic trace instead of TRACE: {_SCENARIOS}.")]
 Bytes = Annotated[int, option("Bytes of one expert's weights; its gradient has as many.", 1)]
 
 
@@ -32,6 +38,42 @@ def names(policies: str) -> tuple[str, ...]:
     from swiftmoe_lightning.analysis import CANDIDATES
 
     return tuple(CANDIDATES) if policies == "all" else tuple(name.strip() for name in policies.split(",") if name)
+
+
+def traces_of(trace: Path | None, scenario: str | None, **options: int | None) -> dict[str, Trace]:
+    """Name -> the trace of a file, or of a scenario, or of "all" of them.
+
+    Args:
+        trace: the file.
+        scenario: its name; one of the two is None.
+        **options: of `ScenarioOptions`; None takes its default.
+
+    Raises:
+        ValueError: unless one of the two is given, and for whatever is wrong with it.
+    """
+    from swiftmoe_lightning.analysis import SCENARIOS, ScenarioOptions, make_scenario, read_trace
+
+    if trace is not None and scenario is None:
+        return {trace.name: read_trace(trace)}
+    if trace is not None or scenario is None:
+        got = "neither" if scenario is None else "both"
+        raise ValueError(f"give a TRACE, or --scenario NAME with one of {', '.join(SCENARIOS)}; got {got}.")
+    settings = ScenarioOptions(**{name: value for name, value in options.items() if value is not None})
+    return {name: make_scenario(name, settings) for name in (SCENARIOS if scenario == "all" else [scenario])}
+
+
+def only_one(traces: Mapping[str, Trace]) -> Trace:
+    """The trace, where there is one.
+
+    Args:
+        traces: by name.
+
+    Raises:
+        ValueError: where there are more.
+    """
+    if len(traces) > 1:
+        raise ValueError(f"--scenario all is for `swiftmoe plan` without --recommend. Name one of {', '.join(traces)}.")
+    return next(iter(traces.values()))
 
 
 def say(what: str) -> None:

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from swiftmoe_lightning.cli.options import Bytes, Lag, Policies, Ranks, Slots, clear_errors, names, option, say
+from swiftmoe_lightning.cli.options import (
+    Bytes,
+    Lag,
+    Policies,
+    Ranks,
+    Scenario,
+    Slots,
+    clear_errors,
+    names,
+    only_one,
+    option,
+    say,
+    traces_of,
+)
 
 if TYPE_CHECKING:
-    from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, Sweep, Trace
+    from swiftmoe_lightning.analysis import Cluster, Machine, PlanOptions, Sizes, Sweep, Trace
 
 _Trace = Annotated[
-    Path,
+    Path | None,
     typer.Argument(help="What PlacementRecorder wrote (.npz, .parquet), or a router trace of Megatron-Core (.jsonl)."),
 ]
 _Budget = Annotated[str | None, option("What has a budget: rank or slot (default: each policy's own).")]
 # Options that only one of the two uses.
 _OF_COMPARISON: Final = ("slots", "capacity_factor", "capacity_per", "policies", "replace_every")
 _OF_RECOMMENDATION: Final = ("most_dropped", "ranks_per_node", "gpu_gbytes", "picture")
+# Options that a trace answers by itself.
+_OF_SCENARIO: Final = ("experts", "steps", "seed")
 
 
 def plan(  # noqa: PLR0913 - options
     context: typer.Context,
-    trace: _Trace,
+    trace: _Trace = None,
+    scenario: Scenario = None,
+    experts: Annotated[int | None, option("Experts of a scenario's layer (default: 64).", 2)] = None,
+    steps: Annotated[int | None, option("Steps of a scenario (default: 300).", 1)] = None,
+    seed: Annotated[int, option("Of a scenario's draws.", 0)] = 0,
     ranks: Ranks = None,
     slots: Slots = None,
     capacity_factor: Annotated[float | None, option("Token budget over the mean load (default: dropless).", 0)] = None,
@@ -54,22 +74,21 @@ def plan(  # noqa: PLR0913 - options
     """Say what placement policies would have made of a recorded trace, before any GPU is rented.
 
     With --recommend, say which slots, capacity factor and group size to train with, and what more slots would buy.
+    With --scenario, do either for synthetic popularity; --scenario all compares policies on every scenario.
     """
-    from swiftmoe_lightning.analysis import Cluster, PlanOptions, Sizes, Sweep, read_trace
+    from swiftmoe_lightning.analysis import PlanOptions, Sizes, Sweep
 
     with clear_errors("plan"):
-        _refuse_unused(context, recommend)
+        _refuse_unused(context, recommend, scenario)
         if picture is not None:
             _check_picture(picture)
-        recorded = read_trace(trace)
-        # A recommendation finds the slots.
-        sizes = Sizes.of(recorded, ranks, 1 if recommend else slots, capacity_factor)
+        traces = traces_of(trace, scenario, num_ranks=ranks, num_experts=experts, num_steps=steps, seed=seed)
+        # A recommendation finds the slots. All scenarios have the same sizes.
+        sizes = Sizes.of(next(iter(traces.values())), ranks, 1 if recommend else slots, capacity_factor)
         machine = _machine(sizes, experts_bytes, state_bytes, link_gbps, tflops, assignment_flops, token_bytes)
         if recommend:
-            network = Cluster.network_bytes if machine.link_bytes is None else machine.link_bytes
-            cluster = Cluster(num_ranks=sizes.num_ranks, ranks_per_node=ranks_per_node, network_bytes=network)
-            cluster = replace(cluster, gpu_bytes=gpu_gbytes * 1e9)
-            _recommend(Sweep(recorded, machine, cluster, lag), most_dropped, picture, as_json)
+            cluster = _cluster(machine, ranks_per_node, gpu_gbytes)
+            _recommend(Sweep(only_one(traces), machine, cluster, lag), most_dropped, picture, as_json)
         else:
             options = PlanOptions(
                 policies=names(policies),
@@ -78,7 +97,8 @@ def plan(  # noqa: PLR0913 - options
                 lag=lag,
                 replace_every=int(replace_every) if replace_every.isdigit() else replace_every,
             )
-            _compare(recorded, machine, options, as_json)
+            compare = _compare_on_all if scenario == "all" else _compare
+            compare(traces, machine, options, as_json)
 
 
 def _machine(
@@ -104,15 +124,42 @@ def _machine(
     )
 
 
-def _compare(trace: Trace, machine: Machine, options: PlanOptions, as_json: bool) -> None:
+def _cluster(machine: Machine, ranks_per_node: int, gpu_gbytes: float) -> Cluster:
+    from swiftmoe_lightning.analysis import Cluster
+
+    return Cluster(
+        num_ranks=machine.num_ranks,
+        ranks_per_node=ranks_per_node,
+        network_bytes=Cluster.network_bytes if machine.link_bytes is None else machine.link_bytes,
+        gpu_bytes=gpu_gbytes * 1e9,
+    )
+
+
+def _compare(traces: Mapping[str, Trace], machine: Machine, options: PlanOptions, as_json: bool) -> None:
     from swiftmoe_lightning.analysis import make_plan
     from swiftmoe_lightning.analysis.report.plan_table import print_plan
 
-    result = make_plan(trace, machine, options, None if as_json else say)
+    result = make_plan(only_one(traces), machine, options, None if as_json else say)
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2))
     else:
         print_plan(result)
+
+
+def _compare_on_all(traces: Mapping[str, Trace], machine: Machine, options: PlanOptions, as_json: bool) -> None:
+    from swiftmoe_lightning.analysis import make_plan
+    from swiftmoe_lightning.analysis.report.scenario_table import PAPERS_POLICY, print_scenarios
+
+    options = replace(options, policies=tuple(dict.fromkeys([*options.policies, PAPERS_POLICY])))
+    plans = {}
+    for name, trace in traces.items():
+        if not as_json:
+            say(name)
+        plans[name] = make_plan(trace, machine, options)
+    if as_json:
+        typer.echo(json.dumps({name: result.as_json() for name, result in plans.items()}, indent=2))
+    else:
+        print_scenarios(plans)
 
 
 def _recommend(sweep: Sweep, most_dropped: float, picture: Path | None, as_json: bool) -> None:
@@ -139,14 +186,16 @@ def _check_picture(path: Path) -> None:
     import_figure()
 
 
-def _refuse_unused(context: typer.Context, recommend: bool) -> None:
+def _refuse_unused(context: typer.Context, recommend: bool, scenario: str | None) -> None:
     """Raise ValueError for an option that would have no effect."""
-    for name in _OF_COMPARISON if recommend else _OF_RECOMMENDATION:
+    if recommend:
+        why = "does not go with --recommend, which compares all slots and capacities. Leave one of them out."
+        unused = dict.fromkeys(_OF_COMPARISON, why)
+    else:
+        unused = dict.fromkeys(_OF_RECOMMENDATION, "is for recommendations. Add --recommend, or leave it out.")
+    if scenario is None:
+        unused |= dict.fromkeys(_OF_SCENARIO, "is for scenarios. Add --scenario, or leave it out.")
+    for name, why in unused.items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{flag} does not go with --recommend, which compares all slots and capacities. Leave one of them out."
-                if recommend
-                else f"{flag} is for recommendations. Add --recommend, or leave it out."
-            )
+            raise ValueError(f"--{name.replace('_', '-')} {why}")

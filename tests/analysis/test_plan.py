@@ -189,7 +189,10 @@ def test_too_few_slots_are_told_before_any_policy_is_run() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policies": []}, "name at least one policy of balanced, packed, swap, symi, static, flexmoe-10"),
+        (
+            {"policies": []},
+            "name at least one policy of balanced, packed, swap, symi, static, static-pooled, flexmoe-10",
+        ),
         ({"policies": ["best"]}, "policy must be one of 'balanced', .*, got 'best'"),
         ({"lag": -1}, "lag must be a whole number of 0 or more, got -1"),
         ({"replace_every": 0}, "replace_every must be a whole number of 1 or more, got 0"),

@@ -42,17 +42,13 @@ def print_table(table: Table) -> None:
 
 def plan_table(plan: Plan) -> Table:
     """One row a policy, in the order they were asked for, and one for the bounds."""
-    options, machine, trace = plan.options, plan.machine, plan.trace
-    is_dropless = options.capacity_factor is None
-    capacity = "dropless" if is_dropless else f"capacity factor {options.capacity_factor:g}"
+    is_dropless = plan.options.capacity_factor is None
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{many(trace.num_steps, 'step')}, {many(trace.num_layers, 'layer')}, "
-        f"{many(trace.num_experts, 'expert')} on {many(machine.num_ranks, 'rank')} of "
-        f"{many(machine.slots_per_rank, 'slot')}, {capacity}, plans {age_text(options.lag)}",
+        title=size_text(plan),
         caption="imbalance: busiest rank / mean rank. sent: bytes a step in both weight phases, all layers and ranks, "
-        f"for experts of {bytes_text(machine.expert_bytes)}; paper's: the same placements, sent its way. moved: "
+        f"for experts of {bytes_text(plan.machine.expert_bytes)}; paper's: the same placements, sent its way. moved: "
         "experts new on a rank, a step.",
     )
     table.add_column("policy", no_wrap=True)
@@ -66,6 +62,17 @@ def plan_table(plan: Plan) -> Table:
     bounds = [] if is_dropless else [f"{plan.bounds['dropped']:.2%}"]
     table.add_row("best possible", *bounds, f"{plan.bounds['imbalance']:.3f}")
     return table
+
+
+def size_text(plan: Plan) -> str:
+    """A phrase for the trace, the ranks, the capacity and the age of plans."""
+    options, machine, trace = plan.options, plan.machine, plan.trace
+    capacity = "dropless" if options.capacity_factor is None else f"capacity factor {options.capacity_factor:g}"
+    return (
+        f"{many(trace.num_steps, 'step')}, {many(trace.num_layers, 'layer')}, "
+        f"{many(trace.num_experts, 'expert')} on {many(machine.num_ranks, 'rank')} of "
+        f"{many(machine.slots_per_rank, 'slot')}, {capacity}, plans {age_text(options.lag)}"
+    )
 
 
 def age_text(lag: int) -> str:

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.placement import __main__ as command
-from benchmarks.placement import host_time
+from benchmarks.placement import host_time, scenarios
 from benchmarks.placement.measures import switch_domains
-from swiftmoe_lightning.analysis import CANDIDATES
+from swiftmoe_lightning.analysis import CANDIDATES, SCENARIOS
 
 
 def test_a_small_trace_is_replayed_tabled_and_drawn(
@@ -67,3 +67,15 @@ def test_host_time_has_a_row_for_each_number_of_ranks_and_node(
     ]
     for row in rows:
         assert row["split_us"]["count"] == row["first_split_us"]["count"] == row["transfer_us"]["count"] == 4
+
+
+def test_all_scenarios_are_tabled_without_times(
+    result: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scenarios, "SLOTS", (5,))
+    scenarios.main(["--name", "tiny", "--steps", "1"])
+    rows = result("tiny")["rows"]
+    assert [row["trace"] for row in rows[::2]] == list(SCENARIOS)
+    assert {row["capacity_factor"] for row in rows} == {1.0, None}
+    assert not [name for row in rows for values in row["policies"].values() for name in values if "seconds" in name]
+    assert "## rotating, dropless" in (tmp_path / "tiny.md").read_text()
