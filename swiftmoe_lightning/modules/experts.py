@@ -41,8 +41,9 @@ from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 class Experts(nn.Module):
     """E feed-forward experts. A token's assignments are computed on ranks with a replica, and summed by router weight.
 
-    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`. On one device a plain
-    MoE. Under an engine the same names are sharded by rows over the ranks, and forward computes with this rank's slots.
+    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`; factors of their LoRA
+    adapters, if any (see `convert`). On one device a plain MoE. Under an engine the same names are sharded by rows over
+    the ranks, and forward computes with this rank's slots.
 
     Args:
         num_experts: E.
@@ -143,7 +144,7 @@ class Experts(nn.Module):
     def initialize_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
         """Fill `rows` [E, r, ...], which are rows first_row.. of parameter `name`. Values do not depend on the cut."""
         if name.endswith("_lora_B"):
-            rows.zero_()
+            nn.init.zeros_(rows)
             return
         fan_in = self.hidden_dim if name.startswith("down_proj") else self.dim
         offset = sorted(self.expert_parameters()).index(name)

@@ -202,6 +202,12 @@ def test_a_converted_model_computes_saves_and_loads_as_peft_on_one_device(family
     peft.set_peft_model_state_dict(other, expected_state)
     torch.testing.assert_close(logits(other), expected, **close)
 
+    for experts in experts_of(model):
+        weights = {name: getattr(experts, name).clone() for name in ("down_proj", "down_proj_lora_A")}
+        experts.reset_parameters()
+        assert not experts.down_proj_lora_B.any()
+        assert not any(torch.equal(getattr(experts, name), value) for name, value in weights.items())
+
 
 DIM, HIDDEN, E = 8, 12, 5
 # Rows and elements of a row of each tensor of an expert: the frozen ones, and factors of ranks 3 and 1.
