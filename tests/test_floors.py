@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "swiftmoe_lightning"
 KERNELS = PACKAGE / "ops" / "triton"
 TRAINER = PACKAGE / "huggingface" / "trainer.py"
+PEFT_ADAPTERS = PACKAGE / "huggingface" / "peft_adapters.py"
 EXPERT_PARALLEL = PACKAGE / "huggingface" / "expert_parallel.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -39,17 +40,19 @@ HOMES = {
     "lightning": {"strategies", "callbacks", "demo"},
     "accelerate": {"accelerate"},
     "transformers": {"huggingface"},
+    "peft": {"huggingface"},
     "matplotlib": {"analysis"},
     "pyarrow": {"analysis"},
     "typer": {"cli"},
     "rich": {"cli", "demo", "doctor", "analysis"},
 }
-OPTIONAL = {"triton", "accelerate", "transformers", "matplotlib", "pyarrow"}
+OPTIONAL = {"triton", "accelerate", "transformers", "peft", "matplotlib", "pyarrow"}
 # What alone imports an optional library at module level, and is itself imported only where it is used.
 LATE = {
     "swiftmoe_lightning.ops.triton": (KERNELS, {"triton"}),
     "swiftmoe_lightning.huggingface.trainer": (TRAINER, {"transformers"}),
     "swiftmoe_lightning.huggingface.expert_parallel": (EXPERT_PARALLEL, {"transformers"}),
+    "swiftmoe_lightning.huggingface.peft_adapters": (PEFT_ADAPTERS, {"peft"}),
 }
 WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 
@@ -99,6 +102,7 @@ TESTED_IN = {
     "engine/weight_exchange.py": "engine/test_expert_groups.py",
     "huggingface/layouts.py": "huggingface/test_convert.py",
     "huggingface/sharded_at_load.py": "huggingface/test_expert_parallel.py",
+    "modules/adapters.py": "huggingface/test_peft_adapters.py",
     "modules/context.py": "modules/test_single_device.py",
     "modules/dispatch.py": "engine/test_matches_dense_reference.py",
     "modules/expert_inputs.py": "modules/test_expert_ids_and_casts.py",

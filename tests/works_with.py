@@ -155,9 +155,9 @@ ROWS: Final = (
     ),
     Row(
         "Adapters (LoRA)",
-        "on dense layers, over frozen experts",
-        "on experts they are refused: merge or unload them",
-        ("engine/test_engine_setup: adapter", "huggingface/test_convert: adapters"),
+        "PEFT's, on dense layers and on experts, over frozen experts: it saves, loads and merges as PEFT's own does",
+        "one adapter on experts; without dropout, DoRA or biases: [LoRA on experts](docs/guides/lora.md)",
+        ("huggingface/test_peft_adapters: peft_alone one_device only_factors", "engine/test_engine_setup: adapter"),
     ),
     Row(
         "Quantized experts",

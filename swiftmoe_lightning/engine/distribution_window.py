@@ -42,6 +42,7 @@ class DistributionWindow:
 
     def refill(self, layer: ShardedLayer) -> None:
         """Start to send the weights of `layer`, which has stale slots on some rank, after all that wait."""
+        layer.slots.queue_refill()
         self._queue.setdefault(layer)
         self.flush()
 
@@ -60,5 +61,6 @@ class DistributionWindow:
         for layer in list(self._queue)[: max(number, 0)]:
             del self._queue[layer]
             self._under_way[layer] = None
-            layer.slots.start_distribution(allows_writes=layer.stale)
-            layer.stale = False
+            sends_all = layer.slots.start_distribution(allows_writes=layer.stale)
+            # What is frozen may be stale, too.
+            layer.stale = layer.stale and not sends_all

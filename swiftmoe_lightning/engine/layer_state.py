@@ -142,7 +142,7 @@ class LayerState:
             placement = placer.planned({self.name: current.num_experts})[self.name]
         # Gradients that wait in the slots belong to the current placement.
         if not self.holds_gradients():
-            self.sharded.slots.queue_distribution(placement)
+            self.sharded.slots.queue_distribution(placement, self.experts.expert_parameters().keys())
         self.sharded.stale = True
 
 
@@ -150,8 +150,9 @@ def _refuse_wrapped_or_quantized(name: str, experts: Experts) -> None:
     """Raise ValueError for experts inside an adapter or parametrization, or quantized ones."""
     if name.rpartition(".")[2] == "base_layer" or "parametrizations" in experts._modules:
         raise ValueError(
-            f"the experts {name!r} are wrapped (an adapter, LoRA), and forward would not see what is spread over the "
-            "ranks. Merge or unload the adapter, or give it dense layers alone as its targets (attention, router). "
+            f"the experts {name!r} are wrapped (an adapter), and forward would not see what is spread over the ranks. "
+            "PEFT's LoRA becomes part of the experts by sml.convert(model), before the engine; merge or unload another "
+            "adapter, or give it dense layers alone as its targets. "
             "(FAQ: experts-not-plain)"
         )
     for key, parameter in experts.expert_parameters().items():

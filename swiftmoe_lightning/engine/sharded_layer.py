@@ -173,9 +173,11 @@ class ShardedLayer(ExpertParallelContext):
             return False
         is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
         # A parameter that was frozen between backward and step still has a gradient, and was updated.
-        if is_unchanged and not any(p.requires_grad or has_gradient(p) for p in self.experts.parameters()):
+        parameters = self.experts.expert_parameters()
+        updated = [name for name, p in parameters.items() if p.requires_grad or has_gradient(p)]
+        if is_unchanged and not updated:
             return False
-        self.slots.queue_distribution(placement)
+        self.slots.queue_distribution(placement, updated)
         return True
 
     def fill_if_stale(self) -> None:

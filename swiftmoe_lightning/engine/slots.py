@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,39 +62,70 @@ class ExpertSlots:
         self._is_queued = False
         self._distribution: PendingDistribution | None = None
         self._stages: tuple[Placement, list[Stage]] | None = None
-        self._sent_versions: list[tuple[int, int]] = []
+        self._sent_versions: dict[str, tuple[int, int]] = {}
+        # Names of what was updated since it was last sent, alike on all ranks; None is everything.
+        self._updated: set[str] | None = None
         self.bytes_sent = dict.fromkeys(PHASES, 0)
 
-    def queue_distribution(self, placement: Placement) -> None:
-        """The parameters were updated, and the slots will be filled by `placement`."""
+    def queue_distribution(self, placement: Placement, updated: Collection[str]) -> None:
+        """The slots will be filled by `placement`.
+
+        Args:
+            placement: the next one.
+            updated: names of the parameters that have changed, the same on all ranks. The others are sent, too, if the
+                placement is not that of the slots.
+        """
         self.placement, self._is_queued = placement, True
-        self._sent_versions = _versions(self._parameters())
+        if self._updated is not None:
+            self._updated.update(updated)
+        self._note_versions(self._parameters(), self._names_to_send())
+
+    def queue_refill(self) -> None:
+        """The next distribution sends all parameters. Call it on all ranks."""
+        self._updated = None
 
     @torch.no_grad()
-    def start_distribution(self, allows_writes: bool) -> None:
+    def start_distribution(self, allows_writes: bool) -> bool:
         """Begin to send this rank's rows of every expert to the ranks that have the expert in `placement`.
 
         Args:
             allows_writes: parameters may have been written since the distribution was queued.
+
+        Returns:
+            Whether all parameters are sent: those that are frozen stay in their slots while the placement does.
         """
         self.finish_distribution()
         with phase("distribute"), self._stream.after_model():
             parameters = self._parameters()
             is_new = self._is_queued or self._sent_versions != _versions(parameters)
-            if allows_writes or not self._is_queued:
-                self._sent_versions = _versions(parameters)
             if self.placement is self._filled and is_new:
                 # Forwards with the old weights know them by this object.
                 self.placement = copy.copy(self.placement)
-            self._match_slots(parameters)
-            self._filled, self._is_queued = self.placement, False
+            if self._match_slots(parameters):
+                self._updated = None
+            names = self._names_to_send()
+            if allows_writes or not self._is_queued:
+                self._note_versions(parameters, names)
+            self._filled, self._is_queued, self._updated = self.placement, False, set()
             # From CPU memory each layer's rows travel by themselves.
             shards = {
                 name: local_shard(p).to(self.device, self.weights[name].dtype, non_blocking=True)
                 for name, p in parameters.items()
+                if name in names
             }
-            slots = {name: weight.detach() for name, weight in self.weights.items()}
+            slots = {name: self.weights[name].detach() for name in shards}
             self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
+        return len(names) == len(parameters)
+
+    def _names_to_send(self) -> Collection[str]:
+        """The parameters whose slots have other values than the next distribution brings. The same on all ranks."""
+        filled = self._filled
+        stays = filled is not None and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
+        return self._updated if stays and self._updated is not None else self._parameters().keys()
+
+    def _note_versions(self, parameters: Mapping[str, Tensor], names: Collection[str]) -> None:
+        versions = _versions(parameters)
+        self._sent_versions.update({name: versions[name] for name in names})
 
     def _path(self, placement: Placement) -> WeightPath:
         if self._stages is None or self._stages[0] is not placement:
@@ -157,18 +189,24 @@ class ExpertSlots:
             wire_dtype = torch.float64 if is_double else self._wire_dtype
             return PendingCollection(gradients, self._path(self._filled), wire_dtype)
 
-    def _match_slots(self, parameters: Mapping[str, Tensor]) -> None:
-        """Allocate the slots, again if the sharded parameters' dtype or sizes have changed."""
+    def _match_slots(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Allocate the slots, again if the sharded parameters' dtype or sizes have changed. Returns whether it has.
+
+        Without a dtype of their own they have the first parameter's: an adapter may be wider than what it adapts, and
+        an expert's tensors travel together.
+        """
+        dtype, are_new = self._param_dtype or next(iter(parameters.values())).dtype, False
         for name, sharded in parameters.items():
-            dtype = self._param_dtype or sharded.dtype
             shape = (self.placement.slots_per_rank, *sharded.shape[1:])
             slot = self.weights.get(name)
             if slot is None or slot.dtype != dtype or slot.shape != shape:
                 # Not an inference tensor, which could not be trained, even if the first forward is in inference mode.
                 with torch.inference_mode(False):
                     self.weights[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+                are_new = True
             self.weights[name].requires_grad_(sharded.requires_grad)
+        return are_new
 
 
-def _versions(parameters: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    return [write_counts(parameter) for parameter in parameters.values()]
+def _versions(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {name: write_counts(parameter) for name, parameter in parameters.items()}

@@ -22,6 +22,9 @@ def convert(model: Model) -> Model:
     with or without biases, in either layout. Parameters stay the same objects with the same names, so optimizers and
     checkpoints stay valid; router, shared experts and losses are not touched. Repeatable.
 
+    PEFT's LoRA of these tensors (`target_parameters`) is taken over: its factors become new parameters of the
+    `Experts`, so make the optimizer afterwards. PEFT saves and loads the adapter as before.
+
     Args:
         model: any module that holds such experts modules.
 
@@ -47,7 +50,7 @@ def convert(model: Model) -> Model:
             continue
         try:
             # A module that stands in several places is converted once.
-            converted[id(module)] = parent._modules[key] = converted.get(id(module)) or as_experts(module)
+            converted[id(module)] = parent._modules[key] = converted.get(id(module)) or _take_over(module)
         except ValueError as error:
             unconverted[name] = (module, str(error))
     if not converted and not num_ours:
@@ -60,6 +63,14 @@ def convert(model: Model) -> Model:
             f"convert() left these experts as they are:\n{_describe(unconverted)} (FAQ: not-converted)", stacklevel=2
         )
     return model
+
+
+def _take_over(module: nn.Module) -> Experts:
+    if (type(module).__module__, type(module).__name__) == ("peft.tuners.lora.layer", "ParamWrapper"):
+        from swiftmoe_lightning.huggingface.peft_adapters import unwrap_adapters
+
+        return unwrap_adapters(module)
+    return as_experts(module)
 
 
 def _candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:

@@ -70,6 +70,7 @@ def as_experts(module: nn.Module) -> Experts:
         if {name: p.shape for name, p in parameters.items()} == shapes:
             difference = _difference(module, forward, experts)
             if difference is None:
+                experts.is_transposed = getattr(module, "is_transposed", False)
                 return experts.train(module.training)
             reason = f"it computes something else than act(x @ up) @ down, weighted and summed: {difference}"
     raise ValueError(reason)
@@ -78,7 +79,7 @@ def as_experts(module: nn.Module) -> Experts:
 def _fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of a module that has those of the fused layout and nothing else. Raises ValueError."""
     if "base_layer" in module._modules or "parametrizations" in module._modules:
-        raise ValueError("its weights are wrapped (an adapter, LoRA): merge or unload the adapter before convert()")
+        raise ValueError("its weights are wrapped (not by PEFT's LoRA): merge or unload the adapter before convert()")
     own = {name: p for name, p in module._parameters.items() if p is not None}
     weights = [own[name] for name in ("down_proj", *_UP) if name in own]
     if "down_proj" not in own or len(weights) != 2 or any(w.dim() != 3 for w in weights):

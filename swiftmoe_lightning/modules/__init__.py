@@ -1,5 +1,6 @@
 """nn.Modules: router, experts, MoE block. Without an engine they run on one device, under one over all ranks."""
 
+from swiftmoe_lightning.modules.adapters import is_factor
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.forward import ExpertsOutput
@@ -23,5 +24,6 @@ __all__ = [
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
+    "is_factor",
     "shape_message",
 ]

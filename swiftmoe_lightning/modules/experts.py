@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_whole
 from swiftmoe_lightning.distributed import first_row, gather_shares, local_shard, phase, take_share
+from swiftmoe_lightning.modules.adapters import Adapters
 from swiftmoe_lightning.modules.context import ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher
 from swiftmoe_lightning.modules.expert_inputs import check_ids, check_input
@@ -40,8 +41,9 @@ from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
 class Experts(nn.Module):
     """E feed-forward experts. A token's assignments are computed on ranks with a replica, and summed by router weight.
 
-    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`. On one device a plain
-    MoE. Under an engine the same names are sharded by rows over the ranks, and forward computes with this rank's slots.
+    Parameters: `gate_up_proj [E, 2F, D]` (swiglu) or `up_proj [E, F, D]`, `down_proj [E, D, F]`; factors of their LoRA
+    adapters, if any (see `convert`). On one device a plain MoE. Under an engine the same names are sharded by rows over
+    the ranks, and forward computes with this rank's slots.
 
     Args:
         num_experts: E.
@@ -77,6 +79,9 @@ class Experts(nn.Module):
             raise ValueError(f"capacity must be a Capacity, or None, got {capacity!r}. Write Capacity(factor=1.0).")
         self.activation: Activation = activation
         self.capacity, self.transposed = capacity, False
+        # The flag of the module that these stand for, if any, by which PEFT lays out adapters.
+        self.is_transposed = False
+        self.adapters = Adapters()
         up_name, up_rows = ("gate_up_proj", 2 * hidden_dim) if activation == "swiglu" else ("up_proj", hidden_dim)
         shapes: dict[str, tuple[int, ...]] = {up_name: (up_rows, dim), "down_proj": (dim, hidden_dim)}
         if bias:
@@ -138,6 +143,9 @@ class Experts(nn.Module):
 
     def initialize_rows(self, name: str, rows: Tensor, first_row: int, seed: int) -> None:
         """Fill `rows` [E, r, ...], which are rows first_row.. of parameter `name`. Values do not depend on the cut."""
+        if name.endswith("_lora_B"):
+            nn.init.zeros_(rows)
+            return
         fan_in = self.hidden_dim if name.startswith("down_proj") else self.dim
         offset = sorted(self.expert_parameters()).index(name)
         fill_rows_uniform(rows, first_row, seed + offset, 1 / math.sqrt(fan_in))
@@ -206,7 +214,7 @@ class Experts(nn.Module):
             with phase("dispatch"):
                 arrived_RD, by_slot = dispatcher.dispatch(permute(x_TD, dispatcher.by_pair))
             with phase("experts"):
-                weights = prepare_weights(weights, x_TD.dtype, self.transposed)
+                weights = prepare_weights(weights, x_TD.dtype, self.transposed, self.adapters)
                 y_RD = expert_rows(arrived_RD, by_slot, weights, self.activation)
             with phase("combine"):
                 rows_MD = dispatcher.combine(unpermute(y_RD, by_slot))
@@ -249,7 +257,7 @@ class Experts(nn.Module):
         """`finish` on one device without a capacity. The CPU needs no counts, so nothing waits for a GPU."""
         x_TD, by_expert = started.x_TD, started.by_expert
         with torch.autocast(x_TD.device.type, enabled=False), phase("experts"):
-            weights = prepare_weights(self.context.weights(), x_TD.dtype, self.transposed)
+            weights = prepare_weights(self.context.weights(), x_TD.dtype, self.transposed, self.adapters)
             out_TD = expert_layer(x_TD, started.weights_TK, by_expert, weights, self.activation)
         return self._end_on_one_device(out_TD.to(started.out_dtype), started)
 

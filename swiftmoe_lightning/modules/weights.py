@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from swiftmoe_lightning.modules.adapters import Adapters, is_factor
+
 if TYPE_CHECKING:
     from swiftmoe_lightning.modules.experts import Experts
 
 
-def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
-    """Cast experts' tensors to `dtype`, and turn matrices that are `transposed`, [s, in, out], into [s, out, in]."""
+def prepare_weights(
+    weights: Mapping[str, Tensor], dtype: torch.dtype, transposed: bool, adapters: Adapters | None = None
+) -> dict[str, Tensor]:
+    """Cast experts' tensors to `dtype`, and turn matrices that are `transposed`, [s, in, out], into [s, out, in].
+
+    Factors of adapters are never transposed, and get their scale.
+    """
     cast = {name: w.to(dtype) for name, w in weights.items()}
     if transposed:
-        cast = {name: w.transpose(1, 2) if w.dim() == 3 else w for name, w in cast.items()}
-    return cast
+        cast = {name: w.transpose(1, 2) if w.dim() == 3 and not is_factor(name) else w for name, w in cast.items()}
+    return cast if adapters is None else adapters.scaled(cast)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The experts' feed-forward over rows sorted by slot, around torch's grouped matmul.
 
-R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix. Rows behind the last end are
-unassigned: their values and gradients are undefined, and do not reach those of other rows.
+R rows, s slots, D model dim, F hidden dim, O / I out and in features of one matrix, r rank of an adapter. Rows behind
+the last end are unassigned: their values and gradients are undefined, and do not reach those of other rows.
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
@@ -25,7 +25,8 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
     Args:
         x_RD: [R, D] floating, sorted by slot.
         weights: `gate_up_proj [s, 2F, D]` (gated) or `up_proj [s, F, D]`, and `down_proj [s, D, F]`; each may have a
-            `..._bias` [s, O] beside it.
+            `..._bias` [s, O] beside it, and the factors of a low-rank adapter, `..._lora_A` [s, r, I] and
+            `..._lora_B` [s, O, r].
         ends_s: [s] int32, the end of each slot's rows; the last one is R.
         activation: one of `ACTIVATIONS`, or a function of rows.
 
@@ -33,9 +34,18 @@ def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, acti
         ValueError: for an activation that is neither.
     """
     up_name = "gate_up_proj" if "gate_up_proj" in weights else "up_proj"
-    z_R = grouped_linear(x_RD, weights[up_name], ends_s, weights.get(f"{up_name}_bias"))
+    z_R = _projection(x_RD, weights, up_name, ends_s)
     hidden_RF = activation(z_R) if callable(activation) else activate(z_R, activation)
-    return grouped_linear(hidden_RF, weights["down_proj"], ends_s, weights.get("down_proj_bias"))
+    return _projection(hidden_RF, weights, "down_proj", ends_s)
+
+
+def _projection(x_RI: Tensor, weights: Mapping[str, Tensor], name: str, ends_s: Tensor) -> Tensor:
+    """[R, I] -> [R, O]: the matrix `name`, its bias and its low-rank adapter, as far as there are any."""
+    y_RO = grouped_linear(x_RI, weights[name], ends_s, weights.get(f"{name}_bias"))
+    if f"{name}_lora_A" not in weights:
+        return y_RO
+    low_Rr = grouped_linear(x_RI, weights[f"{name}_lora_A"], ends_s)
+    return y_RO + grouped_linear(low_Rr, weights[f"{name}_lora_B"], ends_s)
 
 
 def grouped_linear(x_RI: Tensor, weight_sOI: Tensor, ends_s: Tensor, bias_sO: Tensor | None = None) -> Tensor:

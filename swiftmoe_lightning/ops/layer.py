@@ -65,6 +65,9 @@ def expert_layer(
 
 
 def _fuses(x_TD: Tensor, assignments: SortedAssignments, weights: Mapping[str, Tensor]) -> bool:
+    if any(name.endswith("_lora_A") for name in weights):
+        # The kernels know no adapters.
+        return False
     num_slots, _, hidden_dim = weights["down_proj"].shape
     rows_per_slot, top_k = len(assignments.assignment_R) // num_slots, assignments.rows_TK.shape[1]
     backend = choose_layer_backend(x_TD.device, x_TD.dtype, rows_per_slot, hidden_dim, top_k)

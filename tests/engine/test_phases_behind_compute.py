@@ -159,9 +159,9 @@ def events_of_two_steps() -> list[str]:
             events.append(f"collect {index_of[id(slots)]}")
         return started
 
-    def distribute(slots: ExpertSlots, allows_writes: bool) -> None:
+    def distribute(slots: ExpertSlots, allows_writes: bool) -> bool:
         events.append(f"distribute {index_of[id(slots)]}")
-        start_distribution(slots, allows_writes)
+        return start_distribution(slots, allows_writes)
 
     run.micro(ALL)
     run.step()

@@ -278,7 +278,7 @@ def quantized() -> nn.Module:
 
 
 class ParamWrapper(nn.Module):
-    """What PEFT puts around experts whose parameters it targets."""
+    """As PEFT wraps experts, and not PEFT's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,8 +354,8 @@ def legacy() -> nn.Module:
 
 REASONS: dict[Callable[[], nn.Module], str] = {
     quantized: r"gate_up_proj is quantized \(torch.float8_e4m3fn\): load the model without a quantization_config",
-    ParamWrapper: r"its weights are wrapped \(an adapter, LoRA\): merge or unload the adapter before convert\(\)",
-    parametrised: r"its weights are wrapped \(an adapter, LoRA\)",
+    ParamWrapper: r"its weights are wrapped \(not by PEFT's LoRA\): merge or unload the adapter before convert\(\)",
+    parametrised: r"its weights are wrapped \(not by PEFT's LoRA\)",
     hooked: r"its forward is replaced or has hooks .*: convert\(\) before that",
     replaced: r"its forward is replaced or has hooks .*: convert\(\) before that",
     with_scales: r"it holds tensors besides those of the fused layout: \['scales'\]",

@@ -56,6 +56,29 @@ def test_the_layer_and_its_gradients_equal_a_loop_over_assignments(name, activat
         assert_close(actual[key].cpu(), gradient)
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_low_rank_adapter_equals_its_product_added_to_the_weights(name):
+    if name == "triton":
+        pytest.importorskip("triton")
+    inputs, ids_TK = values(9, 2, 3, "swiglu", True)
+    for key, rank in (("gate_up_proj", 4), ("down_proj", 1)):
+        _, rows, columns = inputs[key].shape
+        for factor, shape in (("A", (3, rank, columns)), ("B", (3, rows, rank))):
+            inputs[f"{key}_lora_{factor}"] = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(
+                DEVICE
+            )
+    slow = leaves({key: value.cpu() for key, value in inputs.items()}, torch.float64)
+    merged = {key: slow[key] + slow[f"{key}_lora_B"] @ slow[f"{key}_lora_A"] for key in ("gate_up_proj", "down_proj")}
+    expected = loop_layer(slow | merged, ids_TK.cpu(), 3, "swiglu")
+    fast = leaves(inputs)
+    with backend.force_backend(name):
+        out = run_layer(fast, ids_TK, 3, "swiglu")
+        actual = gradients(out, fast)
+    assert_close(out.cpu(), expected)
+    for key, gradient in gradients(expected, slow).items():
+        assert_close(actual[key].cpu(), gradient)
+
+
 def test_rows_come_by_slot_and_those_that_are_unassigned_are_left_out_on_a_cpu():
     inputs, ids_TK = values(9, 2, 3, "swiglu", False)
     by_slot = sort_assignments(ids_TK, 3)
