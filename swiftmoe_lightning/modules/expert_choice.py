@@ -58,6 +58,8 @@ class ExpertChoiceRouter(TopKRouter):
         )
 
 
+# torch.compile cannot trace sizes that depend on values.
+@torch.compiler.disable
 def _chosen(scores_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """([T, K] int64, [T, K] bool): experts, and whether they took the token."""
     tokens_CE = scores_TE.topk(capacity, dim=0).indices

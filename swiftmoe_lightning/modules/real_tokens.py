@@ -27,7 +27,7 @@ class RealTokens:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, true for tokens and false for padding, got {mask.dtype}: mask.bool()?")
         self._check(mask, "mask")
-        self._kept_T = mask.reshape(-1).nonzero().squeeze(-1)
+        self._kept_T = _places(mask)
 
     def pick(self, values: Tensor, name: str) -> Tensor:
         """The values of the real tokens, [..., *] -> [T, *].
@@ -53,3 +53,9 @@ class RealTokens:
     def _check(self, values: Tensor, name: str) -> None:
         if values.shape[: len(self._shape)] != self._shape:
             raise ValueError(f"{name} must have the tokens' shape, {list(self._shape)}, got {list(values.shape)}.")
+
+
+# torch.compile cannot trace sizes that depend on values.
+@torch.compiler.disable
+def _places(mask: Tensor) -> Tensor:
+    return mask.reshape(-1).nonzero().squeeze(-1)

@@ -58,6 +58,8 @@ class SinkhornRouter(TopKRouter):
         return self.weigh(logits_TE, sinkhorn(logits_TE.detach()).topk(self.top_k, dim=-1).indices)
 
 
+# torch.compile cannot trace a loop that ends by a value.
+@torch.compiler.disable
 def sinkhorn(logits_TE: Tensor) -> Tensor:
     """exp(logits), rows and columns scaled in turn: rows sum to 1/T and columns to 1/E, up to the tolerance.
 

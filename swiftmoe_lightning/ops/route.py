@@ -105,7 +105,8 @@ def eager_route(
     wide_TE = logits_TE.to(sum_dtype(logits_TE))
     scores_TE, probs_TE, _ = _scores(wide_TE, score)
     biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    return _routing(wide_TE, scores_TE, probs_TE, biased_TE.topk(top_k, dim=-1).indices, renormalize)
+    ids_TK = biased_TE.topk(top_k, dim=-1).indices
+    return _routing(wide_TE, scores_TE, probs_TE, ids_TK, renormalize)
 
 
 def eager_route_backward(

@@ -57,3 +57,12 @@ def test_another_type_or_shape_is_refused() -> None:
         make()(X, MASK[0])
     with pytest.raises(ValueError, match=r"token_ids must have the tokens' shape, \[3, 7\], got \[21\]"):
         make()(X, token_ids=torch.zeros(21, dtype=torch.int64))
+
+
+# torch.compile looks at `.grad` of what goes from one graph to the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_block_takes_masks_with_different_numbers_of_tokens() -> None:
+    moe = make()
+    compiled = torch.compile(moe, backend="eager")
+    for mask in (MASK, ~MASK):
+        torch.testing.assert_close(compiled(X, mask), moe(X, mask), rtol=1e-12, atol=1e-14)
