@@ -12,7 +12,7 @@ from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 class HashRouter(TopKRouter):
     """Experts by a fixed table of token ids, weights by learned scores, as in the hash layers of DeepSeek-V4.
 
-    The table is random (Hash Layers, Roller et al., arXiv 2106.04426, section 3.1; there the one expert has weight 1).
+    The table is random (Hash Layers, Roller et al., arXiv 2106.04426; there the one expert has weight 1).
     `moe(x, token_ids=ids)` gives the ids. A hash of hidden states would not do: they change as the model learns.
 
     Args:

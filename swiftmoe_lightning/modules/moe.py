@@ -102,11 +102,10 @@ class MoE(nn.Module):
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
-        tokens = RealTokens(x, mask)
-        x_TD = tokens.pick(x, "x")
+        tokens = RealTokens(x, mask, token_ids)
+        x_TD = tokens.x_TD
         with phase("route"):
-            ids = () if token_ids is None else (tokens.pick(token_ids, "token_ids"),)
-            routed: RouterOutput = self.router(x_TD, *ids)
+            routed: RouterOutput = self.router(x_TD, *tokens.ids)
             finite = all_finite(routed.logits_TE)
         started = self.experts.start(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
         # While the ranks' counts travel.

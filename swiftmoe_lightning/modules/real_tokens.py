@@ -9,53 +9,52 @@ from torch import Tensor
 
 
 class RealTokens:
-    """The tokens of an input that are not padding.
+    """The tokens of a block's input that are not padding.
 
     Args:
         x: [..., D], of N tokens.
         mask: [...] bool, true for real tokens; None takes all. Their number is waited for.
+        token_ids: [...] int, or None.
+
+    Attributes:
+        x_TD: [T, D].
+        ids: what a router gets beside it: ([T] int,), or nothing.
 
     Raises:
         TypeError: for a mask that is not bool.
-        ValueError: for a mask of another shape than the tokens.
+        ValueError: for a mask or token_ids of another shape than the tokens.
     """
 
-    def __init__(self, x: Tensor, mask: Tensor | None) -> None:
-        self._shape, self._kept_T = x.shape[:-1], None
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, true for tokens and false for padding, got {mask.dtype}: mask.bool()?")
-        self._check(mask, "mask")
-        self._kept_T = _places(mask)
-
-    def pick(self, values: Tensor, name: str) -> Tensor:
-        """The values of the real tokens, [..., *] -> [T, *].
-
-        Args:
-            values: one for each of the N tokens, or a vector.
-            name: theirs, for the message.
-
-        Raises:
-            ValueError: for another shape than the tokens'.
-        """
-        self._check(values, name)
-        flat_N = values.reshape(math.prod(self._shape), *values.shape[len(self._shape) :])
-        return flat_N if self._kept_T is None else flat_N.index_select(0, self._kept_T)
+    def __init__(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
+        self._shape = x.shape
+        x_ND = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        ids: tuple[Tensor, ...] = () if token_ids is None else (self._flat("token_ids", token_ids),)
+        self._places_T = None
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be bool, true for tokens, got {mask.dtype}. Pass mask.bool().")
+            self._places_T = _places(self._flat("mask", mask))
+            x_ND, ids = x_ND[self._places_T], tuple(ids_N[self._places_T] for ids_N in ids)
+        self.x_TD, self.ids = x_ND, ids
 
     def put_back(self, out_TD: Tensor) -> Tensor:
         """[T, D] -> [..., D], zero for padding."""
-        if self._kept_T is not None:
-            out_ND = out_TD.new_zeros(math.prod(self._shape), out_TD.shape[1])
-            out_TD = out_ND.index_copy(0, self._kept_T, out_TD)
-        return out_TD.reshape(*self._shape, out_TD.shape[1])
+        if self._places_T is not None:
+            out_ND = out_TD.new_zeros(math.prod(self._shape[:-1]), self._shape[-1])
+            out_TD = out_ND.index_copy(0, self._places_T, out_TD)
+        return out_TD.reshape(self._shape)
 
-    def _check(self, values: Tensor, name: str) -> None:
-        if values.shape[: len(self._shape)] != self._shape:
-            raise ValueError(f"{name} must have the tokens' shape, {list(self._shape)}, got {list(values.shape)}.")
+    def _flat(self, name: str, values: Tensor) -> Tensor:
+        """[...] -> [N]."""
+        if values.shape != self._shape[:-1]:
+            raise ValueError(
+                f"{name} must have the tokens' shape, {list(self._shape[:-1])}, got {list(values.shape)}. Give one value for "
+                "each token of x."
+            )
+        return values.reshape(-1)
 
 
 # torch.compile cannot trace sizes that depend on values.
 @torch.compiler.disable
-def _places(mask: Tensor) -> Tensor:
-    return mask.reshape(-1).nonzero().squeeze(-1)
+def _places(mask_N: Tensor) -> Tensor:
+    return mask_N.nonzero().squeeze(-1)

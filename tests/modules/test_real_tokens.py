@@ -51,10 +51,12 @@ def test_a_mask_of_none_and_one_that_hides_all() -> None:
 
 
 def test_another_type_or_shape_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"mask must be bool, true for tokens and false for padding, got torch.int64"):
+    with pytest.raises(TypeError, match=r"mask must be bool, true for tokens, got torch.int64. Pass mask.bool\(\)"):
         make()(X, MASK.long())
     with pytest.raises(ValueError, match=r"mask must have the tokens' shape, \[3, 7\], got \[7\]"):
         make()(X, MASK[0])
+    with pytest.raises(ValueError, match=r"got \[3, 7, 1\]"):
+        make()(X, MASK.unsqueeze(-1))
     with pytest.raises(ValueError, match=r"token_ids must have the tokens' shape, \[3, 7\], got \[21\]"):
         make()(X, token_ids=torch.zeros(21, dtype=torch.int64))
 

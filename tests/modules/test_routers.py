@@ -108,6 +108,9 @@ def test_group_limited_is_deepseek_v3s_and_v2s_router_to_the_bit() -> None:
 def test_groups_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made("group-limited", **options)
+
+
+def test_other_options_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="jitter must be a number of 0 or more, got nan"):
         made("jitter", jitter=float("nan"))
     with pytest.raises(ValueError, match="vocab_size must be a whole number of 1 or more, got 0"):
