@@ -18,7 +18,7 @@ class RealTokens:
 
     Attributes:
         x_TD: [T, D].
-        ids: what a router gets beside it: ([T] int,), or nothing.
+        ids: what a router gets beside it, ([T] int,), or nothing.
 
     Raises:
         TypeError: for a mask that is not bool.
@@ -28,14 +28,14 @@ class RealTokens:
     def __init__(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         self._shape = x.shape
         x_ND = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        ids: tuple[Tensor, ...] = () if token_ids is None else (self._flat("token_ids", token_ids),)
+        ids = [] if token_ids is None else [self._flat("token_ids", token_ids)]
         self._places_T = None
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be bool, true for tokens, got {mask.dtype}. Pass mask.bool().")
             self._places_T = _places(self._flat("mask", mask))
-            x_ND, ids = x_ND[self._places_T], tuple(ids_N[self._places_T] for ids_N in ids)
-        self.x_TD, self.ids = x_ND, ids
+            x_ND, *ids = (values_N.index_select(0, self._places_T) for values_N in (x_ND, *ids))
+        self.x_TD, self.ids = x_ND, tuple(ids)
 
     def put_back(self, out_TD: Tensor) -> Tensor:
         """[T, D] -> [..., D], zero for padding."""
@@ -48,8 +48,8 @@ class RealTokens:
         """[...] -> [N]."""
         if values.shape != self._shape[:-1]:
             raise ValueError(
-                f"{name} must have the tokens' shape, {list(self._shape[:-1])}, got {list(values.shape)}. Give one value for "
-                "each token of x."
+                f"{name} must have the tokens' shape, {list(self._shape[:-1])}, got {list(values.shape)}. Give one "
+                "value for each token of x."
             )
         return values.reshape(-1)
 
