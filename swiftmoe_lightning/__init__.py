@@ -16,11 +16,17 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import SwiftMoEEngine
 from swiftmoe_lightning.huggingface import convert, register_hf_experts
 from swiftmoe_lightning.modules import (
+    ExpertChoiceRouter,
     Experts,
+    GroupLimitedRouter,
+    HashRouter,
+    JitterRouter,
     LayerLoad,
     LoadReader,
     MoE,
+    NoisyTopKRouter,
     RouterOutput,
+    SinkhornRouter,
     TopKRouter,
     auxiliary_loss,
 )
@@ -31,16 +37,22 @@ if TYPE_CHECKING:
     from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer
 
 __all__ = [
+    "ExpertChoiceRouter",
     "ExpertPopularityMonitor",
     "Experts",
     "Forecast",
+    "GroupLimitedRouter",
+    "HashRouter",
+    "JitterRouter",
     "LayerLoad",
     "LoadReader",
     "MoE",
+    "NoisyTopKRouter",
     "Placement",
     "PlacementPolicy",
     "PlacementRecorder",
     "RouterOutput",
+    "SinkhornRouter",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
     "SwiftMoEFabricStrategy",

@@ -39,6 +39,9 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
         "one device with a capacity: its counts",
     ),
     "modules/load.py TrainedLoad.total": (WAIT, "layer, read of the load", "one device without a capacity: its counts"),
+    "modules/real_tokens.py _places": (WAIT, "layer, forward with a mask", "which tokens are real"),
+    "modules/sinkhorn_router.py sinkhorn": (WAIT, "iteration, `SinkhornRouter`", "whether it has converged"),
+    "modules/expert_choice.py _chosen": (WAIT, "layer, forward, `ExpertChoiceRouter`", "the most experts of a token"),
     "modules/router.py TopKRouter.update_bias": (UP, "router with a bias, step", "which way each bias moves"),
     "engine/handshake.py ForwardHandshake.end_update": (
         "up, down",

@@ -7,16 +7,22 @@ import inspect
 import swiftmoe_lightning as sml
 
 NAMES = [
+    "ExpertChoiceRouter",
     "ExpertPopularityMonitor",
     "Experts",
     "Forecast",
+    "GroupLimitedRouter",
+    "HashRouter",
+    "JitterRouter",
     "LayerLoad",
     "LoadReader",
     "MoE",
+    "NoisyTopKRouter",
     "Placement",
     "PlacementPolicy",
     "PlacementRecorder",
     "RouterOutput",
+    "SinkhornRouter",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
     "SwiftMoEFabricStrategy",
@@ -56,6 +62,7 @@ def test_signatures_are_what_they_were() -> None:
         "device",
         "dtype",
     ]
+    assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids"]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
     assert arguments(sml.convert) == ["model"]
     assert arguments(sml.register_hf_experts) == ["config"]

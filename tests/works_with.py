@@ -226,6 +226,18 @@ ROWS: Final = (
             "huggingface/test_converted_under_lightning: ten_steps",
         ),
     ),
+    Row(
+        "Routers",
+        "top-k, group-limited (DeepSeek-V2 and V3, to the bit), jitter, noisy top-k, sinkhorn, hash, expert choice",
+        "sinkhorn and expert choice are of each rank's own tokens: [routers](docs/guides/routers.md)",
+        ("modules/test_routers: deepseek_v3s noise megatrons hash choice", "engine/test_routers_on_ranks: equal"),
+    ),
+    Row(
+        "Padding (`moe(x, mask=mask)`)",
+        "left out of routing, counts, capacity and losses; ranks with different numbers of tokens; `torch.compile`",
+        "a forward with a mask waits for the GPU once",
+        ("modules/test_real_tokens: padding compiled", "engine/test_routers_on_ranks: mask"),
+    ),
     Row("Modules without experts", "train as under DDP, to the bit", "", ("strategies/test_fit: without_experts",)),
 )
 

@@ -102,11 +102,11 @@ class ShardedDataParallel(DistributedDataParallel):
 
 
 def ignore_expert_parameters(module: nn.Module) -> None:
-    """Let DDP, and Lightning's own broadcast, ignore experts and router biases.
+    """Let DDP, and Lightning's own broadcast, ignore experts, and routers' biases and tables.
 
-    All ranks compute equal router biases. A broadcast of them in every forward would need equally many evaluation
+    All ranks compute equal ones of the latter. A broadcast of them in every forward would need equally many evaluation
     batches on all ranks.
     """
     names = [name for name, p in module.named_parameters() if is_sharded(p)]
-    names += [name for name, _ in module.named_buffers() if name.endswith("expert_bias")]
+    names += [name for name, _ in module.named_buffers() if name.endswith(("expert_bias", "expert_ids_VK"))]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

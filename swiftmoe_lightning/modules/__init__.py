@@ -2,25 +2,36 @@
 
 from swiftmoe_lightning.modules.adapters import is_factor
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
+from swiftmoe_lightning.modules.expert_choice import ExpertChoiceRouter
 from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.forward import ExpertsOutput
+from swiftmoe_lightning.modules.group_limited import GroupLimitedRouter
+from swiftmoe_lightning.modules.hash_router import HashRouter
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
+from swiftmoe_lightning.modules.noisy_routers import JitterRouter, NoisyTopKRouter
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+from swiftmoe_lightning.modules.sinkhorn_router import SinkhornRouter
 from swiftmoe_lightning.modules.weights import shape_message
 
 __all__ = [
     "NON_FINITE_SCORES",
+    "ExpertChoiceRouter",
     "ExpertParallelContext",
     "Experts",
     "ExpertsOutput",
+    "GroupLimitedRouter",
+    "HashRouter",
+    "JitterRouter",
     "LayerLoad",
     "LoadCursor",
     "LoadReader",
     "MoE",
+    "NoisyTopKRouter",
     "RouterOutput",
     "SingleDeviceContext",
+    "SinkhornRouter",
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",

@@ -9,6 +9,7 @@ from swiftmoe_lightning.config import check_coefficient, check_whole
 from swiftmoe_lightning.distributed import phase
 from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.forward import ExpertsOutput
+from swiftmoe_lightning.modules.real_tokens import RealTokens
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
 from swiftmoe_lightning.modules.router_losses import RouterLosses
 from swiftmoe_lightning.ops import activate, all_finite
@@ -24,7 +25,8 @@ class MoE(nn.Module):
         num_experts: E.
         top_k: K, how many experts each token chooses.
         activation: "swiglu", "gelu" or "relu2" (squared ReLU).
-        router: a module [T, D] -> `RouterOutput`; None builds `TopKRouter(dim, num_experts, top_k)`.
+        router: one of the routers, or a module of yours, [T, D] -> `RouterOutput`; None builds `TopKRouter(dim,
+            num_experts, top_k)`.
         capacity_factor: None computes every assignment (dropless). Otherwise a budget of assignments, this many times
             the mean load; over budget the lowest router scores go first, and a dropped assignment adds zero.
         capacity_per: "rank", one budget for each rank, pooled over its slots, or "slot", the paper's budget for each
@@ -82,19 +84,28 @@ class MoE(nn.Module):
             self.shared = DenseMLP(dim, hidden_dim * num_shared_experts, activation, device, dtype)
         self.router_losses = RouterLosses()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D].
 
+        Args:
+            x: [..., D].
+            mask: [...] bool, true for a token, false for padding. Padding is left out from the router on: it is not
+                counted, takes no capacity and is in no loss, and its output is zero, also of shared experts. Waits for
+                the GPU once, for the number of tokens.
+            token_ids: [...] int, which go to the router as its second argument, [T]; `HashRouter` needs them.
+
         Raises:
-            ValueError: for another last dim.
+            ValueError: for another last dim, or a mask or token_ids of another shape than the tokens.
+            TypeError: for a mask that is not bool.
             FloatingPointError: on every rank, for non-finite router scores. (On a single GPU without a capacity, to
                 avoid waiting for it, only when loads are next read.)
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
-        x_TD = x.reshape(-1, self.dim)
+        tokens = RealTokens(x, mask, token_ids)
+        x_TD = tokens.x_TD
         with phase("route"):
-            routed: RouterOutput = self.router(x_TD)
+            routed: RouterOutput = self.router(x_TD, *tokens.ids)
             finite = all_finite(routed.logits_TE)
         started = self.experts.start(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
         # While the ranks' counts travel.
@@ -104,7 +115,7 @@ class MoE(nn.Module):
         out_TD = self.router_losses.attach(loss, result.hidden_TD, result.recomputes)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
-        return out_TD.reshape(x.shape)
+        return tokens.put_back(out_TD)
 
     def _router_loss(self, routed: RouterOutput, result: ExpertsOutput) -> Tensor | None:
         """The block's weighted router losses, []; None without coefficients, or in evaluation.
@@ -118,7 +129,7 @@ class MoE(nn.Module):
             balance = routed.load_balancing_loss(result.popularity_E, result.num_data_ranks)
             loss = loss + self.aux_loss_coef * balance
         if self.z_loss_coef:
-            num_tokens = result.popularity_E.sum() / routed.expert_ids_TK.shape[1]
+            num_tokens = result.popularity_E.sum() / routed.experts_per_token
             loss = loss + self.z_loss_coef * routed.z_loss(num_tokens, result.num_data_ranks)
         return loss
 

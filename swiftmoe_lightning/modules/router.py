@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.config import check_choice, check_coefficient, check_whole
 from swiftmoe_lightning.distributed import to_device
-from swiftmoe_lightning.ops import SCORES, route
+from swiftmoe_lightning.ops import SCORES, Routing, route, route_to
 
 # Forwards in training without an update of the bias, after which a warning follows. Accumulations have fewer.
 _FORWARDS_BEFORE_WARNING: Final = 1000
@@ -27,13 +27,15 @@ class RouterOutput:
     """What a router returns, also one of your own.
 
     Attributes:
-        expert_ids_TK: [T, K] int64, different experts for each token.
+        expert_ids_TK: [T, K] int64, different experts for each token; -1 is unassigned.
         weights_TK: [T, K] floating, the weight of each assignment in its token's sum.
         logits_TE: [T, E] floating, raw scores (for the z-loss and the check for non-finite scores).
         probs_TE: [T, E] floating, scores as shares that sum to 1 over E (for the auxiliary loss); or None, with
         prob_sums_E: [E] floating, `probs_TE` summed over T, which is all that the loss needs. `TopKRouter` gives these.
         square_sum: [] floating, the squared log-sum-exp of `logits_TE` summed over T (for the z-loss); None computes
             it.
+        mean_experts: the mean number of experts of a token, by which losses tell tokens from assignments; None is K.
+            Give it where ids are unassigned.
     """
 
     expert_ids_TK: Tensor
@@ -42,6 +44,12 @@ class RouterOutput:
     probs_TE: Tensor | None = None
     prob_sums_E: Tensor | None = None
     square_sum: Tensor | None = None
+    mean_experts: float | None = None
+
+    @property
+    def experts_per_token(self) -> float:
+        """`mean_experts`, or K."""
+        return self.expert_ids_TK.shape[1] if self.mean_experts is None else self.mean_experts
 
     def load_balancing_loss(self, popularity_E: Tensor, num_data_ranks: float) -> Tensor:
         """See `load_balancing_loss`.
@@ -54,7 +62,7 @@ class RouterOutput:
             raise ValueError(
                 "aux_loss_coef needs a RouterOutput with probs_TE or prob_sums_E: the router gave neither."
             )
-        return load_balancing_loss(probs_TE, popularity_E, num_data_ranks, self.expert_ids_TK.shape[1])
+        return load_balancing_loss(probs_TE, popularity_E, num_data_ranks, self.experts_per_token)
 
     def z_loss(self, num_tokens: Tensor, num_data_ranks: float) -> Tensor:
         """See `z_loss`."""
@@ -134,21 +142,39 @@ class TopKRouter(nn.Module):
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def forward(self, x_TD: Tensor) -> RouterOutput:
-        """[T, D] -> the experts of each token. Scores are computed in float32 (float64 for float64 weights)."""
+    def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> RouterOutput:
+        """[T, D] -> the experts of each token. Scores are computed in float32 (float64 for float64 weights).
+
+        Args:
+            x_TD: [T, D] floating.
+            token_ids_T: [T] int, for a router that chooses by them; others ignore them.
+        """
         if self.expert_bias is not None and self.training and torch.is_grad_enabled():
             self._warn_without_updates()
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        return self.choose(self.logits(x_TD), token_ids_T)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, E] float32 (float64 for float64 weights)."""
+        return wide_linear(x_TD, self.weight)
+
+    def choose(self, logits_TE: Tensor, token_ids_T: Tensor | None) -> RouterOutput:
+        """The experts of each token. Subclasses choose by another rule.
+
+        Args:
+            logits_TE: [T, E], what `logits` returned.
+            token_ids_T: as in `forward`.
+        """
         routed = route(logits_TE, self.expert_bias, self.top_k, self.score, self.renormalize)
-        return RouterOutput(
-            routed.expert_ids_TK,
-            routed.weights_TK,
-            logits_TE,
-            prob_sums_E=routed.prob_sums_E,
-            square_sum=routed.square_sum,
-        )
+        return _output(routed, logits_TE)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> RouterOutput:
+        """Route to experts that are chosen already: their weights, and what the losses need.
+
+        Args:
+            logits_TE: [T, E], what `logits` returned.
+            expert_ids_TK: [T, K] int64, of 0..E-1.
+        """
+        return _output(route_to(logits_TE, expert_ids_TK, self.score, self.renormalize), logits_TE)
 
     def _warn_without_updates(self) -> None:
         # A counter that changes in every forward would make torch.compile recompile each time.
@@ -158,7 +184,7 @@ class TopKRouter(nn.Module):
         if self._forwards_before_warning == 0:
             self._forwards_before_warning = None
             warnings.warn(
-                f"TopKRouter(bias_update_rate={self.bias_update_rate}) has trained for "
+                f"{type(self).__name__}(bias_update_rate={self.bias_update_rate}) has trained for "
                 f"{_FORWARDS_BEFORE_WARNING} forwards, and nobody has updated its bias, so nothing balances the "
                 "experts. An engine does, on one device, too (a strategy has one); or "
                 "call router.update_bias(popularity) after every optimizer step. (FAQ: idle-router-bias)",
@@ -179,7 +205,7 @@ class TopKRouter(nn.Module):
             self.expert_bias += self.bias_update_rate * sign_on_device_E
 
 
-def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: int) -> Tensor:
+def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: float) -> Tensor:
     """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
 
     f_e is expert e's share of the assignments of ALL ranks, P_e the mean share of its score. Ranks share the
@@ -189,7 +215,7 @@ def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: 
         probs_TE: [T, E] of this rank, or their sum as [1, E].
         popularity_E: [E] int of all ranks.
         num_data_ranks: ranks with tokens of their own that took part.
-        top_k: K, experts of each token.
+        top_k: K, experts of each token, or their mean number.
 
     Returns:
         [] floating.
@@ -215,3 +241,20 @@ def z_loss(logits_TE: Tensor, num_tokens: Tensor, num_data_ranks: float) -> Tens
         [] floating.
     """
     return logits_TE.logsumexp(-1).square().sum() * (num_data_ranks / num_tokens.clamp(min=1))
+
+
+def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight^T, [T, E], in float32 (float64 for float64 weights) whatever autocast says."""
+    wide = torch.promote_types(weight_ED.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+
+
+def _output(routed: Routing, logits_TE: Tensor) -> RouterOutput:
+    return RouterOutput(
+        routed.expert_ids_TK,
+        routed.weights_TK,
+        logits_TE,
+        prob_sums_E=routed.prob_sums_E,
+        square_sum=routed.square_sum,
+    )

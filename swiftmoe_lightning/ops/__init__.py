@@ -6,7 +6,7 @@ from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
 from swiftmoe_lightning.ops.regroup import regroup
-from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route
+from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route, route_to, score_logits
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "regroup",
     "reused_empty",
     "route",
+    "route_to",
+    "score_logits",
     "sort_assignments",
     "unpermute",
 ]

@@ -57,6 +57,34 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
     return Routing(*_route(logits_TE, bias_E, top_k, score, renormalize))
 
 
+def route_to(logits_TE: Tensor, expert_ids_TK: Tensor, score: str, renormalize: bool) -> Routing:
+    """`route` to experts that are chosen already: their weights, and the same sums.
+
+    Args:
+        logits_TE: [T, E] floating.
+        expert_ids_TK: [T, K] int64, of 0..E-1.
+        score: as in `route`.
+        renormalize: as in `route`.
+
+    Raises:
+        ValueError: for a score that is not one of `SCORES`.
+    """
+    check_choice("score", score, SCORES)
+    wide_TE = logits_TE.to(sum_dtype(logits_TE))
+    scores_TE, probs_TE, _ = _scores(wide_TE, score)
+    return _routing(wide_TE, scores_TE, probs_TE, expert_ids_TK, renormalize)
+
+
+def score_logits(logits: Tensor, score: str) -> Tensor:
+    """Scores of logits, [..., E] -> [..., E].
+
+    Args:
+        logits: floating.
+        score: "softmax" over the last dim, or "sigmoid" of each.
+    """
+    return logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+
+
 def all_finite(scores: Tensor) -> Tensor:
     """[] bool, whether no score is inf or nan.
 
@@ -78,10 +106,7 @@ def eager_route(
     scores_TE, probs_TE, _ = _scores(wide_TE, score)
     biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
     ids_TK = biased_TE.topk(top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(-1, ids_TK)
-    if renormalize:
-        weights_TK, _ = _shares(weights_TK)
-    return weights_TK, ids_TK, probs_TE.sum(0), wide_TE.logsumexp(-1).square().sum()
+    return _routing(wide_TE, scores_TE, probs_TE, ids_TK, renormalize)
 
 
 def eager_route_backward(
@@ -124,11 +149,17 @@ def eager_route_backward(
 
 def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor, Tensor]:
     """(scores, scores as shares, the divisor of the shares [T, 1])."""
+    scores_TE = score_logits(logits_TE, score)
     if score == "softmax":
-        scores_TE = logits_TE.softmax(-1)
         return scores_TE, scores_TE, torch.ones_like(scores_TE[:, :1])
-    scores_TE = logits_TE.sigmoid()
     return scores_TE, *_shares(scores_TE)
+
+
+def _routing(logits_TE: Tensor, scores_TE: Tensor, probs_TE: Tensor, ids_TK: Tensor, renormalize: bool) -> Routing:
+    weights_TK = scores_TE.gather(-1, ids_TK)
+    if renormalize:
+        weights_TK, _ = _shares(weights_TK)
+    return Routing(weights_TK, ids_TK, probs_TE.sum(0), logits_TE.logsumexp(-1).square().sum())
 
 
 def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:

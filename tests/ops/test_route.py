@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from swiftmoe_lightning.ops import backend, route
+from swiftmoe_lightning.ops import backend, route, route_to
 from tests.ops.cases import DEVICE, assert_close, assert_triton_equals_eager, gradients
 
 SCORES = ["softmax", "sigmoid"]
@@ -68,6 +68,18 @@ def test_gradients_pass_gradcheck():
     for score in SCORES:
         for renormalize in (False, True):
             assert torch.autograd.gradcheck(lambda x, s=score, r=renormalize: _trained(route(x, None, 2, s, r)), x_TE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_route_to_the_experts_that_route_chooses_is_the_same(score, renormalize):
+    x_TE = logits(7, 8, torch.float64).requires_grad_()
+    ids_TK = route(x_TE, None, 3, score, renormalize).expert_ids_TK
+    for output in range(3):
+        actual = _trained(route_to(x_TE, ids_TK, score, renormalize))[output]
+        expected = _trained(route(x_TE, None, 3, score, renormalize))[output]
+        assert_close(actual, expected)
+        assert_close(gradients(actual, {"x": x_TE})["x"], gradients(expected, {"x": x_TE})["x"])
 
 
 def _trained(routed):

@@ -1,0 +1,60 @@
+"""Leaves padding out of a block's computation. T real tokens, N all tokens, D model dim."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RealTokens:
+    """The tokens of a block's input that are not padding.
+
+    Args:
+        x: [..., D], of N tokens.
+        mask: [...] bool, true for real tokens; None takes all. Their number is waited for.
+        token_ids: [...] int, or None.
+
+    Attributes:
+        x_TD: [T, D].
+        ids: what a router gets beside it, ([T] int,), or nothing.
+
+    Raises:
+        TypeError: for a mask that is not bool.
+        ValueError: for a mask or token_ids of another shape than the tokens.
+    """
+
+    def __init__(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
+        self._shape = x.shape
+        x_ND = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        ids = [] if token_ids is None else [self._flat("token_ids", token_ids)]
+        self._places_T = None
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be bool, true for tokens, got {mask.dtype}. Pass mask.bool().")
+            self._places_T = _places(self._flat("mask", mask))
+            x_ND, *ids = (values_N.index_select(0, self._places_T) for values_N in (x_ND, *ids))
+        self.x_TD, self.ids = x_ND, tuple(ids)
+
+    def put_back(self, out_TD: Tensor) -> Tensor:
+        """[T, D] -> [..., D], zero for padding."""
+        if self._places_T is not None:
+            out_ND = out_TD.new_zeros(math.prod(self._shape[:-1]), self._shape[-1])
+            out_TD = out_ND.index_copy(0, self._places_T, out_TD)
+        return out_TD.reshape(self._shape)
+
+    def _flat(self, name: str, values: Tensor) -> Tensor:
+        """[...] -> [N]."""
+        if values.shape != self._shape[:-1]:
+            raise ValueError(
+                f"{name} must have the tokens' shape, {list(self._shape[:-1])}, got {list(values.shape)}. Give one "
+                "value for each token of x."
+            )
+        return values.reshape(-1)
+
+
+# torch.compile cannot trace sizes that depend on values.
+@torch.compiler.disable
+def _places(mask_N: Tensor) -> Tensor:
+    return mask_N.nonzero().squeeze(-1)
