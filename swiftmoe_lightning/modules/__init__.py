@@ -7,6 +7,12 @@ from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+from swiftmoe_lightning.modules.routing_replay import (
+    record_routing,
+    replay_routing,
+    routing_from_array,
+    routing_to_array,
+)
 from swiftmoe_lightning.modules.weights import shape_message
 
 __all__ = [
@@ -23,5 +29,9 @@ __all__ = [
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
+    "record_routing",
+    "replay_routing",
+    "routing_from_array",
+    "routing_to_array",
     "shape_message",
 ]

@@ -1,0 +1,44 @@
+"""Makes a router choose given experts. T tokens, E experts, K top-k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class ChosenExperts(TorchFunctionMode):
+    """While it is active, a top-k over all experts chooses these ones, and gives their live scores.
+
+    All the rest is the router's own code: it computes weights from these scores as it always does, and gradients flow
+    as always.
+
+    Args:
+        ids_TK: [T, K] int64; rows of -1 are left to the router.
+        num_experts: E.
+
+    Attributes:
+        ids: what each such top-k chose, [T, K] int64.
+    """
+
+    def __init__(self, ids_TK: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self._ids_TK, self._scores_shape = ids_TK, (len(ids_TK), num_experts)
+        self.ids: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch calls instead of each of its functions."""
+        if func is torch.ops.swiftmoe.route.default and args[2] == self._ids_TK.shape[1]:
+            routed = func(*args[:-1], self._ids_TK)
+            self.ids.append(routed[1])
+            return routed
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk) or args[0].shape != self._scores_shape:
+            return result
+        if result.indices.shape != self._ids_TK.shape:
+            return result
+        ids_TK = torch.where(self._ids_TK < 0, result.indices, self._ids_TK)
+        self.ids.append(ids_TK)
+        return type(result)((args[0].gather(-1, ids_TK), ids_TK))
