@@ -53,7 +53,7 @@ def train() -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, list[i
 
 
 def test_two_ranks_train_on_a_recording_like_one_process_and_each_records_its_tokens() -> None:
-    [(expected, recorded, popularity)] = run_ranks(train, 1)
+    expected, recorded, popularity = train()
     results = run_ranks(train, 2)
     for state, _, counts in results:
         assert counts == popularity

@@ -48,10 +48,14 @@ def test_a_converted_model_replays_itself_to_the_bit_and_other_experts_under_che
     expected, actual = gradients(model, live), gradients(model, replayed)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
-    results = []
+    # A reentrant region gives Mixtral's auxiliary loss no gradient, with replay or without.
+    model.config.output_router_logits = False
+    live, results = loss(), []
     for use_reentrant in (None, False, True):
         if use_reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            # transformers 5.17 knows it by its older name alone.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         with sml.replay_routing(model, other_routing(routing)):
             other = loss()
