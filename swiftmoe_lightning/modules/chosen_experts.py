@@ -27,6 +27,9 @@ class ChosenExperts(TorchFunctionMode):
         super().__init__()
         self._ids_TK, self._scores_shape = ids_TK, (len(ids_TK), num_experts)
         self.ids: list[Tensor] = []
+        # (masked scores, as they were before), for routers that mask all but the best groups of experts: a recorded
+        # expert of another group has its score all the same.
+        self._masked: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch calls instead of each of its functions."""
@@ -35,10 +38,15 @@ class ChosenExperts(TorchFunctionMode):
             self.ids.append(routed[1])
             return routed
         result = func(*args, **(kwargs or {}))
+        if func in (torch.masked_fill, Tensor.masked_fill) and args[0].shape == self._scores_shape:
+            self._masked.append((result, self._unmasked(args[0])))
         if func not in (torch.topk, Tensor.topk) or args[0].shape != self._scores_shape:
             return result
         if result.indices.shape != self._ids_TK.shape:
             return result
         ids_TK = torch.where(self._ids_TK < 0, result.indices, self._ids_TK)
         self.ids.append(ids_TK)
-        return type(result)((args[0].gather(-1, ids_TK), ids_TK))
+        return type(result)((self._unmasked(args[0]).gather(-1, ids_TK), ids_TK))
+
+    def _unmasked(self, scores_TE: Tensor) -> Tensor:
+        return next((before for masked, before in self._masked if masked is scores_TE), scores_TE)

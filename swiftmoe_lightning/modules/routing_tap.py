@@ -130,14 +130,18 @@ class RoutingTap:
 
     @torch.compiler.disable
     def check_routed(self, expert_ids_TK: Tensor) -> None:
-        """Check that the experts get what the router gave.
+        """Check that the experts get what the router gave, or less of it.
+
+        Args:
+            expert_ids_TK: [T, K] int. Those outside 0..E-1 are assignments that a block has left out, as of padding.
 
         Raises:
             RuntimeError: when the router was not run through this tap, or its ids were changed.
         """
         routed_TK, self._routed_TK = self._routed_TK, None
-        is_ours = self.is_open or (_in_backward() and self._has_replayed)
-        if is_ours and (routed_TK is None or not _equal(routed_TK, expert_ids_TK)):
+        if not (self.is_open or (_in_backward() and self._has_replayed)):
+            return
+        if routed_TK is None or not _holds(routed_TK, expert_ids_TK, self.num_experts):
             raise RuntimeError(
                 f"{self.name!r} got other expert ids than its router {type(self._router).__name__} gave, or ran "
                 "without it (compiled before the context began?), so its routing can be neither recorded nor replayed. "
@@ -196,7 +200,7 @@ class RoutingTap:
         if isinstance(output, RouterOutput):
             return output.expert_ids_TK
         parts = output if isinstance(output, tuple) else ()
-        ids = [part for part in parts if isinstance(part, Tensor) and part.dim() == 2 and _is_integer(part)]
+        ids = [p for p in parts if isinstance(p, Tensor) and p.dim() == 2 and p.dtype in (torch.int64, torch.int32)]
         if len(ids) != 1:
             kinds = [f"{p.dtype} {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts]
             raise TypeError(
@@ -277,8 +281,14 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _is_integer(x: Tensor) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+def _holds(routed_TK: Tensor, expert_ids_TK: Tensor, num_experts: int) -> bool:
+    """Whether ids are the routed ones, where they are of experts."""
+    if routed_TK.shape != expert_ids_TK.shape:
+        return False
+    if routed_TK.data_ptr() == expert_ids_TK.data_ptr():
+        return True
+    is_left_out_TK = (expert_ids_TK < 0) | (expert_ids_TK >= num_experts)
+    return bool((is_left_out_TK | (routed_TK == expert_ids_TK)).all())
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:

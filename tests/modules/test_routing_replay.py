@@ -250,8 +250,22 @@ class OwnRouter(nn.Module):
         return sml.RouterOutput(ids_TK, 2 * weights_TK.softmax(-1), logits_TE)
 
 
-def test_any_router_that_chooses_by_one_topk_replays_by_its_own_weights() -> None:
-    moe = make(router=OwnRouter(lambda scores_TE: torch.topk(scores_TE, K, dim=-1, sorted=False)))
+def best_group(scores_TE: Tensor) -> Tensor:
+    """Scores of the better half of the experts, as in DeepSeek-V2's group-limited routing."""
+    best_TG = scores_TE.view(-1, 2, E // 2).amax(-1)
+    is_out_TG = best_TG < best_TG.amax(-1, keepdim=True)
+    return scores_TE.masked_fill(is_out_TG.repeat_interleave(E // 2, -1), 0.0)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda scores_TE: torch.topk(scores_TE, K, dim=-1, sorted=False),
+        lambda scores_TE: best_group(scores_TE).topk(K, dim=-1),
+    ],
+)
+def test_any_router_that_chooses_by_one_topk_replays_by_its_own_weights(choose: Callable[[Tensor], Any]) -> None:
+    moe = make(router=OwnRouter(choose))
     x_TD, ids_TK = tokens(0), random_ids(0)
     with sml.replay_routing(moe, {"experts": ids_TK}):
         actual = moe(x_TD)
@@ -282,11 +296,13 @@ class OwnBlock(nn.Module):
     def __init__(self, returns: Callable[..., Any]) -> None:
         super().__init__()
         self.gate, self.experts = OwnGate(returns), sml.Experts(E, DIM, HIDDEN, dtype=torch.float64)
-        self.shift = 0
+        self.shift, self.num_padding = 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         _, weights_TK, ids_TK = self.gate(x)
-        out: Tensor = self.experts(x, (ids_TK + self.shift) % E, weights_TK)
+        ids_TK = (ids_TK + self.shift) % E
+        ids_TK[: self.num_padding] = -1
+        out: Tensor = self.experts(x, ids_TK, weights_TK)
         return out
 
 
@@ -319,6 +335,17 @@ def test_experts_beside_a_router_of_ones_own_replay_and_the_block_can_be_copied_
     assert "forward" not in vars(block.gate)
     assert block.experts.routing_tap is None
     torch.testing.assert_close(out_TD, block.experts(x_TD, ids_TK, weights_TK), rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_may_leave_out_assignments_of_its_router() -> None:
+    block, x_TD, ids_TK = OwnBlock(as_tuple), tokens(0), random_ids(0)
+    with sml.replay_routing(block, {"experts": ids_TK}):
+        whole_TD = block(x_TD)
+    block.num_padding = 3
+    with sml.replay_routing(block, {"experts": ids_TK}):
+        out_TD = block(x_TD)
+    assert not out_TD[:3].any()
+    torch.testing.assert_close(out_TD[3:], whole_TD[3:], rtol=1e-12, atol=1e-12)
 
 
 def test_ids_that_change_between_router_and_experts_and_outputs_without_ids_are_refused() -> None:
