@@ -45,7 +45,12 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             yield routing
     finally:
         recorded = {name: tap.close() for name, tap in taps.items()}
-        routing |= {name: torch.cat(parts) for name, parts in recorded.items() if parts}
+        # As bytes: hardly an operator takes unsigned integers of more on every device.
+        routing |= {
+            name: torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+            for name, parts in recorded.items()
+            if parts
+        }
 
 
 @contextmanager
