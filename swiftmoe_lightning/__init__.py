@@ -29,6 +29,10 @@ from swiftmoe_lightning.modules import (
     SinkhornRouter,
     TopKRouter,
     auxiliary_loss,
+    record_routing,
+    replay_routing,
+    routing_from_array,
+    routing_to_array,
 )
 from swiftmoe_lightning.placement import Forecast, Placement, PlacementPolicy
 from swiftmoe_lightning.strategies import SwiftMoEFabricStrategy, SwiftMoEStrategy, register
@@ -62,7 +66,11 @@ __all__ = [
     "accelerate",
     "auxiliary_loss",
     "convert",
+    "record_routing",
     "register_hf_experts",
+    "replay_routing",
+    "routing_from_array",
+    "routing_to_array",
 ]
 if find_spec("transformers") is None:
     __all__.remove("SwiftMoETrainer")

@@ -32,7 +32,11 @@ NAMES = [
     "accelerate",
     "auxiliary_loss",
     "convert",
+    "record_routing",
     "register_hf_experts",
+    "replay_routing",
+    "routing_from_array",
+    "routing_to_array",
 ]
 
 
@@ -65,7 +69,11 @@ def test_signatures_are_what_they_were() -> None:
     assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids"]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
     assert arguments(sml.convert) == ["model"]
+    assert arguments(sml.record_routing) == ["model"]
     assert arguments(sml.register_hf_experts) == ["config"]
+    assert arguments(sml.replay_routing) == ["model", "routing"]
+    assert arguments(sml.routing_from_array) == ["array", "model"]
+    assert arguments(sml.routing_to_array) == ["routing"]
     options = [
         "slots_per_rank",
         "placement",

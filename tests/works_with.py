@@ -166,6 +166,18 @@ ROWS: Final = (
         ("engine/test_engine_setup: quantized", "huggingface/test_convert: named"),
     ),
     Row(
+        "Routing replay (R3)",
+        "record and replay the experts of every token: `sml.MoE` with any top-k router, converted Hugging Face models; "
+        "activation checkpointing, micro-batches, capacity, ranks; arrays of vLLM and SGLang",
+        "compiled modules run eagerly meanwhile; Llama 4's router is refused: "
+        "[routing replay](docs/guides/routing-replay.md)",
+        (
+            "modules/test_routing_replay: plain_torch own_recording checkpointing any_router compiled arrays",
+            "engine/test_routing_replay: two_ranks",
+            "huggingface/test_routing_replay: converted live_scores",
+        ),
+    ),
+    Row(
         "Compilation",
         '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
         "graphs end at each exchange of tokens, no recompilation from step to step",

@@ -12,6 +12,12 @@ from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.noisy_routers import JitterRouter, NoisyTopKRouter
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
 from swiftmoe_lightning.modules.router import RouterOutput, TopKRouter
+from swiftmoe_lightning.modules.routing_replay import (
+    record_routing,
+    replay_routing,
+    routing_from_array,
+    routing_to_array,
+)
 from swiftmoe_lightning.modules.sinkhorn_router import SinkhornRouter
 from swiftmoe_lightning.modules.weights import shape_message
 
@@ -36,5 +42,9 @@ __all__ = [
     "TrainedLoad",
     "auxiliary_loss",
     "is_factor",
+    "record_routing",
+    "replay_routing",
+    "routing_from_array",
+    "routing_to_array",
     "shape_message",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from swiftmoe_lightning.ops import (
     unpermute,
 )
 from swiftmoe_lightning.placement import Capacity, ExpertLoad, plan_dispatch
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.modules.routing_tap import RoutingTap
 
 
 class Experts(nn.Module):
@@ -91,6 +94,8 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(empty))
         self.context: ExpertParallelContext = SingleDeviceContext(self.num_experts, self.expert_parameters)
         self.trained_load = TrainedLoad(self.context.placement)
+        # Of record_routing and replay_routing, while one of them needs it.
+        self.routing_tap: RoutingTap | None = None
         self.register_load_state_dict_pre_hook(check_loaded_shapes)
         if not self.is_meta:
             self.reset_parameters()
@@ -178,6 +183,8 @@ class Experts(nn.Module):
         Takes and raises what `run` does.
         """
         check_input(x_TD, expert_ids_TK, self.num_experts, self.dim)
+        if self.routing_tap is not None:
+            self.routing_tap.check_routed(expert_ids_TK)
         num_tokens, out_dtype, tensor_ranks = len(x_TD), x_TD.dtype, self.context.tensor_ranks
         x_TD = x_TD.to(compute_dtype(x_TD))
         if scores_finite is None:
@@ -275,12 +282,13 @@ class Experts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (EMA, pickle) has the parameters only: groups, slots and engines belong to the original.
-        return {k: v for k, v in self.__dict__.items() if k not in ("context", "trained_load")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("context", "trained_load", "routing_tap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.context = SingleDeviceContext(self.num_experts, self.expert_parameters)
         self.trained_load = TrainedLoad(self.context.placement)
+        self.routing_tap = None
 
     def extra_repr(self) -> str:
         """What `repr` shows in the parentheses."""

@@ -54,7 +54,8 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, reno
     check_choice("score", score, SCORES)
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(f"top_k must be in 1..num_experts={logits_TE.shape[1]}, got {top_k}.")
-    return Routing(*_route(logits_TE, bias_E, top_k, score, renormalize))
+    # The last argument is the experts that were chosen before, which routing replay sets.
+    return Routing(*_route(logits_TE, bias_E, top_k, score, renormalize, None))
 
 
 def route_to(logits_TE: Tensor, expert_ids_TK: Tensor, score: str, renormalize: bool) -> Routing:
@@ -95,9 +96,22 @@ def all_finite(scores: Tensor) -> Tensor:
 
 
 def eager_route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    score: str,
+    renormalize: bool,
+    chosen_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose experts by logits: see `route`.
+
+    Args:
+        logits_TE: as in `route`.
+        bias_E: as in `route`.
+        top_k: as in `route`.
+        score: as in `route`.
+        renormalize: as in `route`.
+        chosen_TK: [T, K] int64, experts to take instead of the best; -1 takes the best.
 
     Returns:
         (weights [T, K], ids [T, K] int64, sums of probs [E], sum of squared log-sum-exps []).
@@ -106,6 +120,8 @@ def eager_route(
     scores_TE, probs_TE, _ = _scores(wide_TE, score)
     biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
     ids_TK = biased_TE.topk(top_k, dim=-1).indices
+    if chosen_TK is not None:
+        ids_TK = torch.where(chosen_TK < 0, ids_TK, chosen_TK)
     return _routing(wide_TE, scores_TE, probs_TE, ids_TK, renormalize)
 
 
@@ -175,18 +191,18 @@ def _shares_backward(grad: Tensor, shares: Tensor, divisor: Tensor) -> Tensor:
 
 @torch.library.custom_op("swiftmoe::route", mutates_args=())
 def _route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool, chosen_TK: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(logits_TE):
         from swiftmoe_lightning.ops.triton import route as kernels
 
-        return kernels.route(logits_TE, bias_E, top_k, score, renormalize)
-    return eager_route(logits_TE, bias_E, top_k, score, renormalize)
+        return kernels.route(logits_TE, bias_E, top_k, score, renormalize, chosen_TK)
+    return eager_route(logits_TE, bias_E, top_k, score, renormalize, chosen_TK)
 
 
 @_route.register_fake
 def _(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool, chosen_TK: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (num_tokens, num_experts), wide = logits_TE.shape, sum_dtype(logits_TE)
     return (
@@ -229,16 +245,16 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TE, _, _, ctx.score, ctx.renormalize = inputs
+    logits_TE, _, _, ctx.score, ctx.renormalize, _ = inputs
     _, ids_TK, _, _ = output
     ctx.save_for_backward(logits_TE, ids_TK)
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
     grad_weights_TK, _, grad_probs_E, grad_square = grads
     logits_TE, ids_TK = ctx.saved_tensors
     inputs = (grad_weights_TK, grad_probs_E, grad_square, logits_TE, ids_TK)
-    return _route_backward(*inputs, ctx.score, ctx.renormalize), None, None, None, None
+    return _route_backward(*inputs, ctx.score, ctx.renormalize), None, None, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_save_for_backward)

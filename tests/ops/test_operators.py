@@ -37,7 +37,7 @@ CALLS = {
     "grouped_linear_backward": (floats(4, 4), floats(4, 8), floats(2, 4, 8), ENDS),
     "add_bias": (floats(5, 3), floats(2, 3), ENDS),
     "bias_gradient": (floats(5, 3), ENDS),
-    "route": (LOGITS_IDS[0], floats(5, grad=False), 2, "sigmoid", True),
+    "route": (LOGITS_IDS[0], floats(5, grad=False), 2, "sigmoid", True, LOGITS_IDS[1]),
     "route_backward": (floats(3, 2), floats(5), floats(1).sum().detach(), *LOGITS_IDS, "softmax", True),
 }
 BACKWARDS = [

@@ -63,6 +63,23 @@ def test_tritons_route_equals_the_eager_one(sizes, score, renormalize):
     assert_triton_equals_eager(route, values, bias_E, top_k, score, renormalize)
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("score", SCORES)
+def test_experts_that_were_chosen_before_take_the_place_of_the_best(score):
+    x_TE = logits(70, 33).requires_grad_()
+    live = route(x_TE, None, 2, score, True)
+    chosen_TK = (live.expert_ids_TK + 1) % 33
+    chosen_TK[::3] = -1
+    weights_TK, ids_TK, *_ = torch.ops.swiftmoe.route(x_TE, None, 2, score, True, chosen_TK)
+    assert torch.equal(ids_TK, torch.where(chosen_TK < 0, live.expert_ids_TK, chosen_TK))
+    raw_TK = (x_TE.softmax(-1) if score == "softmax" else x_TE.sigmoid()).gather(-1, ids_TK)
+    expected_TK = raw_TK / raw_TK.sum(-1, keepdim=True)
+    assert_close(weights_TK, expected_TK)
+    assert_close(gradients(weights_TK, {"x": x_TE})["x"], gradients(expected_TK, {"x": x_TE})["x"])
+    again_TK, *_ = torch.ops.swiftmoe.route(x_TE, None, 2, score, True, live.expert_ids_TK)
+    assert torch.equal(again_TK, live.weights_TK)
+
+
 def test_gradients_pass_gradcheck():
     x_TE = logits(3, 5, torch.float64).requires_grad_()
     for score in SCORES:

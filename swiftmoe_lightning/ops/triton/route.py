@@ -18,7 +18,12 @@ _TILE = 2048
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, score: str, renormalize: bool
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    score: str,
+    renormalize: bool,
+    chosen_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """([T, K], [T, K], [E], []): `eager_route`."""
     num_tokens, num_experts = logits_TE.shape
@@ -33,6 +38,7 @@ def route(
             route_kernel[(num_blocks,)](
                 logits_TE.contiguous(),
                 None if bias_E is None else bias_E.contiguous(),
+                None if chosen_TK is None else chosen_TK.contiguous(),
                 ids_TK,
                 weights_TK,
                 probs_BE,
@@ -120,6 +126,7 @@ def _shares(b_scores):
 def route_kernel(
     p_logits,  # [T, E]
     p_bias,  # [E], or None
+    p_chosen,  # [T, K], or None; -1 takes the best
     p_ids,  # [T, K]
     p_weights,  # [T, K]
     p_probs,  # [B, E]
@@ -157,6 +164,9 @@ def route_kernel(
     for k in tl.static_range(K):
         # The first of equals. With nan scores any expert may come, but always one of E.
         b_best = tl.minimum(tl.argmax(b_biased, axis=1), E - 1)
+        if p_chosen is not None:
+            b_chosen = tl.load(p_chosen + b_t * K + k, mask=b_t < num_tokens, other=-1).to(tl.int32)
+            b_best = tl.where(b_chosen < 0, b_best, b_chosen)
         is_best = b_e[None, :] == b_best[:, None]
         b_score = tl.sum(tl.where(is_best, b_scores, 0.0), axis=1)
         b_ids = tl.where(b_k[None, :] == k, b_best[:, None], b_ids)
