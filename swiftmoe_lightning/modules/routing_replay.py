@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swiftmoe_lightning.modules.expert_choice import ExpertChoiceRouter
 from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.routing_ids import as_integers, check_recording, compact_ids
 from swiftmoe_lightning.modules.routing_tap import RoutingTap
@@ -32,7 +33,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         the layer's device. Each rank records its own tokens.
 
     Raises:
-        ValueError: for a model without MoE layers, or with a layer whose router is not found.
+        ValueError: for a model without MoE layers, or with a layer whose router is not found or lets experts choose.
         TypeError: in the forward, for a router whose output has no ids.
         RuntimeError: inside another such context.
     """
@@ -164,6 +165,12 @@ def _taps(model: nn.Module) -> dict[str, RoutingTap]:
         raise ValueError(
             f"no router was found beside the experts {without_router}: its routing can be neither recorded nor "
             "replayed. Name the module that chooses experts `router` or `gate`. (FAQ: routing-replay)"
+        )
+    chosen_by_experts = [name for name, tap in taps.items() if isinstance(tap.router, ExpertChoiceRouter)]
+    if chosen_by_experts:
+        raise ValueError(
+            f"in {chosen_by_experts} experts choose tokens (ExpertChoiceRouter), so a token has any number of experts "
+            "and no top-k to record or replay. Take a router in which tokens choose experts. (FAQ: routing-replay)"
         )
     if not taps:
         raise ValueError(

@@ -52,7 +52,7 @@ class RoutingTap:
 
     def __init__(self, name: str, experts: Experts, router: nn.Module) -> None:
         self.name = name
-        self._experts, self._router = experts, router
+        self._experts, self.router = experts, router
         self._recorded: list[Tensor] | None = None
         self._replayed_RK: Tensor | None = None
         self._num_replayed = 0
@@ -85,7 +85,7 @@ class RoutingTap:
         self._num_replayed = 0
         if self._experts.routing_tap is None:
             self._experts.routing_tap = self
-            self._router.__dict__["forward"] = _TappedForward(self, self._router.forward)
+            self.router.__dict__["forward"] = _TappedForward(self, self.router.forward)
 
     def close(self) -> list[Tensor]:
         """End the context. Returns what it recorded, [T, K] of each forward in the smallest unsigned dtype."""
@@ -143,7 +143,7 @@ class RoutingTap:
             return
         if routed_TK is None or not _holds(routed_TK, expert_ids_TK, self.num_experts):
             raise RuntimeError(
-                f"{self.name!r} got other expert ids than its router {type(self._router).__name__} gave, or ran "
+                f"{self.name!r} got other expert ids than its router {type(self.router).__name__} gave, or ran "
                 "without it (compiled before the context began?), so its routing can be neither recorded nor replayed. "
                 "(FAQ: routing-replay)"
             )
@@ -156,8 +156,8 @@ class RoutingTap:
         if not self._has_replayed:
             self._experts.routing_tap = None
             self._forwards.clear()
-            if isinstance(tapped := self._router.__dict__.get("forward"), _TappedForward):
-                tapped.remove_from(self._router)
+            if isinstance(tapped := self.router.__dict__.get("forward"), _TappedForward):
+                tapped.remove_from(self.router)
 
     def _next_ids(self, num_tokens: int) -> Tensor | None:
         """The recording's next rows, [T, K]."""
@@ -189,7 +189,7 @@ class RoutingTap:
             )
         if len(chosen.ids) != 1 or not _equal(chosen.ids[0], self._routed_TK):
             raise ValueError(
-                f"the router of {self.name!r}, {type(self._router).__name__}, cannot replay: it does not choose "
+                f"the router of {self.name!r}, {type(self.router).__name__}, cannot replay: it does not choose "
                 f"experts by one torch.topk of scores of shape [tokens, {self.num_experts}] (there were "
                 f"{len(chosen.ids)}). Let it do so, and return the ids of that topk. (FAQ: routing-replay)"
             )
@@ -204,7 +204,7 @@ class RoutingTap:
         if len(ids) != 1:
             kinds = [f"{p.dtype} {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts]
             raise TypeError(
-                f"the router of {self.name!r}, {type(self._router).__name__}, returned "
+                f"the router of {self.name!r}, {type(self.router).__name__}, returned "
                 f"{kinds or type(output).__name__}: recording and replaying need a RouterOutput, or a tuple with one "
                 "[tokens, top_k] tensor of integers, as (logits, weights, expert ids) of Hugging Face's routers. "
                 "(FAQ: routing-replay)"

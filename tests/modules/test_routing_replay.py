@@ -452,6 +452,9 @@ def test_other_layers_no_layers_no_router_and_nested_contexts_are_refused() -> N
         sml.routing_from_array(np.zeros((1, 1, 1), int), nn.ModuleDict({"experts": make().experts}))
     with sml.record_routing(model), pytest.raises(RuntimeError, match="cannot be nested"), sml.record_routing(model[0]):
         pass
+    moe = sml.MoE(dim=4, hidden_dim=4, num_experts=2, router=sml.ExpertChoiceRouter(4, 2, 1))
+    with pytest.raises(ValueError, match=r"in \['experts'\] experts choose tokens"), sml.record_routing(moe):
+        pass
 
 
 @pytest.mark.parametrize(
