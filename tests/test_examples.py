@@ -17,7 +17,13 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
 # Their likes run in other tests, too.
-NIGHTLY = {"expert_groups.py", "hf_expert_parallel.py", "lightning_cli.py", "resume_other_world_size.py"}
+NIGHTLY = {
+    "expert_groups.py",
+    "hf_expert_parallel.py",
+    "lightning_cli.py",
+    "resume_by_itself.py",
+    "resume_other_world_size.py",
+}
 
 
 @pytest.mark.parametrize("path", only_by_day({p.name: p for p in EXAMPLES}, *({p.name for p in EXAMPLES} - NIGHTLY)))

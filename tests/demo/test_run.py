@@ -114,6 +114,7 @@ class Run:
         return demo._model.val_losses, printed.getvalue()
 
 
+@pytest.mark.nightly
 def test_runs_of_one_seed_begin_alike_whatever_the_strategy_and_the_number_of_ranks(text: Path, tmp_path: Path) -> None:
     first: dict[Any, float] = {}
     last: dict[Any, float] = {}

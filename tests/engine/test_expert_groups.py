@@ -59,7 +59,7 @@ def train_groups(size: int, dtype: torch.dtype, options: dict[str, Any]) -> tupl
     return engine.full_state_dict(), seen
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(4, 2), (4, 4), (4, 1), (3, 1)])
+@pytest.mark.parametrize(("world_size", "size"), [(4, 2), *nightly((4, 4), (4, 1)), (3, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [*nightly((torch.float32, 1e-5)), (torch.float64, 1e-12)])
 def test_groups_with_placements_of_their_own_equal_a_dense_single_process(
     world_size: int, size: int, dtype: torch.dtype, tolerance: float
@@ -76,7 +76,7 @@ def test_groups_with_placements_of_their_own_equal_a_dense_single_process(
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "hsdp"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, *nightly(4)])
 def test_the_dense_part_may_be_cut_over_all_ranks_or_over_each_group(size: int, mode: str) -> None:
     expected = dense.train_dense(dict(models.build().state_dict()), torch.float64)
     for state, _ in run_ranks(train_groups, 4, size, torch.float64, {"dense": mode}):

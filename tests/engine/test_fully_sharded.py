@@ -79,7 +79,7 @@ def train(in_blocks: bool, stock_clip: bool, fused: bool) -> tuple[dict[str, Ten
     return state, num_elements
 
 
-@pytest.mark.parametrize(("world_size", "in_blocks"), [(2, True), (2, False), (3, True), (4, True)])
+@pytest.mark.parametrize(("world_size", "in_blocks"), [(2, True), (2, False), *nightly((3, True)), (4, True)])
 @pytest.mark.parametrize(("stock_clip", "fused"), [*nightly((False, False)), (True, True)])
 def test_thirty_steps_equal_a_dense_single_process(
     world_size: int, in_blocks: bool, stock_clip: bool, fused: bool

@@ -17,7 +17,7 @@ from swiftmoe_lightning.distributed import HostCopy, to_device
 from swiftmoe_lightning.modules import expert_inputs
 from swiftmoe_lightning.ops import backend
 from tests.engine import models
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 NUM_LAYERS = 2
 # Their results, or their sizes, are the device's to know.
@@ -90,7 +90,7 @@ def copies(capacity_factor: float | None, forced: str) -> list[tuple[int, int, l
     return steps
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+@pytest.mark.parametrize("capacity_factor", [*nightly(None), 0.5])
 def test_a_layers_forward_copies_twice_up_and_once_down(capacity_factor: float | None) -> None:
     pytest.importorskip("triton")
     for steps in run_ranks(copies, 2, capacity_factor, "triton"):

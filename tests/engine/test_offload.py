@@ -15,7 +15,7 @@ from swiftmoe_lightning.engine import checkpoint
 from tests.engine import dense, models
 from tests.engine.test_expert_groups import build, train
 from tests.engine.test_matches_dense_reference import relative_error
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 
 def train_offloaded(size: int, mode: str) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def train_offloaded(size: int, mode: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("world_size", "size"), [*nightly((2, 2)), (4, 2)])
 def test_an_offloaded_run_equals_a_dense_single_process(world_size: int, size: int, mode: str) -> None:
     expected = dense.train_dense(dict(models.build().state_dict()), torch.float64)
     for state in run_ranks(train_offloaded, world_size, size, mode):
@@ -60,7 +60,7 @@ def save_or_resume(folder: str, mode: str, resumes: bool) -> dict[str, Tensor]:
     return engine.full_state_dict()
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", [*nightly("ddp"), "fsdp2"])
 def test_an_offloaded_run_resumes_on_other_ranks(tmp_path: Path, mode: str) -> None:
     expected = dense.train_dense(dict(models.build().state_dict()), torch.float64)
     run_ranks(save_or_resume, 2, str(tmp_path), mode, False)

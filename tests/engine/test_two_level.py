@@ -248,7 +248,7 @@ def weights_of_two_steps(exchange: str, least_message: int) -> tuple[dict[str, i
     return engine.group.weight_bytes, engine.full_state_dict()
 
 
-@pytest.mark.parametrize("least_message", [0, 10**9], ids=["direct", "packed"])
+@pytest.mark.parametrize("least_message", [0, *nightly(10**9)], ids=["direct", "packed"])
 def test_fewer_weights_leave_nodes_and_all_are_the_same(least_message: int) -> None:
     flat = run_ranks(weights_of_two_steps, 4, "flat", least_message)
     two_level = run_ranks(weights_of_two_steps, 4, "two_level", least_message)
@@ -282,6 +282,7 @@ def save_or_load(path: str, exchange: str, saves: bool) -> dict[str, Tensor]:
     return state["model"]
 
 
+@pytest.mark.nightly
 def test_a_run_resumes_at_the_other_number_of_levels(tmp_path: Path) -> None:
     finals = []
     for first, second in (("flat", "flat"), ("two_level", "flat"), ("flat", "two_level")):

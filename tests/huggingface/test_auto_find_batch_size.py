@@ -38,6 +38,7 @@ def train(folder: str, limit: int, batch_size: int) -> dict[str, Any]:
     return result(made)
 
 
+@pytest.mark.nightly
 def test_a_batch_that_did_not_fit_leaves_no_trace(tmp_path: Path) -> None:
     retried = run_ranks(train, 2, str(tmp_path), 2, 4, init=False)
     fitting = run_ranks(train, 2, str(tmp_path), 2, 2, init=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import swiftmoe_lightning as sml
-from tests.helpers import rank_errors, run_ranks
+from tests.helpers import nightly, rank_errors, run_ranks
 from tests.strategies.cases import GLOBAL_BATCH, Model, Noise, assert_close, loader, trainer, whole
 
 
@@ -110,7 +110,7 @@ def fit_unevenly(make: Any) -> None:
     runner.fit(make(), DataLoader(UnevenPairs(), batch_size=2), loader(2, GLOBAL_BATCH) if make is Model else None)
 
 
-@pytest.mark.parametrize("make", [Model, NoValidation])
+@pytest.mark.parametrize("make", [Model, *nightly(NoValidation)])
 def test_a_rank_with_fewer_training_batches_is_an_error_on_every_rank_within_the_timeout(make: Any) -> None:
     for error in rank_errors(fit_unevenly, 2, make, init=False):
         assert re.search(r"rank \d (has no more batches|trains layer 'moe.experts'|evaluates layer)", error)

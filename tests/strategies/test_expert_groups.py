@@ -35,7 +35,7 @@ def fit_groups(world_size: int, size: int, strategy: dict[str, Any], options: di
     ("strategy", "options"),
     [
         ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-        ({"dense": "hsdp"}, {"gradient_clip_val": 0.1}),
+        *nightly(({"dense": "hsdp"}, {"gradient_clip_val": 0.1})),
         ({"dense": "fsdp2"}, {}),
     ],
     ids=str,
@@ -60,7 +60,7 @@ def fit_on(world_size: int, size: int, path: str, directory: bool, steps: int) -
     return cases.whole(model)
 
 
-@pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+@pytest.mark.parametrize("directory", [*nightly(False), True], ids=["file", "directory"])
 @pytest.mark.parametrize(("first", "second"), [((4, 2), (2, 2)), *nightly(((2, 2), (4, 2))), ((4, 2), (3, 1))], ids=str)
 def test_checkpoints_go_on_with_other_groups(
     first: tuple[int, int], second: tuple[int, int], directory: bool, tmp_path: Path

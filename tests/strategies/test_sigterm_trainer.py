@@ -41,7 +41,7 @@ def step_of(path: Path) -> int:
     return step
 
 
-@pytest.mark.parametrize(("batch", "last"), [(1, 1), (5, 5), (8, 9), (11, 11), (30, 30)])
+@pytest.mark.parametrize(("batch", "last"), [(1, 1), *nightly((5, 5)), (8, 9), *nightly((11, 11)), (30, 30)])
 def test_all_ranks_save_after_the_batch_in_which_one_got_sigterm(
     batch: int, last: int, uninterrupted: str, tmp_path: Path
 ) -> None:

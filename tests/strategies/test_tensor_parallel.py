@@ -92,7 +92,7 @@ TP2, TP1 = ({"tensor_parallel_size": size, "dense": "fsdp2"} for size in (2, 1))
 @pytest.mark.parametrize(
     ("world_size", "strategy", "options", "cuts_itself"),
     [
-        (4, TP2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, False),
+        *nightly((4, TP2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, False)),
         (4, {**TP2, "expert_parallel_size": 2}, {"gradient_clip_val": 0.1}, True),
         (2, {"tensor_parallel_size": 2}, {"gradient_clip_val": 0.1}, False),
     ],

@@ -228,7 +228,7 @@ def test_in_a_browser_new_steps_come_without_losing_place_choice_or_focus(tmp_pa
         # Other layers need other controls, so that page is made anew.
         write(run / "placements.npz", 9, layers=3)
         tab.wait_for("document.getElementById('map-layer').options.length === 3")
-        assert tab.run("document.querySelector('#losses').closest('section').hidden")
+        tab.wait_for("document.querySelector('#losses').closest('section').hidden")
         server.shutdown()
         server.server_close()
         tab.wait_for("document.getElementById('state').textContent.startsWith('No answer')")

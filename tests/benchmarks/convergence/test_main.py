@@ -16,7 +16,7 @@ from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.presets import PRESETS
 from benchmarks.convergence.training import Run, train
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 
 SMOKE = PRESETS["smoke"][0]
 TEXT = np.random.default_rng(0).integers(0, 40, 4000).astype(np.uint8)
@@ -69,7 +69,7 @@ def test_what_is_missing_is_run_and_everything_compared(
     )
 
 
-@pytest.mark.parametrize("name", ["loss", "drops", "replicas"])
+@pytest.mark.parametrize("name", [*nightly("loss"), "drops", "replicas"])
 def test_a_figure_is_drawn(folder: Path, name: str) -> None:
     figures.main([name, "--preset", "smoke", "--folder", str(folder)])
     assert (folder / f"{name}.png").stat().st_size > 10_000
