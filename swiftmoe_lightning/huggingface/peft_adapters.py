@@ -15,6 +15,7 @@ from typing import Any, Final
 import peft
 import peft.peft_model
 import peft.utils.save_and_load
+from packaging.version import Version
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from swiftmoe_lightning.distributed import full_tensor
 from swiftmoe_lightning.huggingface.layouts import as_experts
 from swiftmoe_lightning.modules.experts import Experts
 
+# The first that is tested, and the first that is not: 0.21 finds what it saves in another way.
+_PEFT_FROM, _PEFT_BELOW = Version("0.19"), Version("0.21.dev0")
 _ADAPTED: Final = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -153,6 +156,10 @@ def unwrap_adapters(wrapper: nn.Module) -> Experts:
 
 
 def _check_wrapper(layer: ParamWrapper) -> None:
+    if not _PEFT_FROM <= Version(peft.__version__) < _PEFT_BELOW:
+        raise ValueError(
+            f"PEFT {peft.__version__} would not save their adapter as it is: pip install 'peft>=0.19,<0.21'"
+        )
     if layer.parameter_name not in _ADAPTED:
         raise ValueError(f"{layer.parameter_name} has an adapter: target_parameters can be {', '.join(_ADAPTED)}")
     if len(layer.lora_A) != 1:

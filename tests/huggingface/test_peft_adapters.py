@@ -321,6 +321,14 @@ def test_what_cannot_be_taken_over_is_named_with_the_reason(make: Callable[[], A
         sml.convert(make())
 
 
+def test_another_peft_is_refused_with_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("mixtral")
+    for version in ("0.21.0", "0.18.1"):
+        monkeypatch.setattr(peft, "__version__", version)
+        with pytest.raises(ValueError, match=rf"PEFT {version} would not.*pip install 'peft>=0\.19,<0\.21'"):
+            sml.convert(model)
+
+
 def test_merging_beside_the_experts_is_refused_with_the_fix() -> None:
     model = sml.convert(adapted("mixtral"))
     with pytest.raises(ValueError, match=r"Save it by model.save_pretrained\(folder\).*\(FAQ: lora-on-experts\)"):
