@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Final
 
 from swiftmoe_lightning.config import DTYPES, check_choice, check_coefficient, check_whole
@@ -60,6 +61,34 @@ class Cluster:
         if not all(number.isdecimal() and len(number) < 10 for number in numbers):
             raise ValueError(f"--ranks must be whole numbers with commas between, got {ranks!r}. Write 64, or 8,64.")
         return [replace(self, num_ranks=int(number)) for number in numbers]
+
+    def group_ranks_per_node(self, group_size: int) -> int:
+        """Ranks of a group on one node; of a rank with the fewest neighbours where groups lie across nodes' borders."""
+        return gcd(group_size, self._node_size)
+
+    @property
+    def _node_size(self) -> int:
+        return min(self.ranks_per_node, self.num_ranks)
+
+    def in_group_seconds(self, group_size: int, message: float) -> float:
+        """One exchange of every rank with its group, for a rank with the fewest neighbours in it.
+
+        Args:
+            group_size: g.
+            message: bytes for each peer.
+        """
+        near = self.group_ranks_per_node(group_size) - 1
+        return self.exchange_seconds(near, group_size - 1 - near, message)
+
+    def between_groups_seconds(self, group_size: int, message: float) -> float:
+        """One exchange of every rank with those of its place in the other groups.
+
+        Args:
+            group_size: g.
+            message: bytes for each peer.
+        """
+        near = max(1, self._node_size // group_size) - 1
+        return self.exchange_seconds(near, self.num_ranks // group_size - 1 - near, message)
 
     def exchange_seconds(self, near: int, far: int, message: float) -> float:
         """One exchange, in which a rank sends and receives a message of each peer; both kinds of links at once.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
 from typing import Final
 
 from swiftmoe_lightning.analysis.cluster import BYTES_OF, Cluster, Workload
@@ -99,12 +98,11 @@ class GroupCost:
     def weight_seconds(self) -> float:
         """Of a step: collect, sum, gather, distribute."""
         g, num_experts = self.group_size, self.model.num_experts
-        siblings = max(1, self._node_size // g) - 1
         seconds = 0.0
         for expert_bytes in self._phases:
             seconds += self._exchange_in_group(self.slots_per_rank * expert_bytes / g * self._fullest(1))
             owned = num_experts * expert_bytes / self.cluster.num_ranks * self.fullest
-            seconds += self.cluster.exchange_seconds(siblings, self.num_groups - 1 - siblings, owned)
+            seconds += self.cluster.between_groups_seconds(g, owned)
         return self.model.num_layers * seconds
 
     @property
@@ -190,17 +188,11 @@ class GroupCost:
 
     @property
     def ranks_per_node(self) -> int:
-        """n, ranks of the group on one node; of a rank with the fewest neighbours where groups lie across borders."""
-        return gcd(self.group_size, self._node_size)
-
-    @property
-    def _node_size(self) -> int:
-        return min(self.cluster.ranks_per_node, self.cluster.num_ranks)
+        """n: see `Cluster.group_ranks_per_node`."""
+        return self.cluster.group_ranks_per_node(self.group_size)
 
     def _exchange_in_group(self, message: float) -> float:
-        """Seconds, for a rank with the fewest neighbours where groups lie across nodes' borders."""
-        near = self.ranks_per_node - 1
-        return self.cluster.exchange_seconds(near, self.group_size - 1 - near, message)
+        return self.cluster.in_group_seconds(self.group_size, message)
 
     def _fullest(self, num_groups: int) -> float:
         """Rows are cut over g first, then each part over the groups; the first rank is the fullest."""

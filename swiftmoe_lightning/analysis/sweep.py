@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import gcd
 from typing import Final
 
 import numpy as np
@@ -182,14 +181,11 @@ class Sweep:
     def _layer_seconds(self, group_size: int, pairs: float, busiest: float) -> float:
         """Of one layer and step; messages as in `GroupCost`, with the pairs and assignments of the trace."""
         cluster, machine = self.cluster, self.machine
-        node = min(cluster.ranks_per_node, cluster.num_ranks)
-        near, siblings = gcd(group_size, node) - 1, max(1, node // group_size) - 1
-        far, across = group_size - 1 - near, cluster.num_ranks // group_size - 1 - siblings
         assignments = float(self.trace.popularity_ULE.sum(2).mean()) / cluster.num_ranks
         owned = self.trace.num_experts * machine.expert_bytes / cluster.num_ranks
-        seconds = 2 * cluster.exchange_seconds(near, far, pairs * machine.expert_bytes / group_size)
-        seconds += 2 * cluster.exchange_seconds(siblings, across, owned)
-        seconds += 4 * cluster.exchange_seconds(near, far, assignments * machine.assignment_bytes / group_size)
+        seconds = 2 * cluster.in_group_seconds(group_size, pairs * machine.expert_bytes / group_size)
+        seconds += 2 * cluster.between_groups_seconds(group_size, owned)
+        seconds += 4 * cluster.in_group_seconds(group_size, assignments * machine.assignment_bytes / group_size)
         if machine.flops is not None:
             seconds += busiest * assignments * machine.flops_of_assignment / machine.flops
         return seconds
