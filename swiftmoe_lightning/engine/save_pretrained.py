@@ -11,7 +11,7 @@ from torch import nn
 
 from swiftmoe_lightning.distributed import is_sharded, store_barrier
 from swiftmoe_lightning.engine.checkpoint import full_state
-from swiftmoe_lightning.modules import is_factor
+from swiftmoe_lightning.ops import is_factor
 
 _NAME: Final = "save_pretrained"
 # Short, so that a user who saves on one rank only soon sees the error.

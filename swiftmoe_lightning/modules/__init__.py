@@ -1,6 +1,5 @@
 """nn.Modules: router, experts, MoE block. Without an engine they run on one device, under one over all ranks."""
 
-from swiftmoe_lightning.modules.adapters import is_factor
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.expert_choice import ExpertChoiceRouter
 from swiftmoe_lightning.modules.experts import Experts
@@ -41,7 +40,6 @@ __all__ = [
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
-    "is_factor",
     "record_routing",
     "replay_routing",
     "routing_from_array",

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from torch import Tensor
 
-FACTORS: Final = ("_lora_A", "_lora_B")
+from swiftmoe_lightning.ops import is_factor
 
 
 @dataclass
@@ -34,8 +33,3 @@ class Adapters:
             if self.enabled:
                 scaled[f"{name}_lora_B"] = scaled[f"{name}_lora_B"] * scale
         return scaled
-
-
-def is_factor(name: str) -> bool:
-    """Whether a parameter of `Experts` is a factor of an adapter."""
-    return name.endswith(FACTORS)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.modules.adapters import Adapters, is_factor
+from swiftmoe_lightning.modules.adapters import Adapters
+from swiftmoe_lightning.ops import is_factor
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.modules.experts import Experts

@@ -1,7 +1,7 @@
 """The expert layer's operations. Each is a file with its plain torch version; its Triton kernels are in `triton/`."""
 
 from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
-from swiftmoe_lightning.ops.grouped import expert_mlp
+from swiftmoe_lightning.ops.grouped import expert_mlp, is_factor
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
@@ -21,6 +21,7 @@ __all__ = [
     "expert_layer",
     "expert_mlp",
     "expert_rows",
+    "is_factor",
     "permute",
     "regroup",
     "reused_empty",

@@ -19,6 +19,11 @@ from swiftmoe_lightning.ops.common import refuse_second_derivative, save_nothing
 from swiftmoe_lightning.ops.memory import reused_empty
 
 
+def is_factor(name: str) -> bool:
+    """Whether a tensor of experts is a factor of a low-rank adapter."""
+    return name.endswith(("_lora_A", "_lora_B"))
+
+
 def expert_mlp(x_RD: Tensor, weights: Mapping[str, Tensor], ends_s: Tensor, activation: Activation) -> Tensor:
     """[R, D] -> [R, D]: down(act(up(x))), each row with its own slot's matrices.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from swiftmoe_lightning.ops.activation import Activation
 from swiftmoe_lightning.ops.backend import choose_layer_backend
 from swiftmoe_lightning.ops.fused import fused_expert_layer, fused_expert_rows
-from swiftmoe_lightning.ops.grouped import expert_mlp
+from swiftmoe_lightning.ops.grouped import expert_mlp, is_factor
 from swiftmoe_lightning.ops.permute import combine, permute
 from swiftmoe_lightning.ops.sort import SortedAssignments
 
@@ -65,7 +65,7 @@ def expert_layer(
 
 
 def _fuses(x_TD: Tensor, assignments: SortedAssignments, weights: Mapping[str, Tensor]) -> bool:
-    if any(name.endswith("_lora_A") for name in weights):
+    if any(map(is_factor, weights)):
         # The kernels know no adapters.
         return False
     num_slots, _, hidden_dim = weights["down_proj"].shape
