@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from swiftmoe_lightning.analysis.report.page_text import path_text
 from swiftmoe_lightning.distributed.backends import available_backends
 from swiftmoe_lightning.distributed.launch_check import LaunchReport
 from swiftmoe_lightning.engine.checkpoint_verification import verify_checkpoint
@@ -79,8 +80,7 @@ def print_checkpoint(path: Path, as_json: bool) -> bool:
     is_good, entries = True, []
     for finding in verify_checkpoint(path):
         is_good &= not finding.is_bad
-        # A file's name may hold bytes that are not Unicode.
-        name = os.fsencode(finding.path).decode(errors="replace")
+        name = path_text(finding.path)
         if as_json:
             entries.append({"path": name, "size": finding.size, "state": finding.state, "why": finding.why})
         else:

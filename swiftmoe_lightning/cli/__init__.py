@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -128,6 +127,7 @@ def report(  # noqa: PLR0913 - options
     """Draw a run or a trace as one page that opens offline: popularity, replicas, drops, imbalance, bytes."""
     from swiftmoe_lightning.analysis import Machine, PlanOptions, Sizes, check_writable, make_plan
     from swiftmoe_lightning.analysis.report.page import write_page
+    from swiftmoe_lightning.analysis.report.page_text import path_text
     from swiftmoe_lightning.analysis.report.plan_page import plan_page
 
     with clear_errors("report"):
@@ -139,9 +139,7 @@ def report(  # noqa: PLR0913 - options
         machine = Machine(num_ranks=sizes.num_ranks, slots_per_rank=sizes.slots_per_rank, expert_bytes=experts_bytes)
         options = PlanOptions(policies=names(policies), capacity_factor=sizes.capacity_factor, lag=lag)
         write_page(out, plan_page(make_plan(recorded, machine, options, say), title))
-    # A file's name may hold bytes that are not Unicode.
-    name = os.fsencode(out).decode(errors="replace")
-    typer.echo(f"{name}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+    typer.echo(f"{path_text(out)}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 
 def _recording(run_or_trace: Path | None) -> Path | None:

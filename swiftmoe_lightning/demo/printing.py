@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from swiftmoe_lightning.analysis.report.figure import import_figure
+from swiftmoe_lightning.analysis.report.page_text import path_text
 from swiftmoe_lightning.demo.summary import summary_table
 
 
@@ -51,7 +51,7 @@ def print_outcome(title: str, runs: Mapping[str, Mapping[str, str]], folder: Pat
     """
     console = Console()
     console.print(summary_table(title, runs))
-    console.print(f"Files: {shown_path(folder)}/ ({', '.join(files)})", soft_wrap=True, markup=False)
+    console.print(f"Files: {path_text(folder)}/ ({', '.join(files)})", soft_wrap=True, markup=False)
 
 
 def print_next(run_folder: Path) -> None:
@@ -60,12 +60,7 @@ def print_next(run_folder: Path) -> None:
     Args:
         run_folder: of one run.
     """
-    folder = shlex.quote(shown_path(run_folder))
+    folder = shlex.quote(path_text(run_folder))
     console = Console()
     console.print(f"Look closer:  swiftmoe report {folder}", soft_wrap=True, markup=False)
     console.print(f"Choose slots: swiftmoe plan {folder}/placements.npz --recommend", soft_wrap=True, markup=False)
-
-
-def shown_path(path: Path) -> str:
-    """A path as text: its name need not be Unicode, which must not fail a run that is done."""
-    return os.fsencode(path).decode(errors="replace")

@@ -22,6 +22,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from swiftmoe_lightning.analysis.report.page_text import path_text
 from swiftmoe_lightning.analysis.report.picture import draw_picture
 from swiftmoe_lightning.analysis.time_to_loss import Curve
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
@@ -33,7 +34,6 @@ from swiftmoe_lightning.demo.printing import (
     draw_if_possible,
     print_next,
     print_outcome,
-    shown_path,
     tell_if_nothing_is_drawn,
 )
 from swiftmoe_lightning.demo.summary import dropped_share, summary_rows
@@ -177,7 +177,7 @@ class Demo:
     def _stopped(self, num_steps: int) -> str:
         return (
             f"Stopped after {num_steps} of {self.options.steps} steps. What was recorded is in "
-            f"{shown_path(self.options.folder)}/."
+            f"{path_text(self.options.folder)}/."
         )
 
     @property

@@ -94,7 +94,9 @@ def _live_parts(scripts: tuple[str, ...], status: Status | None) -> dict[str, st
 
 def _filled(template: str, parts: Mapping[str, str]) -> bytes:
     # In one pass, so that data that look like a placeholder of the template are not replaced.
-    html = re.sub(r"\{\{(\w+)\}\}", lambda placeholder: parts[placeholder[1]], _asset(template))
+    html = re.sub(
+        r"\{\{(\w+)\}\}", lambda placeholder: parts[placeholder[1]], _asset("page_head.html") + _asset(template)
+    )
     # The title may be a file's name, which need not be Unicode.
     return html.encode("utf-8", errors="replace")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 from typing import Final
 
 from swiftmoe_lightning.analysis.report.page_data import PageData, PolicySeries
@@ -119,6 +121,11 @@ def notes(data: PageData) -> str:
         f"{capacity}Imbalance: load of the busiest rank over the mean rank's, after drops; 1 is perfect. {sent}"
         "Moved: experts new on a rank, all layers."
     )
+
+
+def path_text(path: Path) -> str:
+    """A path for people: its name may hold bytes that are not Unicode, which must not fail a command that is done."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def bytes_text(value: float) -> str:
