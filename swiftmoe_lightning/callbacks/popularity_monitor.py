@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from swiftmoe_lightning.analysis.report.figure import new_figure
+from swiftmoe_lightning.analysis.report.figure import import_figure
 from swiftmoe_lightning.callbacks.heat_maps import HeatMaps
 from swiftmoe_lightning.callbacks.loggers import lay_out, log_figures, log_image, takes_images
 from swiftmoe_lightning.config import check_whole, is_number
@@ -78,7 +78,7 @@ class ExpertPopularityMonitor(Callback):
         if heatmap_every_n_steps is not None:
             check_whole(heatmap_every_n_steps=heatmap_every_n_steps)
             # A missing library is an error now, not in the middle of the training.
-            new_figure("", 1, 1)
+            import_figure()
         self.max_keys, self.heatmap_every_n_steps = max_keys, heatmap_every_n_steps
         self._reader: LoadReader | None = None
         self._window = _Window([], [])

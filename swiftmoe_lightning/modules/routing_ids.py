@@ -19,12 +19,12 @@ def compact_ids(ids_TK: Tensor, num_experts: int) -> Tensor:
     return ids_TK.masked_fill((ids_TK < 0) | (ids_TK >= num_experts), torch.iinfo(dtype).max).to(dtype)
 
 
-def signed_ids(ids_TK: Tensor, num_experts: int) -> Tensor:
+def signed_ids(ids_TK: Tensor, num_experts: int = 0) -> Tensor:
     """The inverse of `compact_ids`: [T, K] int64, -1 for what is not there. Signed ids are taken as they are.
 
     Args:
         ids_TK: [T, K] int.
-        num_experts: E.
+        num_experts: E; it need not be known of what `compact_ids` returned.
     """
     wide_TK = ids_TK.to(torch.int64)
     most = torch.iinfo(ids_TK.dtype).max

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.expert_choice import ExpertChoiceRouter
 from swiftmoe_lightning.modules.experts import Experts
-from swiftmoe_lightning.modules.routing_ids import as_integers, check_recording, compact_ids
+from swiftmoe_lightning.modules.routing_ids import as_integers, check_recording, compact_ids, signed_ids
 from swiftmoe_lightning.modules.routing_tap import RoutingTap
 
 
@@ -113,11 +113,7 @@ def routing_to_array(routing: Mapping[str, Tensor]) -> np.ndarray:
             f"one array needs layers of the same [tokens, top_k], got {shapes}. Convert those that agree, each "
             "group by itself. (FAQ: routing-replay)"
         )
-    layers = []
-    for ids_TK in routing.values():
-        wide_TK = ids_TK.cpu().to(torch.int64)
-        missing = -1 if ids_TK.dtype.is_signed else torch.iinfo(ids_TK.dtype).max
-        layers.append(wide_TK.masked_fill(wide_TK == missing, -1))
+    layers = [signed_ids(ids_TK.cpu()) for ids_TK in routing.values()]
     array: np.ndarray = torch.stack(layers, 1).to(torch.int32).numpy()
     return array
 
