@@ -50,9 +50,12 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self._evaluate(script)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def _evaluate(self, script: str) -> Any:
+        return self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
 
     def open(self, url: str) -> None:
         """Go to a page, and wait until it is drawn."""
@@ -60,10 +63,11 @@ class Browser:
         self.wait_for(f"location.href.startsWith({url!r}) && document.readyState === 'complete'")
 
     def wait_for(self, condition: str, timeout_s: float = 20) -> None:
-        """Wait until an expression in the page is true."""
+        """Wait until an expression in the page is true. One that raises is not true yet: while a page is made anew, its
+        elements are missing."""
         end = time.monotonic() + timeout_s
-        while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < end, f"{condition}: {self.run('document.body.innerText')}"
+        while not (answer := self._evaluate(f"Boolean({condition})"))["result"].get("value"):
+            assert time.monotonic() < end, f"{condition}: {answer}"
             time.sleep(0.05)
 
 
