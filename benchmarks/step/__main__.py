@@ -33,7 +33,7 @@ from benchmarks.step.effort import Effort, Plan
 from benchmarks.step.exchanges import bytes_over_paper, synthetic_traces
 from benchmarks.step.measure import TIMEOUT_S, measure
 from benchmarks.step.report import figures, print_tables
-from benchmarks.step.systems import FROZEN, OURS, SYSTEMS
+from benchmarks.step.systems import FROZEN, OF_NODES, OURS, SYSTEMS
 from benchmarks.step.workload import LARGE, ROUTINGS, SEQUENCE, Sizes, Workload
 from swiftmoe_lightning.analysis import read_trace
 from tests.helpers import run_ranks
@@ -49,7 +49,7 @@ def _parser() -> ArgumentParser:
     large = ", ".join(f"{name} {value}" for name, value in asdict(LARGE).items())
     parser.add_argument("--large", action="store_true", help=f"other defaults of the sizes: {large}")
     parser.add_argument("--routing", choices=ROUTINGS, default="zipf", help="how popular experts are")
-    others = [name for name in SYSTEMS if name not in (OURS, FROZEN)]
+    others = [name for name in SYSTEMS if name not in (OURS, FROZEN, *OF_NODES)]
     parser.add_argument("--systems", default=",".join(others), help="that ours is compared with; commas between them")
     parser.add_argument("--mbit", type=int, help="megabits a second of each node's link, each way")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="with --mbit: ranks that share a link")

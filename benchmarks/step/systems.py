@@ -23,6 +23,8 @@ from benchmarks.step.workload import Model, Workload, optimizer_of
 OURS: Final = "balanced"
 FROZEN: Final = "frozen"
 PACKED: Final = "packed"
+# On nodes of one rank they are like others.
+OF_NODES: Final = ("two_level", "hiermoe")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,14 @@ def adaptive(workload: Workload, **settings: Any) -> TrainingSystem:
     return TrainingSystem(model=wrapped, optimizer=optimizer, source=model, engine=engine)
 
 
-def static(workload: Workload) -> TrainingSystem:
-    """Our engine with each expert on one rank, for good. A collective."""
-    return adaptive(workload, placement="static", slots_per_rank=-(-workload.sizes.experts // dist.get_world_size()))
+def unreplicated(workload: Workload, **settings: Any) -> TrainingSystem:
+    """Our engine with each expert on one rank. A collective.
+
+    Args:
+        workload: what is trained.
+        **settings: of `SwiftMoEConfig`.
+    """
+    return adaptive(workload, slots_per_rank=-(-workload.sizes.experts // dist.get_world_size()), **settings)
 
 
 def flexmoe(workload: Workload, interval: int) -> TrainingSystem:
@@ -108,12 +115,14 @@ SYSTEMS: Final[Mapping[str, Builder]] = {
     # Its placement is kept from the warm-up on.
     FROZEN: Builder(partial(adaptive, placement="packed")),
     "symi": Builder(partial(adaptive, placement="symi")),
-    "static": Builder(static),
+    "static": Builder(partial(unreplicated, placement="static")),
     "flexmoe-10": Builder(partial(flexmoe, interval=10)),
     "zero1_static": Builder(static_groups),
     "ddp": Builder(whole_experts),
     "fsdp2": Builder(fully_sharded),
     "hf_ep": Builder(transformers_ep, needs="transformers.distributed.expert_parallel"),
     "deepspeed": Builder(partial(deepspeed, capacity_factor=None), needs="deepspeed"),
+    "two_level": Builder(partial(adaptive, exchange="two_level")),
+    "hiermoe": Builder(partial(unreplicated, placement="swap", exchange="two_level")),
     "deepspeed_drops": Builder(partial(deepspeed, capacity_factor=1.0), needs="deepspeed", drops=True),
 }
