@@ -2,11 +2,11 @@
 
 python -m benchmarks.placement.two_levels
 
-HierMoE (Lin et al., arXiv 2508.09591) trained Qwen3-30B-A3B and DeepSeek-V3 on 4 nodes of 8 GPUs, and reports exchanges
-1.55 - 3.32 times as fast, and steps 1.18 - 1.27 times as fast, as those of Megatron-LM, Tutel and SmartMoE. Here one step
-of one MoE layer of these models is planned by each system's rules, token by token: tokens are drawn (experts equally
-popular, or the i-th with a weight of 1 / sqrt(i)), placements are made from another draw, and the busiest rank's bytes
-and assignments count. Its links are not known to us, so there are two kinds of clusters. Seconds add up: no overlap.
+HierMoE (Lin et al., arXiv 2508.09591) trained Qwen3-30B-A3B and DeepSeek-V3 on 4 nodes of 8 GPUs. It reports exchanges
+1.55 - 3.32 times as fast, and steps 1.18 - 1.27 times as fast, as those of Megatron-LM, Tutel and SmartMoE. Here a step
+of one MoE layer of these models is planned by the rules of each system, token by token: tokens are drawn (experts
+equally popular, or the i-th with a weight of 1 / sqrt(i)), placements made from another draw; the busiest rank counts.
+Its links are not known to us, so there are two kinds of clusters. Seconds add up: no overlap.
 
 megatron    an expert on one rank, for good; a row an assignment
 dedup       the same; a row a token between nodes
