@@ -100,6 +100,7 @@ TESTED_IN = {
     "engine/slots.py": "engine/test_weight_traffic.py",
     "engine/stale_parameters.py": "engine/test_engine_setup.py",
     "engine/weight_exchange.py": "engine/test_expert_groups.py",
+    "engine/weight_window.py": "engine/test_streamed_window.py",
     "huggingface/layouts.py": "huggingface/test_convert.py",
     "huggingface/sharded_at_load.py": "huggingface/test_expert_parallel.py",
     "modules/adapters.py": "huggingface/test_peft_adapters.py",

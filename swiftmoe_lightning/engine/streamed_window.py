@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
-from swiftmoe_lightning.distributed import to_host
+from swiftmoe_lightning.distributed import to_device, to_host
 from swiftmoe_lightning.engine.weight_window import NUM_AHEAD, WeightWindow
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class StreamedWindow(WeightWindow):
             The layer that another group is about to fill; `index` where no other is.
         """
         assert self.replicas is not None
-        row = torch.tensor([index], device=self.layers[0].slots.device)
+        (row,) = to_device(self.layers[0].slots.device, np.array([index], np.int32))
         others = set(to_host(self.replicas.all_gather(row)).flatten().tolist()) - {_DONE, index}
         return min(others, default=index)
 
