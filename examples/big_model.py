@@ -1,4 +1,4 @@
-"""More experts than fit the devices: parameters and optimizer state in the CPU's memory, slots of three layers at a time.
+"""More experts than fit the devices: parameters and state in the CPU's memory, the weights of three layers at a time.
 
 python examples/big_model.py for one device, or torchrun --nproc-per-node 2 examples/big_model.py
 """

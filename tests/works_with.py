@@ -99,8 +99,8 @@ ROWS: Final = (
     Row(
         "Memory",
         "activation checkpointing; experts on the meta device in `configure_model`; experts and optimizer state in the "
-        "CPU's memory (`offload_optimizer`), three layers' slots at a time (`reshard_after_forward`), also on one rank: "
-        "[big models](docs/guides/big-models.md)",
+        "CPU's memory (`offload_optimizer`), weights of three layers at a time (`reshard_after_forward`), also on one "
+        "rank: [big models](docs/guides/big-models.md)",
         "no rank ever holds a whole expert tensor; a GPU's offloading is not tested on one yet",
         (
             "strategies/test_fit: modules",

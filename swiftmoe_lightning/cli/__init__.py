@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from swiftmoe_lightning.cli.memory import memory
 from swiftmoe_lightning.cli.options import (
+    MODEL_HELP,
     Bytes,
     Lag,
     Policies,
@@ -163,12 +165,9 @@ def watch(
     server.serve_until_interrupted()
 
 
-_MODEL_HELP = "A preset (qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, olmoe-1b-7b) or a Hugging Face config.json."
-
-
 @app.command()
 def scale(  # noqa: PLR0913 - options
-    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     layers: Annotated[int | None, option("MoE layers (default, as of the next four: the model's).", 1)] = None,
     experts: Annotated[int | None, option("Experts of a layer.", 1)] = None,
     top_k: Annotated[int | None, option("Experts of a token.", 1)] = None,
@@ -205,8 +204,13 @@ def scale(  # noqa: PLR0913 - options
             network_latency=network_latency_us / 1e6,
             gpu_bytes=gpu_gbytes * 1e9,
         )
-        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "state_dtype": state_dtype}
-        work = Workload(tokens=tokens, micro_batches=micro_batches, **dtypes)
+        work = Workload(
+            tokens=tokens,
+            micro_batches=micro_batches,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            state_dtype=state_dtype,
+        )
         advices = [Advice(known, cluster, work) for cluster in speeds.of_sizes(ranks)]
     if as_json:
         typer.echo(json.dumps(scale_table.as_json(advices), indent=2))
@@ -214,31 +218,7 @@ def scale(  # noqa: PLR0913 - options
         scale_table.print_scale(advices)
 
 
-@app.command()
-def memory(  # noqa: PLR0913 - options
-    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
-    ranks: Annotated[str, option("Ranks, or several numbers of them with commas between.")] = "1,2,8",
-    tokens: Annotated[int, option("Tokens of a rank and micro-batch.", 1)] = 4096,
-    micro_batches: Annotated[int, option("Micro-batches of a step.", 1)] = 1,
-    gpu_gbytes: Annotated[float, option("GB of a GPU's memory.")] = 80,
-    param_dtype: Annotated[str, option("Of slots, and of weights and tokens on the wire.")] = "bfloat16",
-    reduce_dtype: Annotated[str, option("Of gradients on the wire.")] = "bfloat16",
-    state_dtype: Annotated[str, option("Of owned parameters, gradients and Adam's moments.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Say what memory a model needs on few ranks, on paper: as it is, offloaded, and with slots that are freed."""
-    from swiftmoe_lightning.analysis import Cluster, Workload, model_of
-    from swiftmoe_lightning.analysis.report import memory_table
-
-    with clear_errors("memory"):
-        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "state_dtype": state_dtype}
-        work = Workload(tokens=tokens, micro_batches=micro_batches, **dtypes)
-        clusters = Cluster(num_ranks=1, gpu_bytes=gpu_gbytes * 1e9).of_sizes(ranks)
-        costs = memory_table.memory_costs(model_of(model, {}), clusters, work)
-    if as_json:
-        typer.echo(json.dumps(memory_table.memory_json(costs), indent=2))
-    else:
-        memory_table.print_memory(costs)
+app.command()(memory)
 
 
 @app.command()

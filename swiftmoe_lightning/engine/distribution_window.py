@@ -40,6 +40,15 @@ class DistributionWindow(WeightWindow):
             following.slots.continue_distribution()
         self._start(NUM_AHEAD - len(self._under_way))
 
+    def end_forward(self, layer: ShardedLayer, trains: bool) -> None:
+        """Slots keep their weights for backward."""
+
+    def reach_backward(self, layer: ShardedLayer) -> None:
+        """The weights are there."""
+
+    def leave_backward(self, layer: ShardedLayer, of_all_forwards: bool) -> None:
+        """Slots keep their weights for another backward, or forward."""
+
     def refill(self, layer: ShardedLayer) -> None:
         """Start to send the weights of `layer`, which has stale slots on some rank, after all that wait."""
         layer.slots.queue_refill()

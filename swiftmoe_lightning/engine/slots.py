@@ -146,7 +146,11 @@ class ExpertSlots:
     def _names_to_send(self) -> Collection[str]:
         """The parameters whose slots have other values than the next distribution brings. The same on all ranks."""
         filled = self._filled
-        stays = filled is not None and not self._is_freed and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
+        stays = (
+            filled is not None
+            and not self._is_freed
+            and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
+        )
         return self._updated if stays and self._updated is not None else self._parameters().keys()
 
     def _note_versions(self, parameters: Mapping[str, Tensor], names: Collection[str]) -> None:
@@ -179,7 +183,7 @@ class ExpertSlots:
                 self._stream.join()
 
     def holds(self, placement: Placement) -> bool:
-        """Whether the slots have the weights of the last forward under `placement`, or are freed and would have them."""
+        """Whether the slots have the weights of the last forward under `placement`, or had when they were freed."""
         return not self._is_queued and placement is self._filled
 
     def join(self, totals: Collection[Tensor]) -> None:

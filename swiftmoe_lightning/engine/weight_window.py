@@ -40,12 +40,15 @@ class WeightWindow(ABC):
     def advance(self, layer: ShardedLayer) -> None:
         """`layer` is about to run: wait for its weights, and let those of the next ones be sent."""
 
+    @abstractmethod
     def end_forward(self, layer: ShardedLayer, trains: bool) -> None:
         """`layer` has run; trains: backward can reach it."""
 
+    @abstractmethod
     def reach_backward(self, layer: ShardedLayer) -> None:
         """Backward is about to compute with the weights of `layer`."""
 
+    @abstractmethod
     def leave_backward(self, layer: ShardedLayer, of_all_forwards: bool) -> None:
         """Backward has computed with the weights of `layer`; of_all_forwards: of each that it has reached."""
 
