@@ -102,6 +102,23 @@ def test_any_order_of_layers_equals_one_process(
             assert not wrong, (name, wrong)
 
 
+def compiled_state(options: dict[str, Any]) -> dict[str, Tensor]:
+    run = Run(**options)
+    if options:
+        run.tower.compile(backend="aot_eager")
+    for _ in range(2):
+        run.micro(ALL)
+        run.step()
+    return full_state({"model": run.tower.state_dict()}, keep=True)["model"]
+
+
+@pytest.mark.nightly
+def test_a_compiled_model_equals_one_process() -> None:
+    expected = compiled_state({})
+    for state in run_ranks(compiled_state, 2, STREAMED, timeout_s=180):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-12)
+
+
 def train_and_evaluate(options: dict[str, Any], num_batches: list[int]) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Training with evaluation in the middle, for which ranks have differently many batches."""
     rank, half = dist.get_rank(), dense.STEPS // 2

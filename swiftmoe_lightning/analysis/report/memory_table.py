@@ -18,7 +18,7 @@ from swiftmoe_lightning.analysis.report.scale_table import model_text
 from swiftmoe_lightning.analysis.scale import SPARE, GroupCost
 from swiftmoe_lightning.config import SwiftMoEConfig
 
-_WAYS: Final[tuple[tuple[str, dict[str, bool]], ...]] = (
+_WAYS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("", {}),
     ("offload_optimizer", {"offload_optimizer": True}),
     ("and reshard_after_forward", {"offload_optimizer": True, "reshard_after_forward": True}),
