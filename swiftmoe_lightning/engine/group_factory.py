@@ -16,8 +16,8 @@ _NO_PROCESS_GROUP: Final = (
     "offload_optimizer and reshard_after_forward send weights through a process group, also on one device, and there "
     "is none. Start the script with torchrun (--nproc-per-node 1 for one device) and call "
     "torch.distributed.init_process_group before the engine, as Lightning and Accelerate do under torchrun; or, in a "
-    'plain process, init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1) (on a GPU '
-    '"cpu:gloo,cuda:nccl"). (FAQ: no-process-group)'
+    'plain process, init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1), on a GPU '
+    "for 'cpu:gloo,cuda:nccl'. (FAQ: no-process-group)"
 )
 
 

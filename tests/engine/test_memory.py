@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import swiftmoe_lightning as sml
+from swiftmoe_lightning.analysis import Cluster, GroupCost, ModelSizes, Workload
 from tests.helpers import run_ranks
 
 DIM, HIDDEN, EXPERTS, NUM_LAYERS, SLOTS = 512, 512, 8, 6, 5
@@ -81,3 +82,18 @@ def test_most_bytes_of_a_step_are_the_formulas(frees_slots: bool) -> None:
         buffers = owned + (num_pairs - EXPERTS) * EXPERT_BYTES / 2
         expected = NUM_LAYERS * 4 * owned + num_filled * whole + 2 * whole + buffers
         assert abs(most / expected - 1) <= 0.05, most / expected
+        # The planner's, which does not know whether blocks travel packed.
+        sizes = ModelSizes(
+            num_layers=NUM_LAYERS,
+            num_experts=EXPERTS,
+            top_k=1,
+            dim=DIM,
+            hidden_dim=HIDDEN,
+            dense_parameters=NUM_LAYERS * DIM * EXPERTS,
+        )
+        dtypes = {"param_dtype": "float32", "reduce_dtype": "float32"}
+        cost = GroupCost(
+            sizes, Cluster(num_ranks=2), Workload(tokens=16, **dtypes, reshard_after_forward=frees_slots), 2
+        )
+        assert cost.slot_bytes == num_filled * whole
+        assert abs(most / cost.resident_bytes - 1) <= 0.1, most / cost.resident_bytes
