@@ -48,7 +48,11 @@ class SwiftMoEConfig:
             float32 or wider.
         offload_optimizer: keep the experts' sharded parameters and optimizer state in the CPU's memory, and update them
             there (pass fused=True to the optimizer: torch has fused updates for the CPU). Gradients come down and
-            weights go up layer by layer. Needs a process group that also serves the CPU ("cpu:gloo,cuda:nccl").
+            weights go up layer by layer. Needs a process group that also serves the CPU ("cpu:gloo,cuda:nccl"), also
+            on one rank.
+        reshard_after_forward: free a layer's slots after its forward, and fill them again for its backward (FSDP2's
+            word), so that a rank has the weights of a few layers at a time instead of all; they are sent twice a step.
+            Needs a process group, also on one rank.
 
     Raises:
         ValueError: for a value that a field cannot have, or fields that do not go together.
@@ -64,6 +68,7 @@ class SwiftMoEConfig:
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
     offload_optimizer: bool = False
+    reshard_after_forward: bool = False
 
     def __post_init__(self) -> None:
         if self.replace_every != "auto":
@@ -83,12 +88,17 @@ class SwiftMoEConfig:
         check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("dense", self.dense, DENSE_MODES)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
-        if not isinstance(self.offload_optimizer, bool):
-            raise ValueError(
-                f"offload_optimizer must be True or False, got {self.offload_optimizer!r}. Leave it out for False."
-            )
+        for name in ("offload_optimizer", "reshard_after_forward"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}. Leave it out for False.")
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)
+
+    @property
+    def spreads_one_rank(self) -> bool:
+        """Whether parameters and slots are apart on one rank, too, instead of a plain MoE."""
+        return self.offload_optimizer or self.reshard_after_forward
 
     def resolve_expert_parallel_size(self, num_ranks: int) -> int:
         """Ranks of an expert group, g, of `num_ranks`.

@@ -53,6 +53,11 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
         "step",
         "several expert groups, biases: the popularity of all groups",
     ),
+    "engine/streamed_window.py StreamedWindow._announce": (
+        "up; down, waits",
+        "layer, forward without gradients",
+        "several expert groups, `reshard_after_forward`: which layer another group fills",
+    ),
     "engine/packed_exchange.py PackedDistribution.__init__": (UP, "layer, step", "which expert each pair has"),
     "engine/packed_exchange.py _sum_over_ranks": (UP, "layer, step", "which pairs are added up, and to which experts"),
     "distributed/side_stream.py SideStream.join": (WAIT, "layer, step", "offloaded experts: their gradients"),

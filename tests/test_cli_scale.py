@@ -80,7 +80,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
     assert (cluster["node_bytes"], cluster["network_bytes"], cluster["gpu_bytes"]) == (2e9, 4e9, 6e9)
     assert (cluster["node_latency"], cluster["network_latency"], cluster["ranks_per_node"]) == (3e-6, 5e-6, 7)
     assert (actual["model"]["num_experts"], actual["model"]["dense_parameters"]) == (8, 9)
-    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "float64"]
+    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "float64", False, False]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,10 @@ def test_a_placement_that_is_neither_a_name_nor_a_class_is_refused(value):
         SwiftMoEConfig(placement=value)
 
 
+@pytest.mark.parametrize("name", ["offload_optimizer", "reshard_after_forward"])
 @pytest.mark.parametrize("value", ["no", "yes", 0, 1, None])
-def test_offloading_is_asked_for_with_true_or_false(value):
-    with pytest.raises(ValueError, match=rf"offload_optimizer must be True or False, got {value!r}\. Leave it out for"):
-        SwiftMoEConfig(offload_optimizer=value)
+def test_what_saves_memory_is_asked_for_with_true_or_false(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be True or False, got {value!r}\. Leave it out for"):
+        SwiftMoEConfig(**{name: value})
+    assert SwiftMoEConfig(**{name: True}).spreads_one_rank
+    assert not SwiftMoEConfig().spreads_one_rank

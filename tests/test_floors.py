@@ -60,6 +60,7 @@ WITHOUT_TORCH = {"config", "private_names", "placement", "analysis"}
 TESTED_IN = {
     "__main__.py": "demo/test_run.py",
     "accelerate/preparation.py": "accelerate/test_prepare.py",
+    "cli/memory.py": "test_cli_memory.py",
     "cli/options.py": "test_cli.py",
     "cli/plan.py": "test_cli_recommend.py",
     "demo/both.py": "demo/test_run.py",
@@ -100,6 +101,7 @@ TESTED_IN = {
     "engine/slots.py": "engine/test_weight_traffic.py",
     "engine/stale_parameters.py": "engine/test_engine_setup.py",
     "engine/weight_exchange.py": "engine/test_expert_groups.py",
+    "engine/weight_window.py": "engine/test_streamed_window.py",
     "huggingface/layouts.py": "huggingface/test_convert.py",
     "huggingface/sharded_at_load.py": "huggingface/test_expert_parallel.py",
     "modules/adapters.py": "huggingface/test_peft_adapters.py",
@@ -137,6 +139,7 @@ TESTED_IN = {
     "analysis/report/page_numbers.py": "analysis/report/test_page.py",
     "analysis/report/page_text.py": "analysis/report/test_page.py",
     "analysis/report/plan_table.py": "test_cli.py",
+    "analysis/report/memory_table.py": "test_cli_memory.py",
     "analysis/report/scale_table.py": "test_cli_scale.py",
     "analysis/report/scenario_table.py": "test_cli_scenarios.py",
     "analysis/report/sweep_table.py": "test_cli_recommend.py",

@@ -99,13 +99,15 @@ ROWS: Final = (
     Row(
         "Memory",
         "activation checkpointing; experts on the meta device in `configure_model`; experts and optimizer state in the "
-        "CPU's memory (`offload_optimizer`)",
+        "CPU's memory (`offload_optimizer`), weights of three layers at a time (`reshard_after_forward`), also on one "
+        "rank: [big models](docs/guides/big-models.md)",
         "no rank ever holds a whole expert tensor; a GPU's offloading is not tested on one yet",
         (
             "strategies/test_fit: modules",
             "engine/test_engine_setup: meta_experts",
             "engine/test_offload: offloaded",
             "engine/test_memory: bytes",
+            "engine/test_streamed_window: three_layers one_process",
         ),
     ),
     Row(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from swiftmoe_lightning.accelerate.parallel_axes import check_processes, make_engine
-from swiftmoe_lightning.config import SwiftMoEConfig
+from swiftmoe_lightning.config import SwiftMoEConfig, check_config
 from swiftmoe_lightning.engine import ShardedGradScaler, SwiftMoEEngine
 from swiftmoe_lightning.engine.checkpoint import full_state, read_file
 from swiftmoe_lightning.engine.checkpoint_files import save_whole
@@ -64,7 +64,7 @@ def prepare(
         _check_inputs(accelerator, model, each)
     if isinstance(accelerator.scaler, ShardedGradScaler):
         raise ValueError("with mixed_precision='fp16' one model with experts can be prepared. Use 'bf16' for more.")
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and not check_config(config).spreads_one_rank:
         engine = SwiftMoEEngine(model, config)
         for each in optimizers:
             engine.prepare_optimizer(each)

@@ -114,6 +114,8 @@ class Workload:
         param_dtype: of the slots, and of weights and tokens on the wire.
         reduce_dtype: of gradients on the wire.
         state_dtype: of parameters, their gradients and Adam's moments where they are owned.
+        offload_optimizer: experts' parameters, their gradients and moments are in the CPU's memory.
+        reshard_after_forward: slots have weights only around their layer's forward and backward.
 
     Raises:
         ValueError: for a value out of range.
@@ -124,6 +126,8 @@ class Workload:
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "bfloat16"
     state_dtype: str = "float32"
+    offload_optimizer: bool = False
+    reshard_after_forward: bool = False
 
     def __post_init__(self) -> None:
         check_whole(tokens=self.tokens, micro_batches=self.micro_batches)

@@ -24,7 +24,7 @@ from swiftmoe_lightning.placement import shard_rows
 
 # Share of a GPU's memory for activations, temporary copies and the allocator, which are not counted.
 SPARE: Final = 0.2
-# Layers whose gradients are on their way at the same time.
+# Layers whose gradients, or weights, are on their way at the same time.
 _LAYERS_IN_FLIGHT: Final = 2
 # A parameter, its gradient, and Adam's two moments.
 _COPIES: Final = 4
@@ -70,10 +70,21 @@ class GroupCost:
 
     @property
     def group_bytes(self) -> float:
-        """Bytes of a rank and step within the group: collect and distribute, L s G (g - 1) / g each."""
+        """Bytes of a rank and step within the group: collect and distribute, L s G (g - 1) / g each.
+
+        Weights are sent `fills` times.
+        """
         g, slots = self.group_size, self.slots_per_rank
         machines = [Machine(num_ranks=g, slots_per_rank=slots, expert_bytes=size) for size in self._phases]
-        return self.model.num_layers * sum(phase_bytes(g * slots, machine) / g for machine in machines)
+        weights, gradients = (phase_bytes(g * slots, machine) / g for machine in machines)
+        return self.model.num_layers * (self.fills * weights + gradients)
+
+    @property
+    def fills(self) -> float:
+        """How often a layer's slots are filled in a step: once, or before each forward and all but one backward."""
+        if not self.workload.reshard_after_forward:
+            return 1.0
+        return self.workload.micro_batches * (2 - 1 / self.model.num_layers)
 
     @property
     def across_bytes(self) -> float:
@@ -82,12 +93,14 @@ class GroupCost:
         It is all that static expert parallelism with a distributed optimizer sends.
         """
         owned = self.model.num_experts / self.cluster.num_ranks
-        return self.model.num_layers * sum(self._phases) * owned * (self.num_groups - 1)
+        weights, gradients = self._phases
+        return self.model.num_layers * (self.fills * weights + gradients) * owned * (self.num_groups - 1)
 
     @property
     def messages(self) -> int:
-        """Messages of a rank and step with weights and gradients, 2 L (g - 1 + R - 1)."""
-        return 2 * self.model.num_layers * (self.group_size - 1 + self.num_groups - 1)
+        """Messages of a rank and step with weights and gradients, 2 L (g - 1 + R - 1) where slots are filled once."""
+        exchanges = round((1 + self.fills) * self.model.num_layers)
+        return exchanges * (self.group_size - 1 + self.num_groups - 1)
 
     @property
     def fullest(self) -> float:
@@ -99,10 +112,10 @@ class GroupCost:
         """Of a step: collect, sum, gather, distribute."""
         g, num_experts = self.group_size, self.model.num_experts
         seconds = 0.0
-        for expert_bytes in self._phases:
-            seconds += self._exchange_in_group(self.slots_per_rank * expert_bytes / g * self._fullest(1))
+        for expert_bytes, times in zip(self._phases, (self.fills, 1), strict=True):
+            seconds += times * self._exchange_in_group(self.slots_per_rank * expert_bytes / g * self._fullest(1))
             owned = num_experts * expert_bytes / self.cluster.num_ranks * self.fullest
-            seconds += self.cluster.between_groups_seconds(g, owned)
+            seconds += times * self.cluster.between_groups_seconds(g, owned)
         return self.model.num_layers * seconds
 
     @property
@@ -122,13 +135,31 @@ class GroupCost:
         return self.weight_seconds + self.workload.micro_batches * (self.token_seconds + self.count_seconds)
 
     @property
+    def has_slots(self) -> bool:
+        """Whether weights are apart from parameters; one rank computes with these, unless they are elsewhere."""
+        is_alone = self.cluster.num_ranks == 1
+        return not is_alone or self.workload.offload_optimizer or self.workload.reshard_after_forward
+
+    @property
     def slot_bytes(self) -> float:
-        """Memory of the slots, all layers."""
-        return self.model.num_layers * self.slots_per_rank * self._phases[0]
+        """Memory of the slots: all layers', or of the one that runs and those whose weights are on their way."""
+        layers = self.model.num_layers
+        if self.workload.reshard_after_forward:
+            layers = min(1 + _LAYERS_IN_FLIGHT, layers)
+        return layers * self.slots_per_rank * self._phases[0] if self.has_slots else 0.0
 
     @property
     def state_bytes(self) -> float:
-        """Memory of the fullest rank's parameters of experts, their gradients and optimizer state."""
+        """Memory of the fullest rank's parameters of experts, their gradients and optimizer state, on its GPU."""
+        return 0.0 if self.workload.offload_optimizer else self._owned_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """The same where they are in the CPU's memory, for each rank."""
+        return self._owned_bytes if self.workload.offload_optimizer else 0.0
+
+    @property
+    def _owned_bytes(self) -> float:
         parameters = self.model.num_layers * self.model.num_experts * self.model.expert_parameters
         mean = parameters / self.cluster.num_ranks
         return _COPIES * BYTES_OF[self.workload.state_dtype] * mean * self.fullest
@@ -138,14 +169,18 @@ class GroupCost:
         """Memory of gradients on their way, and of one layer's tokens, sent and received.
 
         Slots' gradients leave layer by layer inside backward. Over several micro-batches all layers' wait in the slots.
+        From the CPU's memory rows of parameters come to the GPU before they are sent.
         """
+        if not self.has_slots:
+            return 0.0
         weights, gradients = self._phases
         in_flight = min(_LAYERS_IN_FLIGHT, self.model.num_layers)
         waiting = in_flight if self.workload.micro_batches == 1 else self.model.num_layers
         owned = self.model.num_experts / self.group_size if self.num_groups > 1 else 0.0
-        wire = 2 * (self.slots_per_rank + owned) * gradients if self.cluster.num_ranks > 1 else 0.0
+        wire = 2 * (self.slots_per_rank + owned) * gradients
+        rows = self.model.num_experts / self.cluster.num_ranks * weights if self.workload.offload_optimizer else 0.0
         tokens = 2 * self.token_bytes if self.group_size > 1 else 0.0
-        return waiting * self.slots_per_rank * weights + in_flight * wire + tokens
+        return waiting * self.slots_per_rank * weights + in_flight * (wire + rows) + tokens
 
     def dense_bytes(self, dense: str) -> float:
         """Memory of the other parameters, their gradients and optimizer state.
@@ -159,6 +194,8 @@ class GroupCost:
     @cached_property
     def dense(self) -> str:
         """The mode with the fewest bytes across nodes that fits: "ddp", then "hsdp", then "fsdp2"."""
+        if self.cluster.num_ranks == 1:
+            return "ddp"
         modes = ["ddp"]
         if 1 < self.group_size < self.cluster.num_ranks:
             modes.append("hsdp")
@@ -167,7 +204,7 @@ class GroupCost:
 
     @property
     def resident_bytes(self) -> float:
-        """Memory of a rank: slots, sharded parameters with their state, buffers, the dense part. No activations."""
+        """Memory of a rank's GPU: slots, parameters with their state, buffers, the dense part. No activations."""
         return self.slot_bytes + self.state_bytes + self.buffer_bytes + self.dense_bytes(self.dense)
 
     @property

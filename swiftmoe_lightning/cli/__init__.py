@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from swiftmoe_lightning.cli.memory import memory
 from swiftmoe_lightning.cli.options import (
+    MODEL_HELP,
     Bytes,
     Lag,
     Policies,
@@ -163,12 +165,9 @@ def watch(
     server.serve_until_interrupted()
 
 
-_MODEL_HELP = "A preset (qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, olmoe-1b-7b) or a Hugging Face config.json."
-
-
 @app.command()
 def scale(  # noqa: PLR0913 - options
-    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     layers: Annotated[int | None, option("MoE layers (default, as of the next four: the model's).", 1)] = None,
     experts: Annotated[int | None, option("Experts of a layer.", 1)] = None,
     top_k: Annotated[int | None, option("Experts of a token.", 1)] = None,
@@ -205,13 +204,21 @@ def scale(  # noqa: PLR0913 - options
             network_latency=network_latency_us / 1e6,
             gpu_bytes=gpu_gbytes * 1e9,
         )
-        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "state_dtype": state_dtype}
-        work = Workload(tokens=tokens, micro_batches=micro_batches, **dtypes)
+        work = Workload(
+            tokens=tokens,
+            micro_batches=micro_batches,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            state_dtype=state_dtype,
+        )
         advices = [Advice(known, cluster, work) for cluster in speeds.of_sizes(ranks)]
     if as_json:
         typer.echo(json.dumps(scale_table.as_json(advices), indent=2))
     else:
         scale_table.print_scale(advices)
+
+
+app.command()(memory)
 
 
 @app.command()

@@ -32,6 +32,8 @@ _SCENARIOS = "even, zipf, hot, rotating, burst, switch, dying, relaxing, or all"
 Scenario = Annotated[str | None, option(f"A synthetic trace instead of TRACE: {_SCENARIOS}.")]
 Bytes = Annotated[int, option("Bytes of one expert's weights; its gradient has as many.", 1)]
 
+MODEL_HELP = "A preset (qwen3-30b-a3b, deepseek-v3, mixtral-8x7b, olmoe-1b-7b) or a Hugging Face config.json."
+
 
 def names(policies: str) -> tuple[str, ...]:
     """The policies that an option names."""

@@ -1,18 +1,17 @@
-"""Phase 4 of a step: decides when the weights of each layer are sent to their slots."""
+"""Phase 4 of a step: decides when the weights of each layer are sent to their slots, which all layers have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from swiftmoe_lightning.engine.weight_window import NUM_AHEAD, WeightWindow
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 
-# Layers whose weights are under way while one runs: enough for links to be busy, and for few buffers.
-_NUM_AHEAD: Final = 2
 
-
-class DistributionWindow:
+class DistributionWindow(WeightWindow):
     """The layers whose weights wait to be sent, in the order in which they will be: that of the module.
 
     After an optimizer step the first ones are sent. Each forward of a layer then waits for its own weights, and lets
@@ -21,13 +20,14 @@ class DistributionWindow:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._queue: dict[ShardedLayer, None] = {}
         self._under_way: dict[ShardedLayer, None] = {}
 
     def add(self, layers: Iterable[ShardedLayer]) -> None:
         """Let these layers' weights be sent, by the placements that their slots have been queued for."""
         self._queue.update(dict.fromkeys(layers))
-        self._start(_NUM_AHEAD - len(self._under_way))
+        self._start(NUM_AHEAD - len(self._under_way))
 
     def advance(self, layer: ShardedLayer) -> None:
         """`layer` is about to run: wait for its weights, and let the next ones be sent."""
@@ -38,7 +38,16 @@ class DistributionWindow:
         for following in list(self._under_way)[:1]:
             # Its first leg had the layer before to travel.
             following.slots.continue_distribution()
-        self._start(_NUM_AHEAD - len(self._under_way))
+        self._start(NUM_AHEAD - len(self._under_way))
+
+    def end_forward(self, layer: ShardedLayer, trains: bool) -> None:
+        """Slots keep their weights for backward."""
+
+    def reach_backward(self, layer: ShardedLayer) -> None:
+        """The weights are there."""
+
+    def leave_backward(self, layer: ShardedLayer, of_all_forwards: bool) -> None:
+        """Slots keep their weights for another backward, or forward."""
 
     def refill(self, layer: ShardedLayer) -> None:
         """Start to send the weights of `layer`, which has stale slots on some rank, after all that wait."""
@@ -57,10 +66,15 @@ class DistributionWindow:
             layer.slots.finish_distribution()
         self._under_way.clear()
 
+    def follow_other_groups(self) -> None:
+        """Other groups' first forward has filled stale slots; this group may have had none."""
+        for layer in self.layers if self.replicas is not None else ():
+            if layer.stale:
+                self.refill(layer)
+                self.advance(layer)
+
     def _start(self, number: int) -> None:
         for layer in list(self._queue)[: max(number, 0)]:
             del self._queue[layer]
             self._under_way[layer] = None
-            sends_all = layer.slots.start_distribution(allows_writes=layer.stale)
-            # What is frozen may be stale, too.
-            layer.stale = layer.stale and not sends_all
+            layer.start_distribution()

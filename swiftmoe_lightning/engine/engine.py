@@ -34,6 +34,7 @@ from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrai
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.stale_parameters import refuse_foreign, refuse_replaced, refuse_uncut
 from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
+from swiftmoe_lightning.engine.streamed_window import StreamedWindow
 from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.engine.weight_exchange import PHASES
 from swiftmoe_lightning.placement import Placement, Placer
@@ -50,7 +51,8 @@ class SwiftMoEEngine:
 
     Construction is a collective: parameters of `Experts` are sharded in place (rank 0's values). Run the module
     through `data_parallel()`; then make optimizers, and pass them through `prepare_optimizer`. Without a process
-    group, or on one rank, the module stays a plain MoE: the engine counts loads and moves router biases.
+    group, or on one rank, the module stays a plain MoE: the engine counts loads and moves router biases; unless
+    offload_optimizer or reshard_after_forward keep weights elsewhere, which take a process group of one rank.
 
     Args:
         module: all its `Experts` layers take part.
@@ -65,6 +67,7 @@ class SwiftMoEEngine:
     Raises:
         ValueError: when the slots cannot hold the experts, groups do not fit the ranks, or for a config or
             ranks_per_node that is not valid.
+        RuntimeError: for a config that needs a process group where there is none.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class SwiftMoEEngine:
         self._wants_stop = False
         self._states: list[LayerState] = []
         self._updates: dict[int, ShardedUpdate] = {}
-        self._collector, self._window = GradientCollector(), DistributionWindow()
+        self._collector = GradientCollector()
+        self._window = StreamedWindow() if self.config.reshard_after_forward else DistributionWindow()
         self.attach(module)
 
     @property
@@ -118,6 +122,7 @@ class SwiftMoEEngine:
         if self.group is not None and self.layers:
             max_experts = max(layer.experts.num_experts for layer in self.layers)
             handshake = ForwardHandshake(self.group, [state.name for state in self._states], max_experts, self._device)
+            self._window.connect(self.layers, self.group.replicate)
             for layer in self.layers:
                 layer.connect(handshake, self._collector, self._window)
             gather_before_save_pretrained(module)
@@ -248,10 +253,7 @@ class SwiftMoEEngine:
         handshake = self.layers[0].handshake
         while len((table := handshake.done()).active_rows):
             self.layers[table.layer].serve(table)
-        if self.group is not None and self.group.replicate is not None:
-            # Their first forward has filled stale slots; this group may have had none.
-            for layer in self.layers:
-                layer.fill_if_stale()
+        self._window.follow_other_groups()
 
     def grad_norm(self, norm_type: float = 2.0, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """The norm, [], over dense and expert gradients, of `parameters` or all; equal on all ranks. A collective."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.distributed import ExpertGroup
+
+_NO_PROCESS_GROUP: Final = (
+    "offload_optimizer and reshard_after_forward send weights through a process group, also on one device, and there "
+    "is none. Start the script with torchrun (--nproc-per-node 1 for one device) and call "
+    "torch.distributed.init_process_group before the engine, as Lightning and Accelerate do under torchrun; or, in a "
+    'plain process, init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1), on a GPU '
+    "for 'cpu:gloo,cuda:nccl'. (FAQ: no-process-group)"
+)
 
 
 def make_group(
@@ -28,14 +38,18 @@ def make_group(
         tensor_mesh: of the user; ranks along its last axis have the same tokens.
 
     Returns:
-        None without a process group, or on one rank.
+        None without a process group, or on one rank, unless the config spreads one rank.
 
     Raises:
         ValueError: when groups do not fit the ranks.
+        RuntimeError: for a config that needs a process group where there is none.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+    if config.spreads_one_rank and num_ranks == 0:
+        raise RuntimeError(_NO_PROCESS_GROUP)
+    if num_ranks <= 1 and not config.spreads_one_rank:
         return None
-    size = config.resolve_expert_parallel_size(dist.get_world_size())
+    size = config.resolve_expert_parallel_size(num_ranks)
     if mesh is not None and config.expert_parallel_size not in (None, mesh.size(-1)):
         raise ValueError(
             f"expert_parallel_size={size}, and the last axis of the mesh has {mesh.size(-1)} ranks: {mesh}. Leave "

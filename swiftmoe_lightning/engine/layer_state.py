@@ -61,7 +61,7 @@ class LayerState:
             placement: the first; None for experts that have one.
         """
         shard_device = torch.device("cpu") if config.offload_optimizer else device
-        replaced = shard_parameters(self.experts, group, shard_device, pins=shard_device != device)
+        replaced = shard_parameters(self.experts, group, shard_device, pins=shard_device.type != device.type)
         self.stale_parameters.add(replaced.values())
         if self.sharded is None:
             assert placement is not None

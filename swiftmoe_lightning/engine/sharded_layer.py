@@ -21,8 +21,8 @@ from swiftmoe_lightning.modules import ExpertParallelContext, Experts
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
-    from swiftmoe_lightning.engine.distribution_window import DistributionWindow
     from swiftmoe_lightning.engine.gradient_collector import GradientCollector
+    from swiftmoe_lightning.engine.weight_window import WeightWindow
 
 
 class ShardedLayer(ExpertParallelContext):
@@ -48,16 +48,17 @@ class ShardedLayer(ExpertParallelContext):
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
-        self._window: DistributionWindow | None = None
+        self._window: WeightWindow | None = None
         self.gradients = LayerGradients(experts, slots, group.num_data_ranks, self._on_gradients)
         self._announced: HandshakeTable | None = None
+        self._leaves_by_rows = False
 
-    def connect(self, handshake: ForwardHandshake, collector: GradientCollector, window: DistributionWindow) -> None:
+    def connect(self, handshake: ForwardHandshake, collector: GradientCollector, window: WeightWindow) -> None:
         """Connect the layer with what the engine's layers share."""
         self._handshake, self._collector, self._window = handshake, collector, window
 
     @property
-    def window(self) -> DistributionWindow:
+    def window(self) -> WeightWindow:
         """The engine's, once connected."""
         assert self._window is not None
         return self._window
@@ -151,6 +152,8 @@ class ShardedLayer(ExpertParallelContext):
         return self.slots.weights
 
     def _on_gradients(self) -> None:
+        if not self._leaves_by_rows:
+            self.window.leave_backward(self, of_all_forwards=True)
         self.collector.on_gradients(self)
 
     def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
@@ -180,27 +183,47 @@ class ShardedLayer(ExpertParallelContext):
         self.slots.queue_distribution(placement, updated)
         return True
 
-    def fill_if_stale(self) -> None:
-        """Fill stale slots outside of a forward. A collective of all groups."""
-        if self.stale:
-            self.window.refill(self)
-            self.window.advance(self)
+    def start_distribution(self) -> None:
+        """Begin to send the weights that the slots will have. A collective of all groups."""
+        sends_all = self.slots.start_distribution(allows_writes=self.stale)
+        # What is frozen may be stale, too.
+        self.stale = self.stale and not sends_all
 
-    def on_backward(self, placement: Placement) -> None:
+    def end_forward(self, arrived_RD: Tensor, out_TD: Tensor, placement: Placement) -> None:
+        """The layer has run: let backward say when it comes and goes, and free the slots unless it comes next.
+
+        Takes what `ExpertParallelContext.end_forward` does.
+        """
+        self._leaves_by_rows = arrived_RD.requires_grad
+        uses_weights = arrived_RD.requires_grad or any(slot.requires_grad for slot in self.slots.weights.values())
+        if arrived_RD.requires_grad:
+            # Its gradient is the last thing that backward computes with the slots.
+            arrived_RD.register_hook(lambda _: self.window.leave_backward(self, of_all_forwards=False))
+        if out_TD.requires_grad:
+            # At every backward: one forward may have several (retain_graph=True), which train each time.
+            out_TD.register_hook(lambda _: self._on_backward(placement, uses_weights))
+        self.window.end_forward(self, trains=out_TD.requires_grad)
+
+    def _on_backward(self, placement: Placement, uses_weights: bool) -> None:
         """Backward has reached the layer: its gradients will be collected at the end.
 
         Args:
             placement: of its forward.
+            uses_weights: backward computes with the slots.
 
         Raises:
             RuntimeError: when the slots' weights have been replaced since that forward.
         """
-        if any(p.requires_grad for p in self.experts.parameters()) and not self.slots.holds(placement):
+        # Freed slots would be filled with what the parameters are now.
+        is_lost = not self.slots.has_memory and (self.stale or self.slots.is_outdated)
+        if uses_weights and (is_lost or not self.slots.holds(placement)):
             raise RuntimeError(
                 "backward through a forward from before the last optimizer step (or load): its experts' weights have "
                 "been replaced since, as an in-place update would. Run forward again after each step. "
                 "(FAQ: backward-after-step)"
             )
+        if uses_weights:
+            self.window.reach_backward(self)
         self.collector.on_backward(self)
 
     def holds_gradients(self) -> bool:

@@ -60,6 +60,7 @@ class ExpertSlots:
         self.weights: dict[str, Tensor] = {}
         self._filled: Placement | None = None
         self._is_queued = False
+        self._is_freed = False
         self._distribution: PendingDistribution | None = None
         self._stages: tuple[Placement, list[Stage]] | None = None
         self._sent_versions: dict[str, tuple[int, int]] = {}
@@ -84,6 +85,27 @@ class ExpertSlots:
         """The next distribution sends all parameters. Call it on all ranks."""
         self._updated = None
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether the slots have been filled, or are being filled, since they were freed."""
+        return self._filled is not None and not self._is_freed
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the slots have the weights of `placement`, or will have by those under way."""
+        return self.has_memory and not self._is_queued
+
+    def free(self) -> None:
+        """Give back the slots' memory. Waits for weights under way; the next distribution sends all parameters.
+
+        What autograd has saved of the slots is filled with them: it shares their storage, as under FSDP2.
+        """
+        self.finish_distribution()
+        if self.has_memory:
+            self._is_freed = True
+            for slot in self.weights.values():
+                slot.untyped_storage().resize_(0)
+
     @torch.no_grad()
     def start_distribution(self, allows_writes: bool) -> bool:
         """Begin to send this rank's rows of every expert to the ranks that have the expert in `placement`.
@@ -95,32 +117,40 @@ class ExpertSlots:
             Whether all parameters are sent: those that are frozen stay in their slots while the placement does.
         """
         self.finish_distribution()
+        parameters = self._parameters()
+        is_new = self._is_queued or self._sent_versions != _versions(parameters)
+        # What was freed comes back as it was.
+        is_refill = self._is_freed and not self._is_queued and self._updated is not None
+        if self.placement is self._filled and is_new:
+            # Forwards with the old weights know them by this object.
+            self.placement = copy.copy(self.placement)
+        # On the model's stream, to which their memory returns.
+        if self._match_slots(parameters):
+            self._updated = None
+        names = self._names_to_send()
+        if allows_writes or not (self._is_queued or is_refill):
+            self._note_versions(parameters, names)
+        self._filled, self._is_queued, self._updated, self._is_freed = self.placement, False, set(), False
         with phase("distribute"), self._stream.after_model():
-            parameters = self._parameters()
-            is_new = self._is_queued or self._sent_versions != _versions(parameters)
-            if self.placement is self._filled and is_new:
-                # Forwards with the old weights know them by this object.
-                self.placement = copy.copy(self.placement)
-            if self._match_slots(parameters):
-                self._updated = None
-            names = self._names_to_send()
-            if allows_writes or not self._is_queued:
-                self._note_versions(parameters, names)
-            self._filled, self._is_queued, self._updated = self.placement, False, set()
             # From CPU memory each layer's rows travel by themselves.
             shards = {
                 name: local_shard(p).to(self.device, self.weights[name].dtype, non_blocking=True)
                 for name, p in parameters.items()
                 if name in names
             }
-            slots = {name: self.weights[name].detach() for name in shards}
+            # A write to `.data` does not count as one: autograd may use what it has saved of slots that are refilled.
+            slots = {name: self.weights[name].data if is_refill else self.weights[name].detach() for name in shards}
             self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
         return len(names) == len(parameters)
 
     def _names_to_send(self) -> Collection[str]:
         """The parameters whose slots have other values than the next distribution brings. The same on all ranks."""
         filled = self._filled
-        stays = filled is not None and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
+        stays = (
+            filled is not None
+            and not self._is_freed
+            and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
+        )
         return self._updated if stays and self._updated is not None else self._parameters().keys()
 
     def _note_versions(self, parameters: Mapping[str, Tensor], names: Collection[str]) -> None:
@@ -153,9 +183,8 @@ class ExpertSlots:
                 self._stream.join()
 
     def holds(self, placement: Placement) -> bool:
-        """Whether the slots still have the weights of the last forward under `placement`."""
-        is_under_way = self._is_queued or self._distribution is not None
-        return not is_under_way and placement is self._filled
+        """Whether the slots have the weights of the last forward under `placement`, or had when they were freed."""
+        return not self._is_queued and placement is self._filled
 
     def join(self, totals: Collection[Tensor]) -> None:
         """Let the model's stream, or the CPU, wait for the sums of a collection."""
@@ -204,6 +233,8 @@ class ExpertSlots:
                 with torch.inference_mode(False):
                     self.weights[name] = torch.zeros(shape, dtype=dtype, device=self.device)
                 are_new = True
+            elif self._is_freed:
+                slot.untyped_storage().resize_(slot.nbytes)
             self.weights[name].requires_grad_(sharded.requires_grad)
         return are_new
 

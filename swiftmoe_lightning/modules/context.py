@@ -98,11 +98,13 @@ class ExpertParallelContext(ABC):
         """Called when the module has overwritten its parameters."""
 
     @abstractmethod
-    def on_backward(self, placement: Placement) -> None:
-        """Called whenever backward reaches the layer.
+    def end_forward(self, arrived_RD: Tensor, out_TD: Tensor, placement: Placement) -> None:
+        """Called when a forward has computed.
 
         Args:
-            placement: of its forward.
+            arrived_RD: [R, D], the rows that went through this rank's weights.
+            out_TD: [T, D], the layer's result.
+            placement: of this forward.
         """
 
 
@@ -173,6 +175,6 @@ class SingleDeviceContext(ExpertParallelContext):
         """Nothing to do: forward computes with the parameters themselves."""
         pass
 
-    def on_backward(self, placement: Placement) -> None:
-        """Nothing to do: gradients are in `.grad` of the parameters."""
+    def end_forward(self, arrived_RD: Tensor, out_TD: Tensor, placement: Placement) -> None:
+        """Nothing to do: gradients will be in `.grad` of the parameters."""
         pass

@@ -228,7 +228,7 @@ class Experts(nn.Module):
                 out_TD = combine(rows_MD, dispatcher.weights_TK, dispatcher.by_pair).to(started.out_dtype)
         if self.context.tensor_ranks is not None:
             out_TD = gather_shares(out_TD, started.num_tokens, self.context.tensor_ranks)
-        return self._end(out_TD, dispatcher.popularity_E, load)
+        return self._end(arrived_RD, out_TD, dispatcher.popularity_E, load)
 
     @torch.compiler.disable
     def _plan(
@@ -246,16 +246,14 @@ class Experts(nn.Module):
         return dispatcher, context.weights(), load
 
     @torch.compiler.disable
-    def _end(self, out_TD: Tensor, popularity_E: Tensor, load: ExpertLoad) -> ExpertsOutput:
+    def _end(self, arrived_RD: Tensor, out_TD: Tensor, popularity_E: Tensor, load: ExpertLoad) -> ExpertsOutput:
         """Let backward collect the experts' gradients, and count what they were trained on."""
         context, placement = self.context, load.placement
 
         def on_backward() -> None:
             self.trained_load.add(load)
 
-        if out_TD.requires_grad:
-            # At every backward: one forward may have several (retain_graph=True), which train each time.
-            out_TD.register_hook(lambda _: context.on_backward(placement))
+        context.end_forward(arrived_RD, out_TD, placement)
         out_TD = run_once_in_backward(out_TD, on_backward)
         num_data_ranks = placement.world_size / (1 if context.tensor_ranks is None else context.tensor_ranks.size)
         return ExpertsOutput(out_TD, popularity_E, num_data_ranks, _in_backward())

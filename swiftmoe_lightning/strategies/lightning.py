@@ -39,8 +39,8 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
     Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, exchange,
-            dense, expert_parallel_size: see `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, reshard_after_forward,
+            token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
         tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
@@ -62,6 +62,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         offload_optimizer: bool = False,
+        reshard_after_forward: bool = False,
         token_split: str = "balanced",
         exchange: str = "flat",
         dense: str = "ddp",
@@ -77,6 +78,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             offload_optimizer=offload_optimizer,
+            reshard_after_forward=reshard_after_forward,
             token_split=token_split,
             exchange=exchange,
             dense=dense,
@@ -106,8 +108,6 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
                 "spawn or fork started it is in their processes alone: read it in a callback."
             )
         return self._engine
-
-    # -- set-up ---------------------------------------------------------------------------------------------------
 
     @override
     def setup_environment(self) -> None:

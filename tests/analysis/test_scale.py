@@ -88,8 +88,8 @@ def test_one_group_sends_nothing_across_and_groups_of_one_nothing_within() -> No
     assert (alone.group_bytes, alone.token_seconds, alone.count_seconds, alone.slots_per_rank) == (0, 0, 0, 4)
     single = cost(1, num_ranks=1)
     assert (single.messages, single.step_seconds) == (0, 0)
-    # The gradients themselves; nothing travels.
-    assert single.buffer_bytes == 2 * 4 * 192
+    # It computes with the parameters, whose gradients are counted with them.
+    assert (single.slot_bytes, single.buffer_bytes) == (0, 0)
 
 
 def test_dtypes_and_gradients_count_apart() -> None:

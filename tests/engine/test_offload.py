@@ -40,8 +40,9 @@ def test_an_offloaded_run_equals_a_dense_single_process(world_size: int, size: i
 
 
 def save_or_resume(folder: str, mode: str, resumes: bool) -> dict[str, Tensor]:
-    """Half of the steps and a checkpoint; or, on other ranks, the rest from it."""
-    engine, model, optimizer = build(dist.get_world_size(), torch.float64, offload_optimizer=True, dense=mode)
+    """Half of the steps and a checkpoint; or, on other ranks, which free their slots, too, the rest from it."""
+    options = {"offload_optimizer": True, "dense": mode, "reshard_after_forward": resumes}
+    engine, model, optimizer = build(dist.get_world_size(), torch.float64, **options)
     half = dense.STEPS // 2
     parts: dict[str, Any] = {"model": engine.module, "optimizer": optimizer}
     if resumes:

@@ -23,13 +23,13 @@ from tests.helpers import rank_errors, run_ranks
 class Loop:
     """The events of a training loop, on one process or on this rank's part of every batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.is_spread = dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.is_spread else (0, 1)
         self.module = models.build(torch.float64)
-        self.engine = sml.SwiftMoEEngine(
-            self.module, sml.SwiftMoEConfig(slots_per_rank=4 if self.is_spread else None, placement=models.RandomPolicy)
-        )
+        slots = 4 if self.is_spread else None
+        config = sml.SwiftMoEConfig(slots_per_rank=slots, placement=models.RandomPolicy, **options)
+        self.engine = sml.SwiftMoEEngine(self.module, config)
         self.optimizer = self.engine.prepare_optimizer(torch.optim.AdamW(self.module.parameters(), lr=1e-2, eps=1e-4))
         self.num_batches = 0
         self.saved = self.state()
@@ -121,10 +121,10 @@ class Explode(torch.autograd.Function):
         raise ZeroDivisionError
 
 
-def run_loops(loops: list[list[str]]) -> list[dict[str, Tensor]]:
+def run_loops(loops: list[list[str]], options: dict[str, Any]) -> list[dict[str, Tensor]]:
     actual = []
     for events in loops:
-        loop = Loop()
+        loop = Loop(**options)
         loop.run(events)
         actual.append(loop.state()["model"])
     return actual
@@ -151,9 +151,9 @@ STEPS = st.builds(
 LOOPS = st.lists(STEPS, min_size=2, max_size=4).map(lambda steps: [event for step in steps for event in step])
 
 
-def check(loops: list[list[str]]) -> None:
-    expected = run_loops(loops)
-    for actual in run_ranks(run_loops, 2, loops):
+def check(loops: list[list[str]], **options: Any) -> None:
+    expected = run_loops(loops, {})
+    for actual in run_ranks(run_loops, 2, loops, options):
         for events, state, expected_state in zip(loops, actual, expected, strict=True):
             wrong = [
                 n for n, value in expected_state.items() if not torch.allclose(state[n], value, rtol=1e-9, atol=1e-11)
@@ -174,14 +174,22 @@ CASES = {
 }
 
 
-def test_loops_that_once_went_wrong_equal_one_process() -> None:
-    check(list(CASES.values()))
+@pytest.mark.parametrize("frees_slots", [False, True])
+def test_loops_that_once_went_wrong_equal_one_process(frees_slots: bool) -> None:
+    check(list(CASES.values()), reshard_after_forward=frees_slots)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.lists(LOOPS, min_size=12, max_size=12))
 def test_any_sequence_of_events_equals_one_process(loops: list[list[str]]) -> None:
     check(loops)
+
+
+@pytest.mark.nightly
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(LOOPS, min_size=12, max_size=12))
+def test_any_sequence_equals_one_process_where_slots_are_freed(loops: list[list[str]]) -> None:
+    check(loops, reshard_after_forward=True)
 
 
 def step_on_one_rank_alone() -> None:

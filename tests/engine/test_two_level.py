@@ -47,10 +47,16 @@ def train(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Tensor]:
     return engine.full_state_dict()
 
 
-@pytest.mark.parametrize("dtype", [*nightly(torch.float32), torch.float64])
-def test_thirty_steps_equal_a_dense_single_process(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *nightly((torch.float32, {}), (torch.float64, {"reshard_after_forward": True, "offload_optimizer": True})),
+        (torch.float64, {}),
+    ],
+)
+def test_thirty_steps_equal_a_dense_single_process(dtype: torch.dtype, options: dict[str, Any]) -> None:
     expected = dense.train_dense(dict(models.build().state_dict()), dtype)
-    for state in run_ranks(train, 4, dtype, {}):
+    for state in run_ranks(train, 4, dtype, options):
         errors = {name: relative_error(state[name], expected[name]) for name in expected}
         assert max(errors.values()) <= TOLERANCES[dtype], errors
 

@@ -19,7 +19,7 @@ from swiftmoe_lightning.engine.checkpoint import load_model, load_optimizers, sa
 from swiftmoe_lightning.placement import plan_collection, plan_distribution
 from tests import hf_models
 from tests.engine.models import RandomPolicy, my_part
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.huggingface.test_trainer import rows
 
 peft = pytest.importorskip("peft")
@@ -85,9 +85,10 @@ def logits(model: Any) -> Tensor:
 class Run:
     """A model with its engine and optimizer on each rank."""
 
-    def __init__(self, family: str, seed: int) -> None:
+    def __init__(self, family: str, seed: int, frees_slots: bool = False) -> None:
         self.model = sml.convert(adapted(family, seed))
-        self.engine = sml.SwiftMoEEngine(self.model, sml.SwiftMoEConfig(slots_per_rank=4, placement="balanced"))
+        config = sml.SwiftMoEConfig(slots_per_rank=4, placement="balanced", reshard_after_forward=frees_slots)
+        self.engine = sml.SwiftMoEEngine(self.model, config)
         self.wrapped = self.engine.data_parallel()
         self.optimizer = self.engine.prepare_optimizer(torch.optim.AdamW(trained(self.model), lr=1e-2))
         self.placements: set[tuple[int, ...]] = set()
@@ -107,16 +108,16 @@ class Run:
         return float(loss.detach())
 
 
-def train_ranks(families: list[str], folder: str) -> tuple[dict[str, list[float]], dict[str, int]]:
+def train_ranks(families: list[str], folder: str, frees_slots: bool) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Train each family, stop in the middle and resume in another model, and save. Losses, and placements seen."""
     losses, num_placements = {}, {}
     for family in families:
         # Only rank 0's values may count.
-        run, saved = Run(family, seed=dist.get_rank()), Path(folder, f"{family}-checkpoint")
+        run, saved = Run(family, dist.get_rank(), frees_slots), Path(folder, f"{family}-checkpoint")
         losses[family] = [run.step(number) for number in range(RESUMED)]
         save_directory(saved, run.model, [run.optimizer], {})
         state = run.engine.state_dict()
-        seen, run = run.placements, Run(family, seed=7)
+        seen, run = run.placements, Run(family, 7, frees_slots)
         load_model(saved, run.model)
         load_optimizers(saved, run.model, [run.optimizer])
         run.engine.load_state_dict(state)
@@ -146,9 +147,14 @@ def train_alone(family: str, world_size: int) -> tuple[Any, list[list[float]]]:
     return model, losses
 
 
-@pytest.mark.parametrize(("world_size", "families"), [(2, FAMILIES), (4, ["mixtral"])])
-def test_steps_on_ranks_equal_steps_of_peft_alone(world_size: int, families: list[str], tmp_path: Path) -> None:
-    outcomes = run_ranks(train_ranks, world_size, families, str(tmp_path))
+@pytest.mark.parametrize(
+    ("world_size", "families", "frees_slots"),
+    [(2, FAMILIES, False), (4, ["mixtral"], True), *nightly((4, ["mixtral"], False), (2, FAMILIES, True))],
+)
+def test_steps_on_ranks_equal_steps_of_peft_alone(
+    world_size: int, families: list[str], frees_slots: bool, tmp_path: Path
+) -> None:
+    outcomes = run_ranks(train_ranks, world_size, families, str(tmp_path), frees_slots)
     for family in families:
         expected, expected_losses = train_alone(family, world_size)
         for (losses, num_placements), alone in zip(outcomes, expected_losses, strict=True):

@@ -121,6 +121,7 @@ def _numbers(cost: GroupCost) -> dict[str, Any]:
         "step_seconds": cost.step_seconds,
         "slot_bytes": cost.slot_bytes,
         "state_bytes": cost.state_bytes,
+        "host_bytes": cost.host_bytes,
         "buffer_bytes": cost.buffer_bytes,
         "dense": cost.dense,
         "dense_bytes": cost.dense_bytes(cost.dense),
