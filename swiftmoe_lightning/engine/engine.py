@@ -104,7 +104,7 @@ class SwiftMoEEngine:
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes that this rank has sent to other ranks since the start, by phase: see `PHASES`; "update" is `Muon`'s."""
+        """Bytes that this rank has sent to others since the start, by phase: see `PHASES`; "update" is `Muon`'s."""
         sent = {phase: sum(layer.slots.bytes_sent[phase] for layer in self.layers) for phase in PHASES}
         return {**sent, "update": sum(update.bytes_sent for update in self._updates.values())}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,8 +86,8 @@ def matrices_of(
             rows, rows_W = pieces[cut.own][0], [of_part for _, of_part in pieces]
             height = sum(map(len, rows_W))
         out, inner = (width, height) if settings["transposed"] else (height, width)
-        views = [tensor[:, rows, columns] for tensor in tensors]
-        update = _RowUpdate(*views, settings, float(settings["lr"]) * _adjustment(settings, out, inner), device)
+        own = _OwnRows(*(tensor[:, rows, columns] for tensor in tensors))
+        update = _RowUpdate(own, settings, float(settings["lr"]) * _adjustment(settings, out, inner), device)
         stack = MatrixStack(len(tensors[0]), height, width)
         stacks.append(CutMatrices(stack, rows_W, update.read, update.write))
     return stacks
@@ -100,25 +100,30 @@ def _adjustment(settings: Mapping[str, Any], out: int, inner: int) -> float:
     return math.sqrt(max(1, out / inner))
 
 
-@dataclass(frozen=True, eq=False)
-class _RowUpdate:
+class _OwnRows(NamedTuple):
     """This rank's rows [E, r, c] of matrices, of their gradients and of the gradients' moving averages."""
 
-    rows: Tensor
+    weights: Tensor
     gradient: Tensor
     average: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _RowUpdate:
+    own: _OwnRows
     settings: Mapping[str, Any]
     learning_rate: float
     device: torch.device
 
     def read(self, first: int, stop: int) -> Tensor:
         """[n, r, c] bfloat16, what is to be orthogonalised of the matrices first to stop - 1."""
-        average, settings = self.average[first:stop], self.settings
-        update = self.gradient[first:stop].lerp(average, settings["momentum"]) if settings["nesterov"] else average
-        return update.to(self.device, torch.bfloat16)
+        average, settings = self.own.average[first:stop], self.settings
+        update = self.own.gradient[first:stop].lerp(average, settings["momentum"]) if settings["nesterov"] else average
+        # In one order of memory, by which sums round alike on any number of ranks.
+        return update.to(self.device, torch.bfloat16).contiguous()
 
     def write(self, first: int, stop: int, orthogonal: Tensor) -> None:
         """Update the matrices first to stop - 1 by these rows, [n, r, c] bfloat16."""
-        rows, settings = self.rows[first:stop], self.settings
-        rows.mul_(1 - float(settings["lr"]) * settings["weight_decay"])
-        rows.add_(orthogonal.to(rows.device), alpha=-self.learning_rate)
+        weights, settings = self.own.weights[first:stop], self.settings
+        weights.mul_(1 - float(settings["lr"]) * settings["weight_decay"])
+        weights.add_(orthogonal.to(weights.device), alpha=-self.learning_rate)

@@ -100,9 +100,7 @@ def plan_matrices(
     return tuple(_deal(stacks, bucket, world_size) for bucket in buckets if bucket)
 
 
-def _deal(
-    stacks: Sequence[MatrixStack], bucket: Sequence[tuple[int, int]], world_size: int
-) -> tuple[MatrixBlock, ...]:
+def _deal(stacks: Sequence[MatrixStack], bucket: Sequence[tuple[int, int]], world_size: int) -> tuple[MatrixBlock, ...]:
     """Each matrix goes to the rank in whose share of the work its middle lies."""
     total = sum(stacks[index].work for index, _ in bucket)
     before, owned = 0, []
