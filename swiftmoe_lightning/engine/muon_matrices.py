@@ -47,7 +47,8 @@ class RowCut:
             raise ValueError(
                 f"Muon takes matrices that are whole or cut by rows over one axis of ranks, and a parameter of shape "
                 f"{list(parameter.shape)} is cut as {parameter.placements} over {parameter.device_mesh.shape} ranks "
-                "(tensor parallelism cuts so). Put it into a group with use_muon=False. (FAQ: muon-on-experts)"
+                "(biases of experts, and tensor-parallel weights, are). Put it into a group with use_muon=False. "
+                "(FAQ: muon-on-experts)"
             )
         return cls(found[0], found[1], found[0].rank())
 

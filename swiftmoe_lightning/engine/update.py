@@ -229,7 +229,8 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
 
 def _looks_at(name: str) -> str:
     """What an optimizer of this class name needs of a whole tensor."""
-    return next((reason for part, reason in _REASONS.items() if part in name.lower()), "norms, factors or orthogonalisation")
+    reasons = (reason for part, reason in _REASONS.items() if part in name.lower())
+    return next(reasons, "norms, factors or orthogonalisation")
 
 
 def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter, start: Tensor) -> Tensor:
