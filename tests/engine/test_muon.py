@@ -138,31 +138,47 @@ def train_reference(chosen: list[str]) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
+def is_dense_matrix(name: str) -> bool:
+    return name.endswith("weight")
+
+
 def rate_of(name: str) -> float:
     return 0.02 if name.startswith("1.") else 0.05
 
 
-def build(size: int, only_experts: bool = False, **options: Any) -> tuple[sml.SwiftMoEEngine, Any, list[Any]]:
-    """The engine, the model to run, and a Muon with or without an AdamW beside it."""
+def with_rates(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Muon's groups cut in two where layer "1" has another learning rate."""
+    names = {p: name for name, p in module.named_parameters()}
+    split = [
+        {**group, "params": [p for p in group["params"] if rate_of(names[p]) == rate], "lr": rate}
+        for group in groups
+        for rate in (0.02, 0.05)
+    ]
+    return [group for group in split if group["params"]]
+
+
+def build(size: int, in_three: bool = False, **options: Any) -> tuple[sml.SwiftMoEEngine, Any, list[Any]]:
+    """The engine, the model to run, and its optimizer.
+
+    in_three: torch's own Muon for the dense matrices, AdamW for the second layer's experts.
+    """
     module = models.build(torch.float64)
     config = sml.SwiftMoEConfig(placement=models.RandomPolicy, slots_per_rank=5, expert_parallel_size=size, **options)
     engine = sml.SwiftMoEEngine(module, config)
     model = engine.data_parallel()
-    if only_experts:
-        experts = [p for name, p in module.named_parameters() if "1.experts" in name]
-        groups = [g for g in sml.muon_groups(module[1]) if g["params"]]
-        groups = [{**g, "params": [p for p in g["params"] if any(p is e for e in experts)]} for g in groups]
-        groups = [g for g in groups if g["params"]]
-        rest = [p for p in module.parameters() if not any(p is e for e in experts)]
-        optimizers = [sml.Muon(groups, **{**OPTIONS, "lr": rate_of("1.")}), torch.optim.AdamW(rest, **ADAMW)]
+    optimizers: list[Any]
+    if in_three:
+        *muon, _ = sml.muon_groups(module[1].experts)
+        dense_matrices = [{"params": [p for name, p in module.named_parameters() if is_dense_matrix(name)]}]
+        rest = [p for name, p in module.named_parameters() if not is_dense_matrix(name) and "1.experts" not in name]
+        optimizers = [
+            sml.Muon(with_rates(module, muon), **OPTIONS),
+            torch.optim.Muon(with_rates(module, dense_matrices), **OPTIONS),
+            torch.optim.AdamW(rest, **ADAMW),
+        ]
     else:
-        groups = sml.muon_groups(module, **ADAMW)
-        slow = {p for name, p in module.named_parameters() if name.startswith("1.")}
-        muon = [group for group in groups if group["use_muon"]]
-        split = [{**g, "params": [p for p in g["params"] if (p in slow) == s]} for g in muon for s in (False, True)]
-        for group in split:
-            group["lr"] = rate_of("1." if group["params"] and group["params"][0] in slow else "")
-        optimizers = [sml.Muon([*(g for g in split if g["params"]), groups[-1]], **OPTIONS)]
+        *muon, rest = sml.muon_groups(module, **ADAMW)
+        optimizers = [sml.Muon([*with_rates(module, muon), rest], **OPTIONS)]
     return engine, model, [engine.prepare_optimizer(optimizer) for optimizer in optimizers]
 
 
@@ -190,7 +206,7 @@ def train_cases(cases: list[tuple[int, dict[str, Any]]]) -> list[tuple[dict[str,
 
 
 CASES: dict[int, list[tuple[int, dict[str, Any]]]] = {
-    2: [(2, {}), (2, {"dense": "fsdp2", "offload_optimizer": True}), (2, {"only_experts": True})],
+    2: [(2, {}), (2, {"dense": "fsdp2", "offload_optimizer": True}), (2, {"in_three": True})],
     4: [(2, {}), (2, {"dense": "fsdp2"}), (2, {"dense": "hsdp"}), (4, {"offload_optimizer": True})],
 }
 
@@ -198,14 +214,14 @@ CASES: dict[int, list[tuple[int, dict[str, Any]]]] = {
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_equal_torchs_muon_on_one_process(world_size: int) -> None:
     names = [name for name in models.build().state_dict() if is_matrix(name)]
-    chosen = {False: names, True: [name for name in names if "1.experts" in name]}
+    chosen = {False: names, True: [name for name in names if is_dense_matrix(name) or "1.experts" in name]}
     expected = {only: train_reference(chosen[only]) for only in chosen}
     start = models.build(torch.float64).state_dict()
     assert all(relative_error(expected[False][name], value) > 0.05 for name, value in start.items())
     cases = CASES[world_size]
     for rank in run_ranks(train_cases, world_size, cases):
         for (size, options), (state, _) in zip(cases, rank, strict=True):
-            reference = expected[options.get("only_experts", False)]
+            reference = expected[options.get("in_three", False)]
             errors = {name: relative_error(state[name], reference[name]) for name in reference}
             assert max(errors.values()) <= 1e-12, (size, options, errors)
 
