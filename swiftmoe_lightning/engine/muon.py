@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+from torch.utils.weak import WeakIdKeyDictionary
 
 from swiftmoe_lightning.config import check_choice
 from swiftmoe_lightning.distributed import (
@@ -74,6 +75,7 @@ class Muon(Optimizer):
     compute_device: torch.device | None = None
     bytes_sent = 0
     check_group: Callable[[dict[str, Any]], None] | None = None
+    _cuts: WeakIdKeyDictionary | None = None
 
     def __init__(  # noqa: PLR0913 - public options
         self,
@@ -155,7 +157,7 @@ class Muon(Optimizer):
     def _find(self, group: dict[str, Any], found: dict[dist.ProcessGroup | None, _Found]) -> None:
         """Add the group's matrices to those that are cut over the same ranks."""
         for parameter in group["params"]:
-            cut = RowCut.of(parameter)
+            cut = self._cut_of(parameter)
             device = self.compute_device or local_shard(parameter).device
             # Also without a gradient: ranks that have one meet the others.
             alike = found.setdefault(cut.process_group, _Found(device))
@@ -163,6 +165,15 @@ class Muon(Optimizer):
                 matrices = matrices_of(parameter, self._average(group, parameter), group, cut, alike.device)
                 alike.matrices += matrices
                 alike.settings += [group] * len(matrices)
+
+    def _cut_of(self, parameter: Tensor) -> RowCut:
+        # Not in the constructor: a copy of an optimizer has only its groups and state.
+        if self._cuts is None:
+            self._cuts = WeakIdKeyDictionary()
+        if parameter not in self._cuts:
+            self._cuts[parameter] = RowCut.of(parameter)
+        cut: RowCut = self._cuts[parameter]
+        return cut
 
     def _average(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         """The moving average of the parameter's gradients, with the present one."""
