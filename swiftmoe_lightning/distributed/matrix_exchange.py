@@ -124,7 +124,7 @@ def refuse_different_matrices(matrices: Sequence[object], ranks: RankGroup, devi
     if any(other != checksums[0] for other in checksums):
         raise RuntimeError(
             "ranks are about to orthogonalise different matrices together: they have gradients of "
-            f"{[count for _, count in checksums]} matrices, by rank. Let every rank's optimizer have the same "
+            f"{[count for _, count in checksums]} stacks of them, by rank. Let every rank's optimizer have the same "
             "parameter groups, and reset or remove the same gradients on all ranks. (FAQ: muon-on-experts)"
         )
 

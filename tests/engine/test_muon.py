@@ -322,7 +322,7 @@ def added_later() -> None:
 
 BIASES: Callable[[], Any] = partial(prepare, lambda module: [module[2].experts.up_proj_bias])
 MISUSES: dict[str, Callable[[], Any]] = {
-    "have gradients of [5, 4] matrices, by rank": different_gradients,
+    "have gradients of [5, 4] stacks of them, by rank": different_gradients,
     "sml.Muon(sml.muon_groups(model)) updates experts and": partial(
         prepare, lambda module: [module[2].experts.up_proj_bias], torch.optim.Muon
     ),
