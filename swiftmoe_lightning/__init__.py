@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from swiftmoe_lightning import accelerate
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.engine import SwiftMoEEngine
+from swiftmoe_lightning.engine import Muon, SwiftMoEEngine, muon_groups
 from swiftmoe_lightning.huggingface import convert, register_hf_experts
 from swiftmoe_lightning.modules import (
     ExpertChoiceRouter,
@@ -51,6 +51,7 @@ __all__ = [
     "LayerLoad",
     "LoadReader",
     "MoE",
+    "Muon",
     "NoisyTopKRouter",
     "Placement",
     "PlacementPolicy",
@@ -66,6 +67,7 @@ __all__ = [
     "accelerate",
     "auxiliary_loss",
     "convert",
+    "muon_groups",
     "record_routing",
     "register_hf_experts",
     "replay_routing",

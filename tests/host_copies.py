@@ -60,6 +60,11 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "engine/packed_exchange.py PackedDistribution.__init__": (UP, "layer, step", "which expert each pair has"),
     "engine/packed_exchange.py _sum_over_ranks": (UP, "layer, step", "which pairs are added up, and to which experts"),
+    "distributed/matrix_exchange.py refuse_different_matrices": (
+        "up; down, waits",
+        "step of `Muon`",
+        "whether all ranks have gradients of the same matrices",
+    ),
     "distributed/side_stream.py SideStream.join": (WAIT, "layer, step", "offloaded experts: their gradients"),
     "ops/grouped.py _by_slot": (WAIT, "product", "float64, or sizes that `F.grouped_mm` does not take: rows of slots"),
     "engine/gradients.py _norm": (UP, "gradient clipping", "the norm of no gradient"),
@@ -68,6 +73,7 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
 # Not in a step of training, or of what is on the host anyway.
 ELSEWHERE: Final[dict[str, str]] = {
     "distributed/expert_group.py ExpertGroup.broadcast_int": "setup",
+    "distributed/matrix_exchange.py rows_by_rank": "a parameter's first step",
     "distributed/node_groups.py measure_speed": "setup",
     "distributed/host_device.py to_device": "what the callers are listed for",
     "distributed/host_device.py to_host": "what the callers are listed for",

@@ -47,9 +47,15 @@ ROWS: Final = (
     ),
     Row(
         "Optimizers",
-        "elementwise ones (SGD, Adam, AdamW, RMSprop, Adagrad, ...), default, `foreach`, `fused`",
-        "LBFGS, Adafactor, Muon and the like are refused: a shard does not show them the whole tensor",
-        ("engine/test_update: elementwise fused", "strategies/test_launch: whole_tensors"),
+        "elementwise ones (SGD, Adam, AdamW, RMSprop, Adagrad, ...), default, `foreach`, `fused`; Muon as `sml.Muon`",
+        "LBFGS, Adafactor, Shampoo and the like are refused: a shard does not show them the whole tensor; "
+        "[Muon](docs/guides/muon.md)",
+        (
+            "engine/test_update: elementwise fused",
+            "engine/test_muon: ranks resumes",
+            "strategies/test_fit: muon",
+            "strategies/test_launch: whole_tensors",
+        ),
     ),
     Row(
         "Stock code on experts",

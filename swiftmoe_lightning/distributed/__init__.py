@@ -6,6 +6,12 @@ from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.host_device import HostCopy, to_device, to_host
 from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
+from swiftmoe_lightning.distributed.matrix_exchange import (
+    CutMatrices,
+    apply_to_whole,
+    refuse_different_matrices,
+    rows_by_rank,
+)
 from swiftmoe_lightning.distributed.node_groups import NodeGroups, make_node_groups
 from swiftmoe_lightning.distributed.phase import phase
 from swiftmoe_lightning.distributed.sharding import (
@@ -30,12 +36,14 @@ from swiftmoe_lightning.distributed.store_barrier import store_barrier
 from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
 
 __all__ = [
+    "CutMatrices",
     "ExpertGroup",
     "HostCopy",
     "NodeGroups",
     "PendingExchange",
     "RankGroup",
     "SideStream",
+    "apply_to_whole",
     "cut_by_experts",
     "cut_by_rows",
     "extend_dtensors",
@@ -51,6 +59,8 @@ __all__ = [
     "local_shard",
     "make_node_groups",
     "phase",
+    "refuse_different_matrices",
+    "rows_by_rank",
     "shard_from_rank_zero",
     "shard_of",
     "shard_whole_values",

@@ -29,6 +29,7 @@ from swiftmoe_lightning.engine.gradients import (
 from swiftmoe_lightning.engine.group_factory import device_of_module, make_group
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
 from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states, update_router_biases
+from swiftmoe_lightning.engine.muon_groups import connect_muon
 from swiftmoe_lightning.engine.placer_factory import make_placer
 from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
@@ -45,7 +46,7 @@ class SwiftMoEEngine:
 
     route, count, plan, dispatch, experts, combine    in forward: `MoE.forward`, `Experts.run`
     collect      inside backward, layer by layer: each expert's gradient -> the ranks that own its rows    (1)
-    update       `optimizer.step()`, on this rank's rows alone; no communication
+    update       `optimizer.step()`, on this rank's rows alone; only `Muon` sends and gets some
     place        next placements from popularity; the same answer on every rank
     distribute   updated rows -> the experts' ranks in the next placements, two layers ahead of forward    (2)
 
@@ -107,8 +108,9 @@ class SwiftMoEEngine:
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes that this rank has sent to other ranks since the start, by phase: see `PHASES`."""
-        return {phase: sum(layer.slots.bytes_sent[phase] for layer in self.layers) for phase in PHASES}
+        """Bytes that this rank has sent to others since the start, by phase: see `PHASES`; "update" is `Muon`'s."""
+        sent = {phase: sum(layer.slots.bytes_sent[phase] for layer in self.layers) for phase in PHASES}
+        return {**sent, "update": sum(update.bytes_sent for update in self._updates.values())}
 
     def attach(self, module: nn.Module) -> None:
         """Spread the module's new MoE layers. Call it again after adding, moving or casting layers. A collective."""
@@ -160,7 +162,7 @@ class SwiftMoEEngine:
 
         Raises:
             ValueError: when it has parameters from before the engine or before `data_parallel()` cut them, or none of
-                the module's, or when its update is not elementwise.
+                the module's, or when its update is neither elementwise nor that of `Muon`.
         """
         refuse_replaced(optimizer, {state.name: state.stale_parameters for state in self._states})
         if self.config.dense != "ddp" and self.group is not None:
@@ -169,8 +171,8 @@ class SwiftMoEEngine:
             refuse_foreign(optimizer, self.module)
         if id(optimizer) not in self._updates:
             optimizer.register_step_pre_hook(self._collector.refuse_step)
-            end_step = partial(self._end_step, optimizer)
-            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, end_step)
+            connect_muon(optimizer, self.module, None if self.group is None else self._device)
+            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, partial(self._end_step, optimizer))
         return optimizer
 
     def _end_step(self, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.distributed import gradient_shard, is_sharded, local_shard, shard_of, sharded_like
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
+from swiftmoe_lightning.engine.muon import Muon
+
+_ELEMENTWISE: Final = (
+    "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks, or "
+    "sml.Muon; others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
+)
+# Part of an optimizer's name -> what it needs of a whole tensor.
+_REASONS: Final = {
+    "muon": "it orthogonalises matrices",
+    "adafactor": "sums of its rows and columns",
+    "shampoo": "products of a matrix with its transpose",
+    "soap": "products of a matrix with its transpose",
+    "lbfgs": "products of all gradients with each other",
+    "lamb": "its norm",
+    "lars": "its norm",
+}
 
 
 class ShardedUpdate:
@@ -29,7 +45,7 @@ class ShardedUpdate:
         after_step: called after every real or skipped `optimizer.step()`.
 
     Raises:
-        ValueError: when the optimizer's update is not elementwise, or cannot run on the shards at all.
+        ValueError: when the optimizer's update is neither elementwise nor that of `Muon`, or cannot run on shards.
     """
 
     def __init__(
@@ -54,12 +70,17 @@ class ShardedUpdate:
         added, self._num_groups = optimizer.param_groups[self._num_groups :], len(optimizer.param_groups)
         for param_group in added:
             parameters = [p for p in param_group["params"] if is_sharded(p)]
-            if parameters:
+            if parameters and not isinstance(optimizer, Muon):
                 check_elementwise(optimizer, param_group, parameters[0])
             for sharded in parameters:
                 # Adagrad and others allocate state in their constructor, of the shape of whole experts.
                 state = optimizer.state.get(sharded, {})
                 state.update({key: self._shard_value(sharded, key, v) for key, v in state.items()})
+
+    @property
+    def bytes_sent(self) -> int:
+        """To other ranks, by the update itself, since the start."""
+        return self.optimizer.bytes_sent if isinstance(self.optimizer, Muon) else 0
 
     @contextmanager
     def on_shards(self) -> Iterator[None]:
@@ -74,6 +95,9 @@ class ShardedUpdate:
         """Swap after the closure, not before: forward, backward and clipping inside it need the sharded parameters."""
         self._prepare_new_groups()
         self._swap_out_shards()
+        if isinstance(self.optimizer, Muon):
+            # It has to know how its parameters are cut.
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._swap_in_shards()
@@ -181,10 +205,9 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
         ValueError: when the two differ, or the optimizer cannot update shards as it is set up.
     """
     name = type(optimizer).__name__
-    fix = (
-        "Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...) for parameters cut over the ranks; "
-        "others may keep the dense ones, in an optimizer of their own, with dense='ddp'."
-    )
+    fix = _ELEMENTWISE
+    if "muon" in name.lower():
+        fix = "sml.Muon(sml.muon_groups(model)) updates experts and dense matrices that are cut, and the rest by AdamW."
     shard = local_shard(sharded)
     start = torch.linspace(-1, 1, 24, dtype=shard.dtype, device=shard.device).view(2, 3, 4)
     try:
@@ -199,9 +222,15 @@ def check_elementwise(optimizer: Optimizer, param_group: dict[str, Any], sharded
         ) from error
     if not torch.allclose(updated, torch.cat(updated_pieces, dim=1), rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"{name} looks at whole tensors (norms, factors or orthogonalisation), and each rank holds only a shard "
-            f"of each: its update would be wrong. {fix} (FAQ: elementwise-optimizers)"
+            f"{name} looks at whole tensors ({_looks_at(name)}), and each rank holds only a shard of each: its update "
+            f"would be wrong. {fix} (FAQ: elementwise-optimizers)"
         )
+
+
+def _looks_at(name: str) -> str:
+    """What an optimizer of this class name needs of a whole tensor."""
+    reasons = (reason for part, reason in _REASONS.items() if part in name.lower())
+    return next(reasons, "norms, factors or orthogonalisation")
 
 
 def _try_steps(optimizer: Optimizer, param_group: dict[str, Any], sharded: nn.Parameter, start: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from swiftmoe_lightning.ops.activation import ACTIVATIONS, Activation, activate
 from swiftmoe_lightning.ops.grouped import expert_mlp, is_factor
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
+from swiftmoe_lightning.ops.orthogonalize import orthogonalize
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
 from swiftmoe_lightning.ops.regroup import regroup
 from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route, route_to, score_logits
@@ -22,6 +23,7 @@ __all__ = [
     "expert_mlp",
     "expert_rows",
     "is_factor",
+    "orthogonalize",
     "permute",
     "regroup",
     "reused_empty",

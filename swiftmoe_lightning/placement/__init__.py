@@ -3,6 +3,7 @@
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
+from swiftmoe_lightning.placement.matrix_plan import LAYOUTS, MatrixBlock, MatrixStack, part_of_rows, plan_matrices
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
 from swiftmoe_lightning.placement.node_placements import node_placements
 from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
@@ -30,6 +31,7 @@ from swiftmoe_lightning.placement.transfer import (
 
 __all__ = [
     "CAUSES",
+    "LAYOUTS",
     "BalancedPolicy",
     "Bounds",
     "Capacity",
@@ -38,6 +40,8 @@ __all__ = [
     "Forecast",
     "LayerMemory",
     "LinkRows",
+    "MatrixBlock",
+    "MatrixStack",
     "Messages",
     "NodePlan",
     "PackedPolicy",
@@ -60,10 +64,12 @@ __all__ = [
     "imbalance_bounds",
     "make_policy",
     "node_placements",
+    "part_of_rows",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
+    "plan_matrices",
     "plan_messages",
     "regroup_received",
     "regroup_sent",

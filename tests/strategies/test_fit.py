@@ -30,6 +30,17 @@ class ByName(Model):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class ByMuon(Model):
+    """One optimizer for matrices, experts and the rest, and a schedule that moves learning rates and momentum."""
+
+    def configure_optimizers(self) -> Any:
+        groups = sml.muon_groups(self, adamw="outer", lr=1e-2)
+        optimizer = sml.Muon(groups, lr=0.05)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class Manual(Model):
     """Manual optimization of two optimizers, with clipping and toggling; the experts' steps every other batch."""
 
@@ -139,6 +150,12 @@ class Late(Model):
 )
 def test_modules_train_as_on_one_process(make: Any) -> None:
     assert_same_fit(make)
+
+
+def test_muon_trains_a_whole_model_as_one_optimizer() -> None:
+    # In float64, since a rounding of bfloat16 in Muon goes one way or the other by the last bits of a gradient.
+    options = {"precision": "64-true", "accumulate_grad_batches": 2, "gradient_clip_val": 0.2}
+    assert_same_fit(ByMuon, 1e-10, **options)
 
 
 @pytest.mark.parametrize(

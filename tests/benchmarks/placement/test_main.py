@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.placement import __main__ as command
-from benchmarks.placement import host_time, scenarios
+from benchmarks.placement import host_time, scenarios, whole_matrices
 from benchmarks.placement.measures import switch_domains
 from swiftmoe_lightning.analysis import CANDIDATES, SCENARIOS
+from swiftmoe_lightning.placement import Placement
 
 
 def test_a_small_trace_is_replayed_tabled_and_drawn(
@@ -79,3 +80,26 @@ def test_all_scenarios_are_tabled_without_times(
     assert {row["capacity_factor"] for row in rows} == {1.0, None}
     assert not [name for row in rows for values in row["policies"].values() for name in values if "seconds" in name]
     assert "## rotating, dropless" in (tmp_path / "tiny.md").read_text()
+
+
+def test_bytes_of_whole_matrices_and_of_rows() -> None:
+    # Two experts on two ranks, each on both: a third of an expert's weights a matrix, three of the six on each rank.
+    both = Placement(np.array([0, 1, 0, 1]), num_experts=2, world_size=2)
+    # Collect and distribute: each rank sends what the other owns, the half of both experts. Muon: a half of the half in
+    # half the bytes, twice.
+    assert whole_matrices.by_matrices(both, both, 1.0) == pytest.approx((4, 2))
+    assert whole_matrices.by_rows(both, both, 1.0) == pytest.approx((4 + 1, 2 + 0.5))
+    # Expert 0 on rank 0 alone, 1 on rank 1: matrices 0, 2 and 4 are rank 0's, of which 4 is the other's expert's.
+    apart = Placement(np.array([0, 1]), num_experts=2, world_size=2)
+    assert whole_matrices.by_matrices(apart, apart, 1.0) == pytest.approx((4 / 3, 2 / 3))
+
+
+def test_whole_matrices_has_a_row_for_each_scenario_and_size(
+    result: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_matrices, "SIZES", ((4, 8),))
+    whole_matrices.main(["--name", "tiny", "--steps", "3"])
+    rows = result("tiny")["rows"]
+    assert [row["scenario"] for row in rows] == [*SCENARIOS]
+    # Without momentum on the wire, whole matrices are always less in all.
+    assert all(row["bfloat16"]["total_ratio"] < row["float32"]["total_ratio"] < 1 for row in rows)
