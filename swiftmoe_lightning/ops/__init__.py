@@ -5,6 +5,7 @@ from swiftmoe_lightning.ops.grouped import expert_mlp, is_factor
 from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
+from swiftmoe_lightning.ops.quantize import dequantize_rows, quantize_rows
 from swiftmoe_lightning.ops.regroup import regroup
 from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route, route_to, score_logits
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
@@ -18,11 +19,13 @@ __all__ = [
     "activate",
     "all_finite",
     "combine",
+    "dequantize_rows",
     "expert_layer",
     "expert_mlp",
     "expert_rows",
     "is_factor",
     "permute",
+    "quantize_rows",
     "regroup",
     "reused_empty",
     "route",
