@@ -28,6 +28,7 @@ from swiftmoe_lightning.distributed.sharding import (
 from swiftmoe_lightning.distributed.side_stream import SideStream, side_stream
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
 from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
+from swiftmoe_lightning.distributed.wire import packed_bytes, returned_dtype
 
 __all__ = [
     "ExpertGroup",
@@ -50,7 +51,9 @@ __all__ = [
     "local_rows",
     "local_shard",
     "make_node_groups",
+    "packed_bytes",
     "phase",
+    "returned_dtype",
     "shard_from_rank_zero",
     "shard_of",
     "shard_whole_values",

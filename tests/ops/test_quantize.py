@@ -58,7 +58,7 @@ def random_rows(seed, dim, dtype):
 
 @given(st.integers(0, 10**6), st.integers(1, 70), st.sampled_from([*DTYPES, torch.float64]))
 @settings(max_examples=80, deadline=None)
-def test_rounding_is_torchs_within_16_steps_and_happens_once(seed, dim, dtype):
+def test_rounding_errs_by_half_a_step_at_most_and_happens_once(seed, dim, dtype):
     x_RD = random_rows(seed, dim, dtype)
     out_RD, largest_R1 = unpacked(x_RD), x_RD.abs().amax(1, keepdim=True)
     assert out_RD.dtype == dtype
