@@ -93,6 +93,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
         (["deepseek-v3", "--top-k", "300"], "top_k must be at most num_experts (256), got 300."),
         (["deepseek-v3", "--network-gbytes", "0"], "network_bytes must be a number above 0, got 0.0."),
         (["deepseek-v3", "--param-dtype", "fp8"], "param_dtype must be one of 'float32', "),
+        (["deepseek-v3", "--token-dtype", "fp8"], "token_dtype must be one of 'bfloat16', 'float8_e4m3fn'"),
     ],
 )
 def test_what_cannot_be_costed_ends_with_one_line(argv: list[str], message: str) -> None:

@@ -144,7 +144,9 @@ class GroupCost:
         waiting = in_flight if self.workload.micro_batches == 1 else self.model.num_layers
         owned = self.model.num_experts / self.group_size if self.num_groups > 1 else 0.0
         wire = 2 * (self.slots_per_rank + owned) * gradients if self.cluster.num_ranks > 1 else 0.0
-        tokens = 2 * self.token_bytes if self.group_size > 1 else 0.0
+        tokens = 2 * self._num_rows * self.model.dim * BYTES_OF[self.workload.param_dtype]
+        if self.group_size == 1:
+            tokens = 0
         return waiting * self.slots_per_rank * weights + in_flight * wire + tokens
 
     def dense_bytes(self, dense: str) -> float:
@@ -183,8 +185,12 @@ class GroupCost:
 
     @property
     def token_bytes(self) -> float:
-        """What a rank sends in one exchange of one layer, its own part included: T K D, in the slots' dtype."""
-        return self.workload.tokens * self.model.top_k * self.model.dim * BYTES_OF[self.workload.param_dtype]
+        """What a rank sends in one exchange of one layer, the mean of four, its own part included: T K rows."""
+        return self._num_rows * self.workload.row_bytes(self.model.dim)
+
+    @property
+    def _num_rows(self) -> int:
+        return self.workload.tokens * self.model.top_k
 
     @property
     def ranks_per_node(self) -> int:
