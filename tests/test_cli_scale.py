@@ -72,6 +72,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["mixtral-8x7b"]))
     argv = ["--node-gbytes", "2", "--node-latency-us", "3", "--network-gbytes", "4", "--network-latency-us", "5"]
     argv += ["--gpu-gbytes", "6", "--ranks-per-node", "7", "--param-dtype", "float16", "--reduce-dtype", "float32"]
+    argv += ["--token-dtype", "bfloat16"]
     argv += ["--state-dtype", "float64", "--dense-parameters", "9", "--ranks", "4", "--json"]
     result = scale(str(tmp_path), *argv)
     assert result.exit_code == 0, result.output
@@ -80,7 +81,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
     assert (cluster["node_bytes"], cluster["network_bytes"], cluster["gpu_bytes"]) == (2e9, 4e9, 6e9)
     assert (cluster["node_latency"], cluster["network_latency"], cluster["ranks_per_node"]) == (3e-6, 5e-6, 7)
     assert (actual["model"]["num_experts"], actual["model"]["dense_parameters"]) == (8, 9)
-    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "float64"]
+    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "bfloat16", "float64"]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ FP8 = torch.float8_e4m3fn
 def returned_dtype(token_dtype: torch.dtype | None) -> torch.dtype | None:
     """In which results travel back, and all gradients: bfloat16 also where tokens travel in fp8.
 
-    Gradients have a wider range than tokens, and a token's results are summed up: DeepSeek-V3 (arXiv 2412.19437, section
-    3.3.3), too, keeps what it combines in bfloat16.
+    Gradients have a wider range than tokens, and a token's results are summed up: DeepSeek-V3 (arXiv 2412.19437,
+    section 3.3.3), too, keeps what it combines in bfloat16.
 
     Args:
         token_dtype: in which tokens travel to their experts; None is as they are.

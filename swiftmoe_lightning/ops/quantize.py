@@ -23,8 +23,8 @@ def quantize_rows(x_RD: Tensor) -> Tensor:
     """Round rows to fp8, and pack each with its scale: [R, D] -> [R, D + 4] uint8.
 
     A number is rounded to 4 significant bits (to fewer below about 2^-14 of the row's largest, to zero below about
-    2^-18). A row of zeros stays one. A row with a number that is not finite is nan throughout when it is unpacked, and so is a float64 row
-    beyond float32's range.
+    2^-18). A row of zeros stays one. A row with a number that is not finite is nan throughout when it is unpacked, and
+    so is a float64 row beyond float32's range.
 
     Args:
         x_RD: [R, D] floating, D >= 1.

@@ -172,7 +172,7 @@ def test_a_layer_equals_one_process_that_rounds_in_the_same_places(world_size: i
         for rank in ranks:
             for name, value in expected.items():
                 actual = whole.get(name, rank[0][i][name])
-                torch.testing.assert_close(actual, value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"{name}: {m}")
+                torch.testing.assert_close(actual, value, rtol=TOLERANCE, atol=TOLERANCE)
     # Not hidden, and no other token's.
     assert [rank[1] for rank in ranks] == [[[4], [4]]] + [[[], []]] * (world_size - 1)
     for num_batches, (_, _, evaluated) in zip(BATCHES, ranks if world_size == 4 else [], strict=False):

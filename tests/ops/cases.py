@@ -103,7 +103,7 @@ def fenced(x):
 
 @contextmanager
 def fenced_memory():
-    """Inside, `torch.empty` gives memory full of nan (or a large number; bytes of 173), with as much on both sides of it.
+    """Inside, `torch.empty` gives memory full of nan (or a large number), with as much on both sides of it.
 
     What writes past the ends of it fails the test on leaving, and what leaves a place unwritten, by its nan.
     """

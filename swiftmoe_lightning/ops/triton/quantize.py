@@ -48,7 +48,8 @@ def quantize_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`quantize_rows` of a row. Of numbers without signs, the largest has the largest bits; nan's and inf's are above."""
+    """`quantize_rows` of a row. Of numbers without signs the largest has the largest bits; those of inf and nan are
+    above all others."""
     row = tl.program_id(0).to(tl.int64)
     b_largest = tl.zeros([BLOCK_D], tl.int32)
     for start in range(0, D, BLOCK_D):
