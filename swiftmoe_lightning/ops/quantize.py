@@ -4,7 +4,7 @@ R rows, D features. A packed row is D bytes of fp8 and the 4 bytes of its scale,
 least power of two with which the row's largest number fits into fp8 (448). As a power of two it costs no precision, for
 fp8 rounds relative to each number; it makes every unpacked number exact in float32, float16 and bfloat16; and a row
 that is packed, unpacked and packed again is the same, so it may be sent on by a relay. (DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2, takes powers of two for the same reason.)
+section 3.3.3, takes powers of two for the same reason.)
 """
 
 # No `from __future__ import annotations`: torch reads an operator's schema off its annotations.
