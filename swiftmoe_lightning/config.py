@@ -11,6 +11,7 @@ DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
 EXCHANGES: Final = ("flat", "two_level", "auto")
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
+TOKEN_DTYPES: Final = ("bfloat16", "float8_e4m3fn")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -46,6 +47,9 @@ class SwiftMoEConfig:
             own.
         reduce_dtype: dtype of the experts' gradients on the wire (with dense="fsdp2" of all); their sum is taken in
             float32 or wider.
+        token_dtype: narrower numbers for tokens on the wire. None sends them in the dtype in which experts compute;
+            "bfloat16" in bfloat16 (float16 stays); "float8_e4m3fn" to their experts in fp8 with one scale a token, and
+            results back in bfloat16. With either, tokens' gradients travel in bfloat16.
         offload_optimizer: keep the experts' sharded parameters and optimizer state in the CPU's memory, and update them
             there (pass fused=True to the optimizer: torch has fused updates for the CPU). Gradients come down and
             weights go up layer by layer. Needs a process group that also serves the CPU ("cpu:gloo,cuda:nccl"), also
@@ -67,6 +71,7 @@ class SwiftMoEConfig:
     expert_parallel_size: int | None = None
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
+    token_dtype: str | None = None
     offload_optimizer: bool = False
     reshard_after_forward: bool = False
 
@@ -92,6 +97,8 @@ class SwiftMoEConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}. Leave it out for False.")
+        if self.token_dtype is not None:
+            check_choice("token_dtype", self.token_dtype, TOKEN_DTYPES)
         if self.param_dtype is not None:
             check_choice("param_dtype", self.param_dtype, DTYPES)
 

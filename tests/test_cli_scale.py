@@ -72,6 +72,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["mixtral-8x7b"]))
     argv = ["--node-gbytes", "2", "--node-latency-us", "3", "--network-gbytes", "4", "--network-latency-us", "5"]
     argv += ["--gpu-gbytes", "6", "--ranks-per-node", "7", "--param-dtype", "float16", "--reduce-dtype", "float32"]
+    argv += ["--token-dtype", "bfloat16"]
     argv += ["--state-dtype", "float64", "--dense-parameters", "9", "--ranks", "4", "--json"]
     result = scale(str(tmp_path), *argv)
     assert result.exit_code == 0, result.output
@@ -80,7 +81,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
     assert (cluster["node_bytes"], cluster["network_bytes"], cluster["gpu_bytes"]) == (2e9, 4e9, 6e9)
     assert (cluster["node_latency"], cluster["network_latency"], cluster["ranks_per_node"]) == (3e-6, 5e-6, 7)
     assert (actual["model"]["num_experts"], actual["model"]["dense_parameters"]) == (8, 9)
-    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "float64", False, False]
+    assert list(actual["workload"].values()) == [4096, 1, "float16", "float32", "bfloat16", "float64", False, False]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ def test_options_reach_the_costs(tmp_path: Path) -> None:
         (["deepseek-v3", "--top-k", "300"], "top_k must be at most num_experts (256), got 300."),
         (["deepseek-v3", "--network-gbytes", "0"], "network_bytes must be a number above 0, got 0.0."),
         (["deepseek-v3", "--param-dtype", "fp8"], "param_dtype must be one of 'float32', "),
+        (["deepseek-v3", "--token-dtype", "fp8"], "token_dtype must be one of 'bfloat16', 'float8_e4m3fn'"),
     ],
 )
 def test_what_cannot_be_costed_ends_with_one_line(argv: list[str], message: str) -> None:

@@ -81,6 +81,7 @@ def test_counts_below_one_or_not_whole_are_refused(name, value):
         ("dense", "'ddp', 'fsdp2'"),
         ("reduce_dtype", "'float32', 'bfloat16'"),
         ("param_dtype", "'float32', 'bfloat16'"),
+        ("token_dtype", "'bfloat16', 'float8_e4m3fn'"),
     ],
 )
 def test_unknown_choice_lists_the_known_ones(name, choices):

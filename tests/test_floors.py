@@ -160,6 +160,7 @@ TESTED_IN = {
     "ops/triton/fused/weight_gradient.py": "ops/test_fused.py",
     "ops/triton/launch.py": "ops/test_aot.py",
     "ops/triton/permute.py": "ops/test_permute.py",
+    "ops/triton/quantize.py": "ops/test_quantize.py",
     "ops/triton/regroup.py": "ops/test_regroup.py",
     "ops/triton/route.py": "ops/test_route.py",
     "ops/triton/sort.py": "ops/test_sort.py",

@@ -86,6 +86,7 @@ def test_signatures_are_what_they_were() -> None:
         "expert_parallel_size",
         "param_dtype",
         "reduce_dtype",
+        "token_dtype",
         "offload_optimizer",
         "reshard_after_forward",
     ]

@@ -36,8 +36,12 @@ ROWS: Final = (
     Row(
         "Precision",
         "32-true, 64-true, bf16-mixed, bf16-true, 16-mixed",
-        "sharded parameters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire",
-        ("strategies/test_precision: 64_bit 16_bit 16_mixed keeps_parameters narrower skip_the_step",),
+        "sharded parameters keep the module's dtype; `param_dtype`, `reduce_dtype` set slots and wire, `token_dtype` "
+        "(bfloat16, fp8) tokens on it",
+        (
+            "strategies/test_precision: 64_bit 16_bit 16_mixed keeps_parameters narrower skip_the_step",
+            "engine/test_token_dtype: rounds_in_the_same_places training_equals",
+        ),
     ),
     Row(
         "Optimization",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Final
 
-from swiftmoe_lightning.config import DTYPES, check_choice, check_coefficient, check_whole
+from swiftmoe_lightning.config import DTYPES, TOKEN_DTYPES, check_choice, check_coefficient, check_whole
 
 BYTES_OF: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # More than any run has.
@@ -113,6 +113,7 @@ class Workload:
         micro_batches: of a step.
         param_dtype: of the slots, and of weights and tokens on the wire.
         reduce_dtype: of gradients on the wire.
+        token_dtype: the narrower one of tokens on the wire, as in `SwiftMoEConfig`.
         state_dtype: of parameters, their gradients and Adam's moments where they are owned.
         offload_optimizer: experts' parameters, their gradients and moments are in the CPU's memory.
         reshard_after_forward: slots have weights only around their layer's forward and backward.
@@ -125,6 +126,7 @@ class Workload:
     micro_batches: int = 1
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "bfloat16"
+    token_dtype: str | None = None
     state_dtype: str = "float32"
     offload_optimizer: bool = False
     reshard_after_forward: bool = False
@@ -136,3 +138,17 @@ class Workload:
                 raise ValueError(f"{name} must be at most {_MOST}, got {getattr(self, name)}.")
         for name in ("param_dtype", "reduce_dtype", "state_dtype"):
             check_choice(name, getattr(self, name), DTYPES)
+        if self.token_dtype is not None:
+            check_choice("token_dtype", self.token_dtype, TOKEN_DTYPES)
+
+    def row_bytes(self, dim: int) -> float:
+        """Bytes of a token's row on the wire: to its expert, back, and both gradients; their mean.
+
+        Args:
+            dim: D.
+        """
+        as_is = dim * BYTES_OF[self.param_dtype]
+        returned = as_is if self.token_dtype is None else min(as_is, 2 * dim)
+        # fp8 is a byte a number, and 4 of a scale.
+        sent = dim + 4 if self.token_dtype == "float8_e4m3fn" else returned
+        return (sent + 3 * returned) / 4

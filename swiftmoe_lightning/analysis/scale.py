@@ -31,7 +31,7 @@ _COPIES: Final = 4
 # Tokens travel to the experts and back, forward and backward.
 _TOKEN_EXCHANGES: Final = 4
 # Integers that a rank sends before each layer besides its E counts.
-_HEADER: Final = 7
+_HEADER: Final = 8
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class GroupCost:
         owned = self.model.num_experts / self.group_size if self.num_groups > 1 else 0.0
         wire = 2 * (self.slots_per_rank + owned) * gradients
         rows = self.model.num_experts / self.cluster.num_ranks * weights if self.workload.offload_optimizer else 0.0
-        tokens = 2 * self.token_bytes if self.group_size > 1 else 0.0
-        return waiting * self.slots_per_rank * weights + in_flight * (wire + rows) + tokens
+        tokens = self._num_rows * self.model.dim * BYTES_OF[self.workload.param_dtype] if self.group_size > 1 else 0
+        return waiting * self.slots_per_rank * weights + in_flight * (wire + rows) + 2 * tokens
 
     def dense_bytes(self, dense: str) -> float:
         """Memory of the other parameters, their gradients and optimizer state.
@@ -220,8 +220,12 @@ class GroupCost:
 
     @property
     def token_bytes(self) -> float:
-        """What a rank sends in one exchange of one layer, its own part included: T K D, in the slots' dtype."""
-        return self.workload.tokens * self.model.top_k * self.model.dim * BYTES_OF[self.workload.param_dtype]
+        """What a rank sends in one exchange of one layer, the mean of four, its own part included: T K rows."""
+        return self._num_rows * self.workload.row_bytes(self.model.dim)
+
+    @property
+    def _num_rows(self) -> int:
+        return self.workload.tokens * self.model.top_k
 
     @property
     def ranks_per_node(self) -> int:

@@ -62,6 +62,7 @@ class Advice:
             "dense": self.best.dense,
             "param_dtype": self.best.workload.param_dtype,
             "reduce_dtype": self.best.workload.reduce_dtype,
+            **({} if self.best.workload.token_dtype is None else {"token_dtype": self.best.workload.token_dtype}),
         }
 
     def sentences(self) -> list[str]:

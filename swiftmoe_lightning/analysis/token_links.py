@@ -1,7 +1,7 @@
 """What tokens send over links inside nodes and between them, on paper, at one level and at two.
 
 Of a rank and micro-batch, forward and backward, where every expert is as likely as every other one. g ranks of an
-expert group, on G nodes of n; E experts, K top-k, T tokens of a rank, D model dim, t bytes of a number, L MoE layers.
+expert group, on G nodes of n; E experts, K top-k, T tokens of a rank, r bytes of a row, L MoE layers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from swiftmoe_lightning.analysis.cluster import BYTES_OF
 from swiftmoe_lightning.analysis.scale import GroupCost
 
 # There and back, forward and backward.
@@ -35,7 +34,7 @@ class TokenLinks:
 
 
 def flat_links(cost: GroupCost) -> TokenLinks:
-    """One level, 4 L T K D t bytes in all: 1 / g of them to each rank of the group.
+    """One level, 4 L T K r bytes in all: 1 / g of them to each rank of the group.
 
     Args:
         cost: of a group.
@@ -64,7 +63,7 @@ def two_level_links(cost: GroupCost) -> TokenLinks | None:
     elsewhere = num_experts - num_experts / num_nodes
     is_absent = prod(max(elsewhere - k, 0) / (num_experts - k) for k in range(cost.model.top_k))
     to_each_node = cost.workload.tokens * (1 - is_absent)
-    row_bytes = cost.model.dim * BYTES_OF[cost.workload.param_dtype]
+    row_bytes = cost.workload.row_bytes(cost.model.dim)
     between = to_each_node * (_EXCHANGES * row_bytes + _LABEL_BYTES * cost.model.top_k)
     inside = _EXCHANGES * cost.token_bytes / n
     exchanges = (

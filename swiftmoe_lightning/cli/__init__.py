@@ -185,6 +185,7 @@ def scale(  # noqa: PLR0913 - options
     gpu_gbytes: Annotated[float, option("GB of a GPU's memory.")] = 80,
     param_dtype: Annotated[str, option("Of slots, and of weights and tokens on the wire.")] = "bfloat16",
     reduce_dtype: Annotated[str, option("Of gradients on the wire.")] = "bfloat16",
+    token_dtype: Annotated[str | None, option("A narrower one of tokens on the wire: as the run's setting.")] = None,
     state_dtype: Annotated[str, option("Of owned parameters, gradients and Adam's moments.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -209,6 +210,7 @@ def scale(  # noqa: PLR0913 - options
             micro_batches=micro_batches,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+            token_dtype=token_dtype,
             state_dtype=state_dtype,
         )
         advices = [Advice(known, cluster, work) for cluster in speeds.of_sizes(ranks)]

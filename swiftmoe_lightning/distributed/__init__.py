@@ -34,6 +34,7 @@ from swiftmoe_lightning.distributed.sharding import (
 from swiftmoe_lightning.distributed.side_stream import SideStream, side_stream
 from swiftmoe_lightning.distributed.store_barrier import store_barrier
 from swiftmoe_lightning.distributed.tensor_parallel import gather_shares, take_share
+from swiftmoe_lightning.distributed.wire import packed_bytes, returned_dtype
 
 __all__ = [
     "CutMatrices",
@@ -58,8 +59,10 @@ __all__ = [
     "local_rows",
     "local_shard",
     "make_node_groups",
+    "packed_bytes",
     "phase",
     "refuse_different_matrices",
+    "returned_dtype",
     "rows_by_rank",
     "shard_from_rank_zero",
     "shard_of",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from swiftmoe_lightning.distributed.wire import pack_rows, returned_dtype, unpack_rows
 from swiftmoe_lightning.ops import reused_empty
 from swiftmoe_lightning.placement import shard_rows
 
@@ -132,18 +133,21 @@ class RankGroup:
         """Begin to receive a contiguous `value` from a rank of the group; it is there after the work's `wait()`."""
         return dist.irecv(value, group=self.process_group, group_src=rank)
 
-    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+    def exchange_rows(
+        self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Send rows to their ranks by all-to-all. Backward sends their gradients back.
 
         Args:
             rows_RD: [R, D], in the order of the ranks they go to.
             send_splits: for each rank, how many rows go there.
             receive_splits: for each rank, how many come from there.
+            dtype: in which they travel, as in `pack_rows`; gradients in `returned_dtype` of it.
 
         Returns:
-            [rows received, D], in the order of the ranks they come from.
+            [rows received, D], in the order of the ranks they come from, in the dtype of `rows_RD`.
         """
-        return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits)
+        return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits, dtype)
 
 
 class PendingExchange:
@@ -167,16 +171,29 @@ class _ExchangeRows(torch.autograd.Function):
     """Forward: all-to-all of rows. Backward: all-to-all of their gradients with send and receive splits swapped."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: RankGroup, send_splits: list[int], receive_splits: list[int]) -> Tensor:
-        ctx.group, ctx.splits = group, (send_splits, receive_splits)
-        return group.start_all_to_all(rows.contiguous(), send_splits, receive_splits).wait()
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        group: RankGroup,
+        send_splits: list[int],
+        receive_splits: list[int],
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.group, ctx.splits, ctx.dtype = group, (send_splits, receive_splits), returned_dtype(dtype)
+        return _exchange(group, rows, send_splits, receive_splits, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         send_splits, receive_splits = ctx.splits
-        grad_rows = ctx.group.start_all_to_all(grad.contiguous(), receive_splits, send_splits).wait()
-        return grad_rows, None, None, None
+        return _exchange(ctx.group, grad, receive_splits, send_splits, ctx.dtype), None, None, None, None
+
+
+def _exchange(
+    group: RankGroup, rows: Tensor, send_splits: list[int], receive_splits: list[int], dtype: torch.dtype | None
+) -> Tensor:
+    received = group.start_all_to_all(pack_rows(rows, dtype), send_splits, receive_splits).wait()
+    return unpack_rows(received, dtype, rows.dtype)
 
 
 # Group -> ranks of it -> another group of these, which all engines share.

@@ -123,7 +123,8 @@ class SwiftMoEEngine:
         self._states = update_layer_states(module, self.group, self.config, self._device, self._states, self._placer)
         if self.group is not None and self.layers:
             max_experts = max(layer.experts.num_experts for layer in self.layers)
-            handshake = ForwardHandshake(self.group, [state.name for state in self._states], max_experts, self._device)
+            names, token_dtype = [state.name for state in self._states], self.config.token_dtype
+            handshake = ForwardHandshake(self.group, names, max_experts, self._device, token_dtype)
             self._window.connect(self.layers, self.group.replicate)
             for layer in self.layers:
                 layer.connect(handshake, self._collector, self._window)

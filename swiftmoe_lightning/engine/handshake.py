@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from swiftmoe_lightning.config import TOKEN_DTYPES
 from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device, to_host
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
@@ -38,6 +39,7 @@ class Header(IntEnum):
         STALE: whether this rank's slots must be filled again.
         STOP: whether this rank wants to stop.
         UPDATES: how many optimizer steps this rank has made.
+        TOKEN_DTYPE: the run's setting, as an index of `TOKEN_DTYPES`, counted from 1; 0 for None.
         FINITE: whether the router's scores are. Known to the device alone; the host knows those before.
     """
 
@@ -47,7 +49,8 @@ class Header(IntEnum):
     STALE = 3
     STOP = 4
     UPDATES = 5
-    FINITE = 6
+    TOKEN_DTYPE = 6
+    FINITE = 7
 
 
 class Call(IntEnum):
@@ -72,6 +75,7 @@ class ForwardHandshake:
         layer_names: of all MoE layers, in the same order on every rank.
         max_experts: the widest layer's E.
         device: on which rows are gathered.
+        token_dtype: as in `SwiftMoEConfig`.
 
     Attributes:
         num_updates: optimizer steps that this rank has made; ranks with different numbers train different models.
@@ -80,8 +84,16 @@ class ForwardHandshake:
             it with the next optimizer step.
     """
 
-    def __init__(self, group: ExpertGroup, layer_names: Sequence[str], max_experts: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        layer_names: Sequence[str],
+        max_experts: int,
+        device: torch.device,
+        token_dtype: str | None = None,
+    ) -> None:
         self._group, self._names, self._max_experts, self._device = group, layer_names, max_experts, device
+        self._token_dtype = 0 if token_dtype is None else 1 + TOKEN_DTYPES.index(token_dtype)
         self.num_updates = 0
         self._stops_of_groups: HostCopy | None = None
         self.reset_stop()
@@ -116,7 +128,8 @@ class ForwardHandshake:
             RuntimeError: when ranks make different calls or have made different numbers of optimizer steps.
             FloatingPointError: for non-finite scores.
         """
-        head = [layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale, self.wants_stop, self.num_updates]
+        head = [layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale, self.wants_stop]
+        head += [self.num_updates, self._token_dtype]
         padding = [0] * (self._max_experts - len(counts_E))
         head_on_device, padding_on_device = to_device(
             self._device, np.array(head, np.int32), np.array(padding, np.int32)
@@ -164,7 +177,7 @@ class ForwardHandshake:
     def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
         row = np.zeros(len(Header) + self._max_experts, np.int32)
         row[Header.CALL], row[Header.TRAINS], row[Header.FINITE] = call, trains, True
-        row[Header.UPDATES] = self.num_updates
+        row[Header.UPDATES], row[Header.TOKEN_DTYPE] = self.num_updates, self._token_dtype
         return to_device(self._device, row)[0]
 
     def _gather(self, row: Tensor) -> HandshakeTable:
@@ -214,6 +227,13 @@ class ForwardHandshake:
                 "and train different models from here on. Step on all ranks or on none: a rank's own gradients of "
                 "experts are of its rows alone, so decide by engine.grad_norm(), which is the same on all. "
                 "(FAQ: different-steps)"
+            )
+        token_dtypes = [(None, *TOKEN_DTYPES)[index] for index in table.rows[:, Header.TOKEN_DTYPE]]
+        if len(set(token_dtypes)) > 1:
+            raise RuntimeError(
+                "ranks send tokens in different numbers: "
+                + ", ".join(f"rank {rank} has token_dtype={d!r}" for rank, d in zip(ranks, token_dtypes, strict=True))
+                + ". Give all ranks the same settings. (FAQ: different-settings)"
             )
         bad_ranks = [rank for rank, is_finite in zip(ranks, table.rows[:, Header.FINITE], strict=True) if not is_finite]
         if bad_ranks:

@@ -73,7 +73,8 @@ class LayerState:
                 None if config.param_dtype is None else getattr(torch, config.param_dtype),
                 getattr(torch, config.reduce_dtype),
             )
-            self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split)
+            token_dtype = None if config.token_dtype is None else getattr(torch, config.token_dtype)
+            self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split, token_dtype)
             self.experts.trained_load = TrainedLoad(placement)
             self.experts.context = self.sharded
             self.sharded.accept_full_state_dicts()

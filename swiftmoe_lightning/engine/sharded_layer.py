@@ -34,6 +34,7 @@ class ShardedLayer(ExpertParallelContext):
         slots: its weights on this rank.
         group: this rank's expert group, and those that share its rows.
         split: the token split, as in `SwiftMoEConfig`.
+        token_dtype: the narrower dtype of tokens on the wire, if any.
 
     Attributes:
         gradients: those of its slots and sharded parameters.
@@ -41,10 +42,20 @@ class ShardedLayer(ExpertParallelContext):
             it is True on any rank, the next forward fills the slots on all ranks.
     """
 
-    def __init__(self, index: int, experts: Experts, slots: ExpertSlots, group: ExpertGroup, split: str) -> None:
+    def __init__(
+        self,
+        index: int,
+        experts: Experts,
+        slots: ExpertSlots,
+        group: ExpertGroup,
+        split: str,
+        token_dtype: torch.dtype | None,
+    ) -> None:
         self.index, self.experts, self.slots, self._group = index, experts, slots, group
         self.rank, self.split, self.ranks_per_node = group.expert.rank, split, group.ranks_per_node
         self.tensor_ranks, self.nodes = group.tensor, group.nodes
+        # Alone in its group a rank sends nothing, and rounds nothing.
+        self.token_dtype = token_dtype if group.expert.size > 1 else None
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
@@ -156,9 +167,11 @@ class ShardedLayer(ExpertParallelContext):
             self.window.leave_backward(self, of_all_forwards=True)
         self.collector.on_gradients(self)
 
-    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+    def exchange_rows(
+        self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int], dtype: torch.dtype | None
+    ) -> Tensor:
         """Send rows to their ranks; differentiable. See `RankGroup.exchange_rows`."""
-        return self._group.expert.exchange_rows(rows_RD, send_splits, receive_splits)
+        return self._group.expert.exchange_rows(rows_RD, send_splits, receive_splits, dtype)
 
     def start_exchange(self, send: Tensor, send_splits: list[int], receive_splits: list[int]) -> Callable[[], Tensor]:
         """Begin to send numbers to their ranks. See `RankGroup.start_all_to_all`."""

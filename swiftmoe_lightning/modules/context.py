@@ -30,6 +30,7 @@ class ExpertParallelContext(ABC):
         placement: which ranks have which expert.
         tensor_ranks: the ranks that have the same tokens as this one; None where it is alone.
         nodes: the groups in which tokens may travel at two levels; None where they travel at one.
+        token_dtype: in which tokens travel to their experts; None is as they are.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class ExpertParallelContext(ABC):
     placement: Placement
     tensor_ranks: RankGroup | None = None
     nodes: NodeGroups | None = None
+    token_dtype: torch.dtype | None = None
 
     @property
     def token_bytes(self) -> Mapping[str, int]:
@@ -73,13 +75,16 @@ class ExpertParallelContext(ABC):
         """Each tensor as [s, ...]; row i is the i-th of `placement.experts_of(rank)`, rows after that are unused."""
 
     @abstractmethod
-    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+    def exchange_rows(
+        self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int], dtype: torch.dtype | None
+    ) -> Tensor:
         """Send rows to their ranks; differentiable.
 
         Args:
             rows_RD: [R, D], ordered by the rank they go to.
             send_splits: [W] how many of them go to each rank.
             receive_splits: [W] how many rows each rank sends to this one.
+            dtype: in which they travel; None is as they are.
 
         Returns:
             As many rows as `receive_splits` sum up to, ordered by the rank they come from.
@@ -163,7 +168,9 @@ class SingleDeviceContext(ExpertParallelContext):
             )
         return parameters
 
-    def exchange_rows(self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:
+    def exchange_rows(
+        self, rows_RD: Tensor, send_splits: list[int], receive_splits: list[int], dtype: torch.dtype | None
+    ) -> Tensor:
         """`rows_RD` itself: there is no other rank."""
         return rows_RD
 

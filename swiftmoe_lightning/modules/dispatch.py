@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import to_device
+from swiftmoe_lightning.distributed import returned_dtype, to_device
 from swiftmoe_lightning.modules.context import ExpertParallelContext
 from swiftmoe_lightning.ops import SortedAssignments, regroup, sort_assignments
 from swiftmoe_lightning.placement import DispatchPlan, RankPlan, regroup_received, regroup_sent
@@ -124,7 +124,8 @@ class TokenDispatcher:
     def dispatch(self, rows_MD: Tensor) -> tuple[Tensor, SortedAssignments]:
         """[M, D] rows of `by_pair` -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
         receive_counts = self._start_counts() if self._plan.num_dropped_tokens else None
-        arrived_RD = self._context.exchange_rows(rows_MD, self._rank_plan.send_splits, self._rank_plan.receive_splits)
+        send, receive = self._rank_plan.send_splits, self._rank_plan.receive_splits
+        arrived_RD = self._context.exchange_rows(rows_MD, send, receive, self._context.token_dtype)
         if receive_counts is None:
             row_R1 = torch.arange(len(arrived_RD), dtype=torch.int32, device=arrived_RD.device).unsqueeze(1)
             by_slot = _regroup(row_R1, len(arrived_RD), self._by_slot)
@@ -137,7 +138,8 @@ class TokenDispatcher:
     @torch.compiler.disable
     def combine(self, arrived_RD: Tensor) -> Tensor:
         """[R, D] results in the order in which rows arrived -> [M, D] of the rows that were sent."""
-        rows_MD = self._context.exchange_rows(arrived_RD, self._rank_plan.receive_splits, self._rank_plan.send_splits)
+        send, receive = self._rank_plan.send_splits, self._rank_plan.receive_splits
+        rows_MD = self._context.exchange_rows(arrived_RD, receive, send, returned_dtype(self._context.token_dtype))
         mark_rows(rows_MD)
         return rows_MD
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import NodeGroups, to_device, to_host
+from swiftmoe_lightning.distributed import NodeGroups, packed_bytes, returned_dtype, to_device, to_host
 from swiftmoe_lightning.modules.context import ExpertParallelContext
 from swiftmoe_lightning.modules.dispatch import TokenDispatcher, mark_rows, sort_by_slot
 from swiftmoe_lightning.ops import SortedAssignments, combine, permute, sort_assignments
@@ -40,8 +40,10 @@ def make_dispatcher(
     if context.nodes is not None:
         nodes = context.nodes
         tokens = NodeTokens(flat.by_pair, weights_TK, plan.placement, nodes, x_TD.dtype)
-        if tokens.node_plan.pays(2 * x_TD.shape[1] * x_TD.element_size(), tokens.label_bytes, nodes.speed_ratio):
-            return TwoLevelDispatcher(nodes, tokens, plan.placement.slots_per_rank, flat.popularity_E, x_TD.dtype)
+        there_and_back = (context.token_dtype, returned_dtype(context.token_dtype))
+        row_bytes = sum(packed_bytes(x_TD.shape[1], x_TD.dtype, dtype) for dtype in there_and_back)
+        if tokens.node_plan.pays(row_bytes, tokens.label_bytes, nodes.speed_ratio):
+            return TwoLevelDispatcher(context, nodes, tokens, flat.popularity_E, x_TD.dtype)
         if tokens.weights_TK.shape[1] == 1 and tokens.node_plan.num_assignments:
             # With one expert a token there is nothing to save, now or later: the layer gathers no more.
             context.nodes = None
@@ -119,9 +121,9 @@ class TwoLevelDispatcher:
     Used as a `TokenDispatcher`; but a row is of a token and a node, and rows that come back are summed as they are.
 
     Args:
+        context: the layer's; its placement is the plan's.
         nodes: the groups.
         tokens: this rank's, and what all ranks send.
-        slots_per_rank: s.
         popularity_E: [E] int64, on the device.
         dtype: of the rows.
 
@@ -132,9 +134,15 @@ class TwoLevelDispatcher:
     """
 
     def __init__(
-        self, nodes: NodeGroups, tokens: NodeTokens, slots_per_rank: int, popularity_E: Tensor, dtype: torch.dtype
+        self,
+        context: ExpertParallelContext,
+        nodes: NodeGroups,
+        tokens: NodeTokens,
+        popularity_E: Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        self._nodes, self._tokens, self._slots_per_rank = nodes, tokens, slots_per_rank
+        self._nodes, self._tokens, self._slots_per_rank = nodes, tokens, context.placement.slots_per_rank
+        self._there, self._back = context.token_dtype, returned_dtype(context.token_dtype)
         self._plan = tokens.node_plan.for_rank(nodes.everyone.rank)
         self.by_pair = tokens.by_node(sum(self._plan.rail_send))
         rows_TG = self.by_pair.rows_TK
@@ -146,14 +154,14 @@ class TwoLevelDispatcher:
     def dispatch(self, rows_MD: Tensor) -> tuple[Tensor, SortedAssignments]:
         """[M, D] rows of `by_pair` -> ([R, D] rows as they arrived, the same sorted by the slots of this rank)."""
         plan = self._plan
-        x_mD = self._to_relays(rows_MD)
+        x_mD = self._to_relays(rows_MD, self._there)
         self._weights_mK = self._to_relays(permute(self._tokens.weights_TK, self.by_pair))
         pairs_mK = self._to_relays(self._tokens.pairs(self.by_pair))
         # From here on the relay does with its node's pairs what one exchange does with all pairs.
         relayed = sort_assignments(pairs_mK, plan.pairs.stop - plan.pairs.start)
         self._relayed = relayed._replace(assignment_R=relayed.assignment_R[: sum(plan.node_send)])
         rows_ND = permute(x_mD, self._relayed)
-        arrived_RD = self._nodes.node.exchange_rows(rows_ND, plan.node_send, plan.node_receive)
+        arrived_RD = self._nodes.node.exchange_rows(rows_ND, plan.node_send, plan.node_receive, self._there)
         (counts_V,) = to_device(rows_MD.device, plan.received_nd.reshape(-1))
         by_slot = sort_by_slot(counts_V, self._nodes.node.size, len(arrived_RD), self._slots_per_rank)
         mark_rows(arrived_RD, by_slot.assignment_R, by_slot.rows_TK)
@@ -162,11 +170,12 @@ class TwoLevelDispatcher:
     @torch.compiler.disable
     def combine(self, arrived_RD: Tensor) -> Tensor:
         """[R, D] results in the order in which rows arrived -> [M, D], for each row the weighted sum of its node."""
-        rows_ND = self._nodes.node.exchange_rows(arrived_RD, self._plan.node_receive, self._plan.node_send)
+        plan = self._plan
+        rows_ND = self._nodes.node.exchange_rows(arrived_RD, plan.node_receive, plan.node_send, self._back)
         sums_mD = combine(rows_ND, self._weights_mK, self._relayed)
-        sums_MD = self._nodes.rail.exchange_rows(sums_mD, self._plan.rail_receive, self._plan.rail_send)
+        sums_MD = self._nodes.rail.exchange_rows(sums_mD, plan.rail_receive, plan.rail_send, self._back)
         mark_rows(sums_MD)
         return sums_MD
 
-    def _to_relays(self, rows_M: Tensor) -> Tensor:
-        return self._nodes.rail.exchange_rows(rows_M, self._plan.rail_send, self._plan.rail_receive)
+    def _to_relays(self, rows_M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._nodes.rail.exchange_rows(rows_M, self._plan.rail_send, self._plan.rail_receive, dtype)

@@ -40,8 +40,8 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
     and go on under "ddp" and back). On one device the model is a plain MoE.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, reshard_after_forward,
-            token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, token_dtype, offload_optimizer,
+            reshard_after_forward, token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
         parallelize_fn: called with a module that is set up and `device_mesh`, as under `ModelParallelStrategy`; returns
             the module, with tensor-parallel dense layers.
         tensor_parallel_size: ranks that get the same batches. None gives every rank batches of its own, and no mesh.
@@ -60,6 +60,7 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
         replace_every: int | Literal["auto"] = 1,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
+        token_dtype: str | None = None,
         offload_optimizer: bool = False,
         reshard_after_forward: bool = False,
         token_split: str = "balanced",
@@ -76,6 +77,7 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
             replace_every=replace_every,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+            token_dtype=token_dtype,
             offload_optimizer=offload_optimizer,
             reshard_after_forward=reshard_after_forward,
             token_split=token_split,

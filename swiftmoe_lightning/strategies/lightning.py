@@ -39,8 +39,8 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
     Dense parameters train as under DDP, or by FSDP2 (see `dense`). Every option is JSON-able, for LightningCLI.
 
     Args:
-        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, reshard_after_forward,
-            token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
+        slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, token_dtype, offload_optimizer,
+            reshard_after_forward, token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
         tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
@@ -61,6 +61,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         replace_every: int | Literal["auto"] = 1,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
+        token_dtype: str | None = None,
         offload_optimizer: bool = False,
         reshard_after_forward: bool = False,
         token_split: str = "balanced",
@@ -77,6 +78,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
             replace_every=replace_every,
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
+            token_dtype=token_dtype,
             offload_optimizer=offload_optimizer,
             reshard_after_forward=reshard_after_forward,
             token_split=token_split,
@@ -158,13 +160,8 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         module = self.lightning_module
         assert module is not None
         if self._engine is None or self._engine.module is not module:
-            self._engine = SwiftMoEEngine(
-                module,
-                self.config,
-                device=self.root_device,
-                ranks_per_node=self.num_processes,
-                tensor_mesh=self._device_mesh,
-            )
+            ranks: dict[str, Any] = {"ranks_per_node": self.num_processes, "tensor_mesh": self._device_mesh}
+            self._engine = SwiftMoEEngine(module, self.config, device=self.root_device, **ranks)
             if self._engine.group is not None:
                 self.precision_plugin = shard_precision(self.precision_plugin, self._engine)
         else:

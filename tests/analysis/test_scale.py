@@ -45,11 +45,11 @@ def test_two_groups_of_four_take_the_seconds_that_are_worked_out_by_hand() -> No
     assert actual.weight_seconds == pytest.approx(2 * 2 * (collect + across))
     # 16 tokens go to 2 experts as 8 numbers of 2 bytes: 512 bytes, a quarter to each rank; 4 times a layer.
     assert actual.token_seconds == pytest.approx(4 * 2 * 2 * (2 + 12.8))
-    # 4 counts and a header of 7, 4 bytes each.
-    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 4.4))
-    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 25.6)
+    # 4 counts and a header of 8, 4 bytes each.
+    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 4.8))
+    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 27.2)
     twice = cost(4, work=Workload(tokens=16, micro_batches=2))
-    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 25.6))
+    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 27.2))
 
 
 def test_two_groups_of_four_need_the_memory_that_is_worked_out_by_hand() -> None:
@@ -90,6 +90,34 @@ def test_one_group_sends_nothing_across_and_groups_of_one_nothing_within() -> No
     assert (single.messages, single.step_seconds) == (0, 0)
     # It computes with the parameters, whose gradients are counted with them.
     assert (single.slot_bytes, single.buffer_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "token_dtype", "there", "back"),
+    [
+        ("bfloat16", None, 16, 16),
+        ("bfloat16", "bfloat16", 16, 16),
+        ("bfloat16", "float8_e4m3fn", 12, 16),
+        ("float32", None, 32, 32),
+        ("float32", "bfloat16", 16, 16),
+        ("float32", "float8_e4m3fn", 12, 16),
+    ],
+)
+def test_tokens_take_the_bytes_of_their_own_dtype(
+    param_dtype: str, token_dtype: str | None, there: int, back: int
+) -> None:
+    # 8 numbers; of fp8 and a scale one way, and of bfloat16 the others: their results, and both gradients.
+    actual = cost(4, work=Workload(tokens=16, param_dtype=param_dtype, token_dtype=token_dtype))
+    assert actual.token_bytes == 32 * (there + 3 * back) / 4
+    as_is = cost(4, work=Workload(tokens=16, param_dtype=param_dtype))
+    # In memory they are as experts take them.
+    assert (actual.buffer_bytes, actual.group_bytes) == (as_is.buffer_bytes, as_is.group_bytes)
+
+
+def test_the_advice_keeps_the_dtype_of_tokens() -> None:
+    cluster = Cluster(num_ranks=4)
+    assert Advice(SMALL, cluster, Workload(token_dtype="float8_e4m3fn")).settings["token_dtype"] == "float8_e4m3fn"
+    assert "token_dtype" not in Advice(SMALL, cluster, Workload()).settings
 
 
 def test_dtypes_and_gradients_count_apart() -> None:

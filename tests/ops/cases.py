@@ -112,14 +112,20 @@ def fenced_memory():
     def empty(*size, dtype=torch.float32, device=None):
         shape = torch.Size(size if not size or isinstance(size[0], int) else size[0])
         flat = real(shape.numel() + 2 * _FENCE, dtype=dtype, device=device)
-        blocks.append(flat.fill_(float("nan") if dtype.is_floating_point else 10**9))
+        blocks.append(flat.fill_(_poison(dtype)))
         return flat[_FENCE : _FENCE + shape.numel()].view(shape)
 
     with mock.patch.object(torch, "empty", empty):
         yield
     for flat in blocks:
         for fence in (flat[:_FENCE], flat[-_FENCE:]):
-            assert (fence.isnan() if flat.dtype.is_floating_point else fence == 10**9).all()
+            assert (fence.isnan() if flat.dtype.is_floating_point else fence == _poison(flat.dtype)).all()
+
+
+def _poison(dtype):
+    if dtype == torch.uint8:
+        return 173
+    return float("nan") if dtype.is_floating_point else 10**9
 
 
 def assert_triton_equals_eager(operation, values, *rest):

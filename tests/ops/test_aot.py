@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from swiftmoe_lightning.ops import ACTIVATIONS
 from swiftmoe_lightning.ops.triton import activation as activations
-from swiftmoe_lightning.ops.triton import bias, permute, regroup, route, sort
+from swiftmoe_lightning.ops.triton import bias, permute, quantize, regroup, route, sort
 from tests.ops.aot import MAX_SHARED, Build, compile_all, launched_by
 
 # T tokens, D model dim, K top-k, dtype.
@@ -69,6 +69,14 @@ def regroup_builds() -> list[Build]:
     ]
 
 
+def quantize_builds() -> list[Build]:
+    builds = []
+    for rows, dim, _, dtype in ROWS:
+        builds += launched_by(partial(quantize.quantize_rows, meta(rows, dim, dtype=dtype)))
+        builds += launched_by(partial(quantize.dequantize_rows, meta(rows, dim + 4, dtype=torch.uint8), dtype))
+    return builds
+
+
 def router_builds() -> list[Build]:
     builds = []
     for tokens, experts, top_k, score in ROUTERS:
@@ -82,7 +90,8 @@ def router_builds() -> list[Build]:
 
 @pytest.fixture(scope="module")
 def reports():
-    builds = row_builds() + activation_builds() + bias_builds() + sort_builds() + regroup_builds() + router_builds()
+    builds = row_builds() + activation_builds() + bias_builds() + sort_builds() + regroup_builds() + quantize_builds()
+    builds += router_builds()
     # The router of 512 experts with all of it in one warp, which is too much.
     builds.append(replace(builds[-2], options={"num_warps": 1}))
     return list(zip(builds, compile_all(builds), strict=True))

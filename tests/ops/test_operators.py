@@ -27,6 +27,8 @@ LOGITS_IDS = floats(3, 5), torch.tensor([[0, 1], [4, 2], [3, 0]], device=DEVICE)
 CALLS = {
     "sort": (torch.tensor([[2, 0], [5, 1]], device=DEVICE), 3),
     "regroup": (torch.tensor([[2, 0], [-1, 1]], dtype=torch.int32, device=DEVICE), ENDS - 1, ENDS * 0, 3),
+    "quantize_rows": (floats(2, 3, grad=False),),
+    "dequantize_rows": (torch.arange(14, dtype=torch.uint8, device=DEVICE).view(2, 7), torch.float16),
     "permute": (floats(2, 3), *ROWS),
     "gather_sum": (floats(4, 3), ROWS[1]),
     "combine": (floats(4, 3), floats(2, 2), *ROWS),

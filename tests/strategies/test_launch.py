@@ -177,6 +177,7 @@ def test_too_few_slots_are_an_error_on_every_rank() -> None:
         ({"exchange": "x"}, "exchange must be one of .*, got 'x'"),
         ({"reduce_dtype": "int8"}, "reduce_dtype must be one of .*, got 'int8'"),
         ({"param_dtype": "half"}, "param_dtype must be one of .*, got 'half'"),
+        ({"token_dtype": "float8"}, "token_dtype must be one of .*, got 'float8'"),
     ],
 )
 def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str, Any], message: str) -> None:

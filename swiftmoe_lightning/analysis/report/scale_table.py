@@ -149,6 +149,7 @@ def _cells(cost: GroupCost, advice: Advice) -> tuple[str, ...]:
 def _caption(cost: GroupCost) -> str:
     cluster, workload = cost.cluster, cost.workload
     limit = f"{100 - 100 * SPARE:.0f} % of {bytes_text(cluster.gpu_bytes)}"
+    tokens = "" if workload.token_dtype is None else f"tokens in {workload.token_dtype}, "
     return (
         "g: ranks of a group, s: slots of a rank. group, across: bytes that a rank sends a step within its group and "
         "across groups; static expert parallelism with a distributed optimizer sends the second alone. messages: of "
@@ -156,6 +157,6 @@ def _caption(cost: GroupCost) -> str:
         f"memory: their sum, without activations (!: above {limit}). *: best. "
         f"Links: {bytes_text(cluster.node_bytes)}/s and {1e6 * cluster.node_latency:g} us among "
         f"{many(cluster.ranks_per_node, 'rank')}, else {bytes_text(cluster.network_bytes)}/s and "
-        f"{1e6 * cluster.network_latency:g} us. Weights in {workload.param_dtype}, gradients in "
+        f"{1e6 * cluster.network_latency:g} us. Weights in {workload.param_dtype}, {tokens}gradients in "
         f"{workload.reduce_dtype}, state in {workload.state_dtype}. On paper, not measured; nothing overlaps."
     )
