@@ -3,9 +3,11 @@
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ignore_expert_parameters
 from swiftmoe_lightning.engine.engine import SwiftMoEEngine
 from swiftmoe_lightning.engine.gradients import ShardedGradScaler, clip_grad_norm, clip_grad_value
+from swiftmoe_lightning.engine.memory_checkpoint import MemoryCheckpoint
 
 __all__ = [
     "ExpertDataParallel",
+    "MemoryCheckpoint",
     "ShardedGradScaler",
     "SwiftMoEEngine",
     "clip_grad_norm",
