@@ -1,6 +1,6 @@
 """Lose one of two nodes, go on at once from memory on the other: `python examples/go_on_after_a_lost_node.py`.
 
-Two agents of torchrun stand for two nodes of two ranks. One is killed with a rank; the other starts its ranks again.
+Two agents of torchrun stand for nodes of two ranks. One is killed with a rank; the other starts its ranks again.
 """
 
 import os
@@ -33,8 +33,8 @@ def batch_of(step):
     return x, x.sin().sum(1, keepdim=True)
 
 
-def lose_a_node(step):
-    if step == 13 and (dist.get_world_size(), dist.get_rank()) == (4, 2):
+def lose_a_node(step, rank=2):
+    if step == 13 and dist.get_world_size() == 4 and dist.get_rank() == rank:
         print("in step 13 a node is lost", flush=True)
         os.kill(TORCHRUN, 9)
         os.kill(os.getpid(), 9)
@@ -70,17 +70,18 @@ def train(folder, num_steps, after_backward=lambda step: None, after_step=lambda
 
 
 def run_nodes(script, memory, *arguments):
-    """torchrun, as it is started on each of two nodes; the first one's has the store in which both meet."""
+    """Runs torchrun as on each of two nodes, which meet in a store that lies elsewhere, so that either may be lost."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    # A node whose agent is silent for 3 s is lost; who is left waits 2 s for others, and goes on.
+    conf = "is_host=0,join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{store.port}", f"--rdzv-conf={conf}"]
+    ranks = ["--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *ranks]
     # With gloo, ranks that are started again would find those that died in torchrun's store: they need a new one.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    endpoint = f"--rdzv-endpoint=localhost:{os.environ.get('MASTER_PORT', '29411')}"
-    nodes = ["--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3", "--rdzv-backend=c10d", endpoint]
-    # A node whose agent is silent for 3 s is lost; who is left waits 2 s for others, and goes on.
-    conf = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes]
-    commands = [[*torchrun, f"--rdzv-conf={conf},is_host={int(n == 0)}", script, f"{memory}/{n}"] for n in range(2)]
-    first, other = (subprocess.Popen([*command, *arguments], env=environment) for command in commands)
-    return first.wait(), other.wait()
+    commands = [[*torchrun, script, f"{memory}/{node}", *arguments] for node in range(2)]
+    nodes = [subprocess.Popen(command, env=environment) for command in commands]
+    return sorted(node.wait() for node in nodes)
 
 
 if __name__ == "__main__":
@@ -88,4 +89,4 @@ if __name__ == "__main__":
         train(sys.argv[1], 30, lose_a_node)
     else:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-            assert run_nodes(__file__, memory) == (0, -9)
+            assert run_nodes(__file__, memory) == [-9, 0]  # one was killed, the other ended well
