@@ -1,6 +1,6 @@
-"""Lose one of two nodes, go on at once from memory on the other: `python examples/go_on_after_a_lost_node.py`.
+"""Lose one of two nodes, go on from memory on the other: `python examples/go_on_after_a_lost_node.py`.
 
-Two agents of torchrun stand for nodes of two ranks. One is killed with a rank; the other starts its ranks again.
+Two agents of torchrun stand for nodes of two ranks. One is killed; the other starts its ranks again.
 """
 
 import os
@@ -21,8 +21,7 @@ TORCHRUN = os.getppid()
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.moe = sml.MoE(dim=16, hidden_dim=64, num_experts=8, top_k=2)
-        self.outer = torch.nn.Linear(16, 1)
+        self.moe, self.outer = sml.MoE(dim=16, hidden_dim=64, num_experts=8, top_k=2), torch.nn.Linear(16, 1)
 
     def forward(self, x):
         return self.outer(x + self.moe(x))
@@ -74,13 +73,11 @@ def run_nodes(script, memory, *arguments):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # A node whose agent is silent for 3 s is lost; who is left waits 2 s for others, and goes on.
     conf = "is_host=0,join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{store.port}", f"--rdzv-conf={conf}"]
-    ranks = ["--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *ranks]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{store.port}", f"--rdzv-conf={conf}"]
     # With gloo, ranks that are started again would find those that died in torchrun's store: they need a new one.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    commands = [[*torchrun, script, f"{memory}/{node}", *arguments] for node in range(2)]
-    nodes = [subprocess.Popen(command, env=environment) for command in commands]
+    nodes = [subprocess.Popen([*torchrun, script, f"{memory}/{name}", *arguments], env=environment) for name in "ab"]
     return sorted(node.wait() for node in nodes)
 
 
