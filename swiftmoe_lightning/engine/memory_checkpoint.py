@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ from swiftmoe_lightning.placement import copy_ranks, plan_fetches
 
 # What rank 0 writes of a directory: DCP's index, and all that is not cut over ranks.
 _OF_ALL: Final = (".metadata", META_FILE)
+# Names sort by steps. The token keeps apart what two starts of a run write for one step.
+_NAME: Final = re.compile(r"\d{12}-[0-9a-f]{8}")
+_PARTIAL: Final = partial_path(Path("name")).suffix
 
 
 class MemoryCheckpoint:
@@ -52,7 +56,7 @@ class MemoryCheckpoint:
     copy      the file -> the next node's folder
     commit    when all ranks are done: the directory gets its name; then the one before it is removed
 
-    In-memory checkpoints with copies on other machines are those of GEMINI (Wang et al., SOSP 2023, section 4).
+    In-memory checkpoints with copies on other machines are those of GEMINI (Wang et al., SOSP 2023).
     Construction is a collective, and so are all methods.
 
     Args:
@@ -141,7 +145,6 @@ class MemoryCheckpoint:
     # -- one save, in a thread of its own -------------------------------------------------------------------------
 
     def _write(self, step: int, staged: dict[str, Any], meta: dict[str, Any]) -> None:
-        # Names sort by steps. The token keeps apart what two starts of a run write for one step.
         final = self.folder / f"{step:012d}-{self._token}"
         partial = partial_path(final)
         try:
@@ -152,13 +155,13 @@ class MemoryCheckpoint:
             self._copy_own_part(partial)
             # Only when all nodes have named the new directory does any node remove the one before it.
             self._on_first_ranks(lambda: partial.rename(final))
-            self._on_first_ranks(lambda: self._discard_if(lambda path: path != final))
+            self._on_first_ranks(lambda: self._discard_but(final))
         # Not the errors of a group that has lost a rank, which end the run.
         except (CheckpointException, OSError) as error:
             raise OSError(
                 f"cannot keep the checkpoint of step {step} in memory, in {str(self.folder)!r} ({causes_of(error)}). "
-                "What was there before still is. Make room there (a node holds its ranks' parts and another node's, "
-                "while it saves twice), or save to a disk. (FAQ: memory-checkpoint)"
+                "What was there before still is. Make room there (a node holds its ranks' parts and another's, and "
+                "twice that while it saves), or save to a disk. (FAQ: memory-checkpoint)"
             ) from error
 
     def _write_of_all(self, partial: Path, meta: dict[str, Any]) -> None:
@@ -194,12 +197,13 @@ class MemoryCheckpoint:
 
     def _begin(self, partial: Path) -> None:
         # What kills and errors have left of other saves takes room.
-        self._discard_if(_is_partial)
+        for path in self._directories():
+            discard(partial_path(path))
         partial.mkdir()
 
-    def _discard_if(self, goes: Callable[[Path], bool]) -> None:
-        for path in self.folder.iterdir():
-            if goes(path):
+    def _discard_but(self, final: Path) -> None:
+        for path in self._directories():
+            if path != final:
                 discard(path)
 
     def _on_first_ranks(self, action: Callable[[], object]) -> None:
@@ -210,16 +214,20 @@ class MemoryCheckpoint:
     def _find(self) -> dict[str, tuple[dict[str, int], list[str]]]:
         """Directory -> its files' sizes here, and the names of all files that it needs, if its index is here."""
         found = {}
-        for path in self.folder.iterdir():
-            if path.is_dir() and not _is_partial(path):
-                sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-                needs: list[str] = []
-                if _OF_ALL[0] in sizes:
-                    with reading(path):
-                        stored = SafeReader(path).read_metadata().storage_data
-                    needs = sorted({place.relative_path for place in stored.values()} | set(_OF_ALL))
-                found[path.name] = (sizes, needs)
+        for path in filter(Path.is_dir, self._directories()):
+            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+            needs: list[str] = []
+            if _OF_ALL[0] in sizes:
+                with reading(path):
+                    stored = SafeReader(path).read_metadata().storage_data
+                needs = sorted({place.relative_path for place in stored.values()} | set(_OF_ALL))
+            found[path.name] = (sizes, needs)
         return found
+
+    def _directories(self) -> list[Path]:
+        """Every step's directory here, also where there is only the partial one. Files of others are left alone."""
+        names = {path.name.removesuffix(_PARTIAL) for path in self.folder.iterdir()}
+        return [self.folder / name for name in sorted(names) if _NAME.fullmatch(name)]
 
     def _fetch(self, path: Path, fetches: list[tuple[str, int, int, int]]) -> None:
         """Bring the files that nodes lack: (file, from node, to node, bytes)."""
@@ -237,7 +245,3 @@ class MemoryCheckpoint:
                     message.there.replace(message.path)
 
         self._group.together(name)
-
-
-def _is_partial(path: Path) -> bool:
-    return path == partial_path(path.with_suffix(""))

@@ -152,10 +152,11 @@ def test_a_step_that_is_not_whole_is_passed_over_and_a_damaged_one_refused(tmp_p
     checkpoint.wait()
     (whole,) = tmp_path.iterdir()
     saved = {name: value.clone() for name, value in module.state_dict().items()}
+    (tmp_path / "notes").write_text("of someone else")
     # What kills leave: a save that has no name yet, and a fetch that was cut off.
-    shutil.copytree(whole, tmp_path / "000000000007-other.partial")
-    shutil.copytree(whole, tmp_path / "000000000006-other")
-    (tmp_path / "000000000006-other" / "__0_0.distcp").unlink()
+    shutil.copytree(whole, tmp_path / "000000000007-0000000a.partial")
+    shutil.copytree(whole, tmp_path / "000000000006-0000000a")
+    (tmp_path / "000000000006-0000000a" / "__0_0.distcp").unlink()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
@@ -167,9 +168,9 @@ def test_a_step_that_is_not_whole_is_passed_over_and_a_damaged_one_refused(tmp_p
     part.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape("model.0.weight")):
         checkpoint.load()
-    checkpoint.save(6)
+    checkpoint.save(8)
     checkpoint.wait()
-    assert [path.name[:12] for path in tmp_path.iterdir()] == ["000000000006"]
+    assert sorted(path.name[:12] for path in tmp_path.iterdir()) == ["000000000008", "notes"]
 
 
 @pytest.mark.usefixtures("one_rank")
