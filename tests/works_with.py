@@ -70,8 +70,8 @@ ROWS: Final = (
     ),
     Row(
         "Lost ranks",
-        "torchrun starts ranks again, as many as are left, from the last checkpoint; in plain loops from memory, with a "
-        "copy on another node (`MemoryCheckpoint`)",
+        "torchrun starts ranks again, as many as are left, from the last checkpoint; in plain loops from memory, with "
+        "a copy on another node (`MemoryCheckpoint`)",
         "[going on after a lost rank](docs/going-on-after-a-lost-rank.md)",
         ("strategies/test_torchrun_restart: torchrun", "engine/test_memory_checkpoint: torchrun exact_state"),
     ),
