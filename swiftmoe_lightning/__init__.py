@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from swiftmoe_lightning import accelerate
 from swiftmoe_lightning.callbacks import ExpertPopularityMonitor, PlacementRecorder
 from swiftmoe_lightning.config import SwiftMoEConfig
-from swiftmoe_lightning.engine import Muon, SwiftMoEEngine, muon_groups
+from swiftmoe_lightning.engine import MemoryCheckpoint, Muon, SwiftMoEEngine, muon_groups
 from swiftmoe_lightning.huggingface import convert, register_hf_experts
 from swiftmoe_lightning.modules import (
     ExpertChoiceRouter,
@@ -50,6 +50,7 @@ __all__ = [
     "JitterRouter",
     "LayerLoad",
     "LoadReader",
+    "MemoryCheckpoint",
     "MoE",
     "Muon",
     "NoisyTopKRouter",

@@ -19,6 +19,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # Their likes run in other tests, too.
 NIGHTLY = {
     "expert_groups.py",
+    "go_on_after_a_lost_node.py",
     "hf_expert_parallel.py",
     "lightning_cli.py",
     "resume_by_itself.py",

@@ -73,6 +73,7 @@ TESTED_IN = {
     "distributed/dtensor_scalars.py": "engine/test_gradients.py",
     "distributed/dtensor_writes.py": "distributed/test_dtensor_extension.py",
     "distributed/group.py": "engine/test_weight_traffic.py",
+    "distributed/host_group.py": "engine/test_memory_checkpoint.py",
     "distributed/launch_facts.py": "distributed/test_launch_check.py",
     "distributed/matrix_exchange.py": "engine/test_muon.py",
     "distributed/loaded_experts.py": "huggingface/test_expert_parallel.py",

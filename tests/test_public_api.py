@@ -16,6 +16,7 @@ NAMES = [
     "JitterRouter",
     "LayerLoad",
     "LoadReader",
+    "MemoryCheckpoint",
     "MoE",
     "Muon",
     "NoisyTopKRouter",
@@ -70,6 +71,8 @@ def test_signatures_are_what_they_were() -> None:
     ]
     assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids"]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
+    assert arguments(sml.MemoryCheckpoint) == ["engine", "optimizers", "folder"]
+    assert arguments(sml.MemoryCheckpoint.save) == ["step", "extra"]
     assert arguments(sml.convert) == ["model"]
     assert arguments(sml.record_routing) == ["model"]
     assert arguments(sml.register_hf_experts) == ["config"]

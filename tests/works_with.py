@@ -79,6 +79,13 @@ ROWS: Final = (
         ("strategies/test_sigterm_trainer: sigterm slurm", "strategies/test_sigterm_loops: save"),
     ),
     Row(
+        "Lost ranks",
+        "torchrun starts ranks again, as many as are left, from the last checkpoint; in plain loops from memory, with "
+        "a copy on another node (`MemoryCheckpoint`)",
+        "[going on after a lost rank](docs/going-on-after-a-lost-rank.md)",
+        ("strategies/test_torchrun_restart: torchrun", "engine/test_memory_checkpoint: torchrun exact_state"),
+    ),
+    Row(
         "Evaluation",
         "validate, test, predict, also with uneven numbers of batches",
         "in training, ranks need equally many",

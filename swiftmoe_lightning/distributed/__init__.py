@@ -5,6 +5,7 @@ from swiftmoe_lightning.distributed.dtensor_extension import extend_dtensors
 from swiftmoe_lightning.distributed.expert_group import ExpertGroup
 from swiftmoe_lightning.distributed.group import PendingExchange, RankGroup
 from swiftmoe_lightning.distributed.host_device import HostCopy, to_device, to_host
+from swiftmoe_lightning.distributed.host_group import FileMessage, HostGroup
 from swiftmoe_lightning.distributed.loaded_experts import cut_by_experts, cut_by_rows
 from swiftmoe_lightning.distributed.matrix_exchange import (
     CutMatrices,
@@ -39,7 +40,9 @@ from swiftmoe_lightning.distributed.wire import packed_bytes, returned_dtype
 __all__ = [
     "CutMatrices",
     "ExpertGroup",
+    "FileMessage",
     "HostCopy",
+    "HostGroup",
     "NodeGroups",
     "PendingExchange",
     "RankGroup",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,8 +70,7 @@ class RankGroup:
         """
         parts = _parts.setdefault(self.process_group, {})
         if members not in parts:
-            options = getattr(self.process_group._get_backend(torch.device(device_type)), "options", None)
-            timeout = getattr(options, "_timeout", None)
+            timeout = timeout_of(self.process_group, device_type)
             ranks = [self.ranks[member] for member in members]
             # Only these ranks meet here, for other groups are made by others at the same time.
             is_part = len(ranks) < dist.get_world_size()
@@ -148,6 +148,13 @@ class RankGroup:
             [rows received, D], in the order of the ranks they come from, in the dtype of `rows_RD`.
         """
         return _ExchangeRows.apply(rows_RD, self, send_splits, receive_splits, dtype)
+
+
+def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> timedelta | None:
+    """How long the group waits in a collective on this type of device; None where its backend does not say."""
+    options = getattr(process_group._get_backend(torch.device(device_type)), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    return timeout
 
 
 class PendingExchange:

@@ -102,7 +102,7 @@ def save_directory(
         # On rank 0 only: when a slower rank comes to this line, the next save may have made its partial folder already.
         _on_rank_zero(lambda: discard(partial))
         raise OSError(
-            f"cannot write the checkpoint {str(path)!r} ({_causes(error)}). Nothing of it is left, and one that was "
+            f"cannot write the checkpoint {str(path)!r} ({causes_of(error)}). Nothing of it is left, and one that was "
             f"there still is. {_TO_WRITE}"
         ) from error
 
@@ -116,7 +116,7 @@ def _prepare(target: Path, partial: Path, previous: Path) -> None:
 
 
 def _finish(meta: dict[str, Any], target: Path, partial: Path, previous: Path) -> None:
-    save_whole({**meta, _INDEX_SUM: index_sum(partial)}, partial / META_FILE)
+    seal_directory(partial, meta)
     discard(previous)
     if target.is_dir() and not target.is_symlink():
         os.rename(target, previous)
@@ -125,6 +125,11 @@ def _finish(meta: dict[str, Any], target: Path, partial: Path, previous: Path) -
     os.rename(partial, target)
     sync_folder(target.parent)
     discard(previous)
+
+
+def seal_directory(path: Path, meta: dict[str, Any]) -> None:
+    """Write `meta` into a directory that DCP has written, and the checksum of DCP's index."""
+    save_whole({**meta, _INDEX_SUM: index_sum(path)}, path / META_FILE)
 
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
@@ -143,7 +148,7 @@ def _on_rank_zero(action: Callable[[], None]) -> None:
         raise OSError(messages[0]) from cause
 
 
-def _causes(error: BaseException) -> str:
+def causes_of(error: BaseException) -> str:
     """The errors of the ranks that failed in DCP; the message of any other error."""
     failures = getattr(error, "failures", None) or {}
     return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failures.items()) or str(error)
@@ -225,7 +230,7 @@ def _load(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     try:
         dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner())
     except CheckpointException as error:
-        raise ValueError(unreadable(path, _causes(error))) from error
+        raise ValueError(unreadable(path, causes_of(error))) from error
 
 
 def _read_metadata(path: str | os.PathLike[str]) -> Metadata:

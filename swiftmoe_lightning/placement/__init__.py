@@ -1,6 +1,7 @@
 """Where experts live and which rank computes which tokens: pure maths in numpy, without torch or process groups."""
 
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
+from swiftmoe_lightning.placement.checkpoint_copies import copy_ranks, plan_fetches
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.matrix_plan import LAYOUTS, MatrixBlock, MatrixStack, part_of_rows, plan_matrices
@@ -58,6 +59,7 @@ __all__ = [
     "SwapPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "copy_ranks",
     "drop_bounds",
     "find_bounds",
     "imbalance",
@@ -69,6 +71,7 @@ __all__ = [
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
+    "plan_fetches",
     "plan_matrices",
     "plan_messages",
     "regroup_received",
