@@ -7,6 +7,7 @@ import inspect
 import swiftmoe_lightning as sml
 
 NAMES = [
+    "ClusteredRouter",
     "ExpertChoiceRouter",
     "ExpertPopularityMonitor",
     "Experts",
@@ -22,6 +23,7 @@ NAMES = [
     "PlacementPolicy",
     "PlacementRecorder",
     "RouterOutput",
+    "SequenceClusters",
     "SinkhornRouter",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
@@ -66,7 +68,7 @@ def test_signatures_are_what_they_were() -> None:
         "device",
         "dtype",
     ]
-    assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids"]
+    assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids", "cluster_ids"]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
     assert arguments(sml.convert) == ["model"]
     assert arguments(sml.record_routing) == ["model"]
