@@ -100,7 +100,8 @@ class MoE(nn.Module):
                 the GPU once, for the number of tokens.
             token_ids: [...] int, which go to the router as its second argument, [T]; `HashRouter` needs them.
             cluster_ids: int, of each sequence, with the shape of x without its last two dims; or of each token, where a
-                row of x has several sequences. They go to the router as `cluster_ids_T`, [T]. `ClusteredRouter` needs them.
+                row of x has several sequences. They go to the router as `cluster_ids_T`, [T]; `ClusteredRouter` needs
+                them.
 
         Raises:
             ValueError: for another last dim, or a mask, token_ids or cluster_ids of another shape than that of the

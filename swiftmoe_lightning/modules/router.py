@@ -71,7 +71,7 @@ class RouterOutput:
         """See `z_loss`."""
         if self.square_sum is None:
             return z_loss(self.logits_TE, num_tokens, num_data_ranks)
-        return self.square_sum * (num_data_ranks / num_tokens.clamp(min=1))
+        return self.square_sum * num_data_ranks / num_tokens.clamp(min=1)
 
 
 class TopKRouter(nn.Module):
@@ -251,7 +251,7 @@ def z_loss(logits_TE: Tensor, num_tokens: Tensor, num_data_ranks: float) -> Tens
     Returns:
         [] floating.
     """
-    return logits_TE.logsumexp(-1).square().sum() * (num_data_ranks / num_tokens.clamp(min=1))
+    return logits_TE.logsumexp(-1).square().sum() * num_data_ranks / num_tokens.clamp(min=1)
 
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
