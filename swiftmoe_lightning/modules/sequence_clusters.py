@@ -89,8 +89,15 @@ class SequenceClusters(nn.Module):
         """[B, D] floating -> [B] int64, the nearest centers. Waits for the GPU once.
 
         Raises:
+            ValueError: for another dim.
             RuntimeError: before there are centers.
         """
+        dim = self.centers_CD.shape[1]
+        if embeddings_BD.dim() != 2 or embeddings_BD.shape[1] != dim:
+            raise ValueError(
+                f"SequenceClusters(dim={dim}) takes embeddings [sequences, {dim}], got {list(embeddings_BD.shape)}. "
+                "Embed as for fit, one row for each sequence."
+            )
         if self.centers_CD.isnan().any():
             raise RuntimeError("SequenceClusters has no centers yet. Call fit(embeddings), or load a fitted state.")
         return _nearest(embeddings_BD.to(self.centers_CD), self.centers_CD)

@@ -68,5 +68,7 @@ def test_what_cannot_be_clustered_is_refused() -> None:
         clusters.fit(torch.full((1, 2), torch.inf))
     with pytest.raises(ValueError, match="2 different embeddings cannot make 3 clusters. Give more sequences"):
         clusters.fit(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"dim=2\) takes embeddings \[sequences, 2\], got \[4, 3\]. Embed as for fit"):
+        clusters(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="num_clusters must be a whole number of 1 or more, got 0"):
         sml.SequenceClusters(0, 2)
