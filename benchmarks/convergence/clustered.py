@@ -136,7 +136,7 @@ def train(router: str, setting: Setting, text: KindsOfText, fitted: modules.Sequ
     for block in model.blocks:
         block.moe.router = ROUTERS[router](setting.dim, setting.num_experts, setting.top_k)
     clusters = Clusters(None if router == "clustered at random" else fitted)
-    give_ids(model, clusters)
+    give_ids(model, lambda bytes_BT: {"cluster_ids": clusters(bytes_BT)})
     reader = modules.LoadReader(model)
     optimizer, schedule = make_optimizer(model, setting)
     sequences, imbalance = batches(text.corpus, setting, seed), []

@@ -47,17 +47,17 @@ def fit_clusters(text: np.ndarray, seq_len: int, num_clusters: int) -> SequenceC
     return clusters
 
 
-def give_ids(model: GPT, clusters: Callable[[Tensor], Tensor]) -> None:
-    """Let every block of experts have the bytes, for `HashRouter`, and the sequences' clusters, for `ClusteredRouter`.
+def give_ids(model: GPT, ids_of: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    """Let every block of experts have the ids that its router chooses by.
 
     Args:
         model: its blocks get them with every forward.
-        clusters: [B, T] bytes -> [B] int.
+        ids_of: [B, T] bytes -> arguments of `MoE.forward`.
     """
     ids: dict[str, Tensor] = {}
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids.update(token_ids=inputs[0], cluster_ids=clusters(inputs[0]))
+        ids.update(ids_of(inputs[0]))
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Any, Any]:
         return inputs, {**options, **ids}

@@ -64,8 +64,11 @@ def measure(router: str, system: str, setting: Setting, corpus: Corpus) -> Figur
     model = make_model(setting)
     for block in model.blocks:
         block.moe.router = ROUTERS[router](setting.dim, setting.num_experts, setting.top_k)
-    clusters = fit_clusters(corpus.train, setting.seq_len, NUM_GROUPS)
-    give_ids(model, lambda bytes_BT: clusters(prompt_embeddings(bytes_BT)))
+    if router == "clustered":
+        clusters = fit_clusters(corpus.train, setting.seq_len, NUM_GROUPS)
+        give_ids(model, lambda bytes_BT: {"cluster_ids": clusters(prompt_embeddings(bytes_BT))})
+    else:
+        give_ids(model, lambda bytes_BT: {"token_ids": bytes_BT})
     cluster = EmulatedCluster(
         model, SYSTEMS[system], setting.num_ranks, setting.slots_per_rank, setting.capacity_factor, seed=0
     )
