@@ -16,7 +16,10 @@ every sequence goes to the next group. Busiest is an expert's popularity over th
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -214,8 +217,9 @@ COLUMNS: Final = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--cache", type=Path, default=Path("runs/convergence"), help="folder of the texts' archives")
     options = parser.parse_args(arguments)
     provenance, text = collect_provenance(), kinds_of_text(options.cache)
@@ -229,10 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_validation=512,
     )
     fitted = fit_clusters(text.corpus.train, setting.seq_len, NUM_GROUPS)
-    runs: dict[str, list[Figures]] = {router: [] for router in ROUTERS}
-    for seed in range(options.seeds):
-        for router in ROUTERS:
-            runs[router].append(train(router, setting, text, fitted, seed))
+    tasks = [(router, seed) for seed in range(options.seeds) for router in ROUTERS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(train, router, setting, text, fitted, seed) for router, seed in tasks]
+        runs: dict[str, list[Figures]] = {router: [] for router in ROUTERS}
+        for (router, seed), future in zip(tasks, futures, strict=True):
+            runs[router].append(future.result())
             print(f"seed {seed}, {router}: {runs[router][-1]}", flush=True)
     table = summary(runs)
     print(f"| router | {' | '.join(title for title, _ in COLUMNS.values())} |\n|{'---|' * (1 + len(COLUMNS))}")
