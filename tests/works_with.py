@@ -173,6 +173,7 @@ ROWS: Final = (
         "[routing replay](docs/guides/routing-replay.md)",
         (
             "modules/test_routing_replay: plain_torch own_recording checkpointing any_router compiled arrays",
+            "modules/test_replayed_forwards: one_input",
             "engine/test_routing_replay: two_ranks",
             "huggingface/test_routing_replay: converted live_scores",
         ),
