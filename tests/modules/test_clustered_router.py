@@ -116,3 +116,11 @@ def test_what_cannot_be_is_refused() -> None:
     for wrong in (-1, 3):
         with pytest.raises(ValueError, match=r"cluster ids must be in 0..2, as there are num_groups=3, got .*Make as"):
             make()(X, cluster_ids=CLUSTERS.where(CLUSTERS != 1, wrong))
+
+
+def test_the_router_compiles_as_one_graph() -> None:
+    router, x_TD, clusters_T = make().router, X.flatten(0, 1), CLUSTERS.repeat_interleave(9)
+    compiled = torch.compile(router, backend="eager", fullgraph=True)
+    actual, expected = compiled(x_TD, cluster_ids_T=clusters_T), router(x_TD, cluster_ids_T=clusters_T)
+    assert torch.equal(actual.expert_ids_TK, expected.expert_ids_TK)
+    assert torch.equal(actual.weights_TK, expected.weights_TK)
