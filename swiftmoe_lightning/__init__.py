@@ -16,6 +16,7 @@ from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.engine import MemoryCheckpoint, Muon, SwiftMoEEngine, muon_groups
 from swiftmoe_lightning.huggingface import convert, register_hf_experts
 from swiftmoe_lightning.modules import (
+    ClusteredRouter,
     ExpertChoiceRouter,
     Experts,
     GroupLimitedRouter,
@@ -26,6 +27,7 @@ from swiftmoe_lightning.modules import (
     MoE,
     NoisyTopKRouter,
     RouterOutput,
+    SequenceClusters,
     SinkhornRouter,
     TopKRouter,
     auxiliary_loss,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from swiftmoe_lightning.huggingface.trainer import SwiftMoETrainer
 
 __all__ = [
+    "ClusteredRouter",
     "ExpertChoiceRouter",
     "ExpertPopularityMonitor",
     "Experts",
@@ -58,6 +61,7 @@ __all__ = [
     "PlacementPolicy",
     "PlacementRecorder",
     "RouterOutput",
+    "SequenceClusters",
     "SinkhornRouter",
     "SwiftMoEConfig",
     "SwiftMoEEngine",

@@ -89,6 +89,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine/shard_parameters.py shard_parameters": "setup",
     "modules/dispatch.py TokenDispatcher._start_counts": "on the host",
     "modules/experts.py Experts.reset_parameters": "setup",
+    "modules/sequence_clusters.py _first_centers": "before training",
     "modules/routing_ids.py as_integers": "a recording from an array",
     "modules/routing_ids.py check_recording": "an error",
     "modules/routing_replay.py routing_to_array": "a recording as an array",

@@ -7,6 +7,7 @@ import inspect
 import swiftmoe_lightning as sml
 
 NAMES = [
+    "ClusteredRouter",
     "ExpertChoiceRouter",
     "ExpertPopularityMonitor",
     "Experts",
@@ -24,6 +25,7 @@ NAMES = [
     "PlacementPolicy",
     "PlacementRecorder",
     "RouterOutput",
+    "SequenceClusters",
     "SinkhornRouter",
     "SwiftMoEConfig",
     "SwiftMoEEngine",
@@ -69,7 +71,7 @@ def test_signatures_are_what_they_were() -> None:
         "device",
         "dtype",
     ]
-    assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids"]
+    assert arguments(sml.MoE.forward) == ["x", "mask", "token_ids", "cluster_ids"]
     assert arguments(sml.Experts.forward) == ["hidden_states", "top_k_index", "top_k_weights"]
     assert arguments(sml.MemoryCheckpoint) == ["engine", "optimizers", "folder"]
     assert arguments(sml.MemoryCheckpoint.save) == ["step", "extra"]

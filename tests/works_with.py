@@ -192,6 +192,7 @@ ROWS: Final = (
         "[routing replay](docs/guides/routing-replay.md)",
         (
             "modules/test_routing_replay: plain_torch own_recording checkpointing any_router compiled arrays",
+            "modules/test_replayed_forwards: one_input",
             "engine/test_routing_replay: two_ranks",
             "huggingface/test_routing_replay: converted live_scores",
         ),
@@ -259,9 +260,14 @@ ROWS: Final = (
     ),
     Row(
         "Routers",
-        "top-k, group-limited (DeepSeek-V2 and V3, to the bit), jitter, noisy top-k, sinkhorn, hash, expert choice",
+        "top-k, group-limited (DeepSeek-V2 and V3, to the bit), jitter, noisy top-k, sinkhorn, hash, clustered, "
+        "expert choice",
         "sinkhorn and expert choice are of each rank's own tokens: [routers](docs/guides/routers.md)",
-        ("modules/test_routers: deepseek_v3s noise megatrons hash choice", "engine/test_routers_on_ranks: equal"),
+        (
+            "modules/test_routers: deepseek_v3s noise megatrons hash choice",
+            "modules/test_clustered_router: every_cluster",
+            "engine/test_routers_on_ranks: equal",
+        ),
     ),
     Row(
         "Padding (`moe(x, mask=mask)`)",

@@ -4,7 +4,7 @@ Trains the model of preset "quick", top-2, with each router on an emulated clust
 from one seed, on the text of the demo, without an auxiliary loss. Prints a table: the busiest expert's load over the
 mean, and the share of assignments that static and adaptive replicas drop, means over the second half of the steps and
 all layers; and the validation loss with adaptive replicas. Where tokens compete for experts (sinkhorn, expert choice),
-they are those of all ranks.
+they are those of all ranks. Clusters are those of `.clustered`, of each sequence's first half, whose loss counts, too.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.convergence.cluster import EmulatedCluster
+from benchmarks.convergence.clusters import fit_clusters, give_ids, prompt_embeddings
 from benchmarks.convergence.corpus import Corpus
 from benchmarks.convergence.settings import Setting
 from benchmarks.convergence.systems import SYSTEMS
 from benchmarks.convergence.training import batches, dropped_share, make_model, make_optimizer, stack, validate
 from swiftmoe_lightning import modules
-from swiftmoe_lightning.demo.gpt import GPT, NUM_BYTES, next_byte_loss
+from swiftmoe_lightning.demo.gpt import NUM_BYTES, next_byte_loss
 from swiftmoe_lightning.demo.text import read_texts, split_texts
 
+NUM_GROUPS: Final = 4
 # What makes a router of (dim, num_experts, top_k).
 ROUTERS: Final[dict[str, Callable[..., nn.Module]]] = {
     "top-k": modules.TopKRouter,
     "top-k, bias 1e-3": lambda *sizes: modules.TopKRouter(*sizes, bias_update_rate=1e-3),
-    "group-limited": lambda *sizes: modules.GroupLimitedRouter(*sizes, num_groups=4, top_k_groups=2),
+    "group-limited": lambda *sizes: modules.GroupLimitedRouter(*sizes, num_groups=NUM_GROUPS, top_k_groups=2),
     "jitter": modules.JitterRouter,
     "noisy": modules.NoisyTopKRouter,
     "sinkhorn": modules.SinkhornRouter,
     "hash": lambda *sizes: modules.HashRouter(*sizes, vocab_size=NUM_BYTES),
+    "clustered": lambda *sizes: modules.ClusteredRouter(*sizes, num_groups=NUM_GROUPS),
     "expert choice": modules.ExpertChoiceRouter,
 }
 
@@ -55,25 +58,17 @@ class Figures:
     loss: float
 
 
-def give_token_ids(model: GPT) -> None:
-    """Let every block of experts have the bytes, which `HashRouter` chooses by."""
-    bytes_BT: list[Tensor] = []
-    model.register_forward_pre_hook(lambda _, inputs: bytes_BT.__setitem__(slice(None), inputs))
-
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Any, Any]:
-        return inputs, {**options, "token_ids": bytes_BT[0]}
-
-    for block in model.blocks:
-        block.moe.register_forward_pre_hook(add, with_kwargs=True)
-
-
 def measure(router: str, system: str, setting: Setting, corpus: Corpus) -> Figures:
     """Train once."""
     torch.manual_seed(0)
     model = make_model(setting)
     for block in model.blocks:
         block.moe.router = ROUTERS[router](setting.dim, setting.num_experts, setting.top_k)
-    give_token_ids(model)
+    if router == "clustered":
+        clusters = fit_clusters(corpus.train, setting.seq_len, NUM_GROUPS)
+        give_ids(model, lambda bytes_BT: {"cluster_ids": clusters(prompt_embeddings(bytes_BT))})
+    else:
+        give_ids(model, lambda bytes_BT: {"token_ids": bytes_BT})
     cluster = EmulatedCluster(
         model, SYSTEMS[system], setting.num_ranks, setting.slots_per_rank, setting.capacity_factor, seed=0
     )

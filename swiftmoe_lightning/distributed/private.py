@@ -13,9 +13,12 @@ from swiftmoe_lightning.private_names import check_names
 check_names(
     "torch",
     {
-        # The number of the running backward; callbacks at its end.
-        torch._C: ["_current_graph_task_id"],
+        # The number of the running backward, and its node; callbacks at its end.
+        torch._C: ["_current_graph_task_id", "_current_autograd_node"],
         torch.autograd.Variable: ["_execution_engine"],
+        # Numbers of autograd's nodes; the hooks of activation checkpointing; what runs a function's backward.
+        torch._C._autograd: ["_get_sequence_nr", "_top_saved_tensors_default_hooks"],
+        torch.autograd.function: ["BackwardCFunction"],
         # DTensor's handlers of operators; its local tensor and layout.
         DTensor: ["_op_dispatcher", "_local_tensor", "_spec"],
         DTensor._op_dispatcher: ["_custom_op_handlers"],

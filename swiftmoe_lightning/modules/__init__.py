@@ -1,5 +1,6 @@
 """nn.Modules: router, experts, MoE block. Without an engine they run on one device, under one over all ranks."""
 
+from swiftmoe_lightning.modules.clustered_router import ClusteredRouter
 from swiftmoe_lightning.modules.context import NON_FINITE_SCORES, ExpertParallelContext, SingleDeviceContext
 from swiftmoe_lightning.modules.expert_choice import ExpertChoiceRouter
 from swiftmoe_lightning.modules.experts import Experts
@@ -17,11 +18,13 @@ from swiftmoe_lightning.modules.routing_replay import (
     routing_from_array,
     routing_to_array,
 )
+from swiftmoe_lightning.modules.sequence_clusters import SequenceClusters
 from swiftmoe_lightning.modules.sinkhorn_router import SinkhornRouter
 from swiftmoe_lightning.modules.weights import shape_message
 
 __all__ = [
     "NON_FINITE_SCORES",
+    "ClusteredRouter",
     "ExpertChoiceRouter",
     "ExpertParallelContext",
     "Experts",
@@ -35,6 +38,7 @@ __all__ = [
     "MoE",
     "NoisyTopKRouter",
     "RouterOutput",
+    "SequenceClusters",
     "SingleDeviceContext",
     "SinkhornRouter",
     "TopKRouter",

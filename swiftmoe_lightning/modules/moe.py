@@ -84,7 +84,13 @@ class MoE(nn.Module):
             self.shared = DenseMLP(dim, hidden_dim * num_shared_experts, activation, device, dtype)
         self.router_losses = RouterLosses()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+    ) -> Tensor:
         """[..., D] -> [..., D].
 
         Args:
@@ -93,19 +99,23 @@ class MoE(nn.Module):
                 counted, takes no capacity and is in no loss, and its output is zero, also of shared experts. Waits for
                 the GPU once, for the number of tokens.
             token_ids: [...] int, which go to the router as its second argument, [T]; `HashRouter` needs them.
+            cluster_ids: int, of each sequence, with the shape of x without its last two dims; or of each token, where a
+                row of x has several sequences. They go to the router as `cluster_ids_T`, [T]; `ClusteredRouter` needs
+                them.
 
         Raises:
-            ValueError: for another last dim, or a mask or token_ids of another shape than the tokens.
+            ValueError: for another last dim, or a mask, token_ids or cluster_ids of another shape than that of the
+                tokens or sequences.
             TypeError: for a mask that is not bool.
             FloatingPointError: on every rank, for non-finite router scores. (On a single GPU without a capacity, to
                 avoid waiting for it, only when loads are next read.)
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE(dim={self.dim}) got an input of shape {list(x.shape)}: its last dim must be dim.")
-        tokens = RealTokens(x, mask, token_ids)
+        tokens = RealTokens(x, mask, token_ids, cluster_ids)
         x_TD = tokens.x_TD
         with phase("route"):
-            routed: RouterOutput = self.router(x_TD, *tokens.ids)
+            routed: RouterOutput = self.router(x_TD, *tokens.ids, **tokens.clusters)
             finite = all_finite(routed.logits_TE)
         started = self.experts.start(x_TD, routed.expert_ids_TK, routed.weights_TK, finite)
         # While the ranks' counts travel.

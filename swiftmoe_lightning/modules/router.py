@@ -36,6 +36,8 @@ class RouterOutput:
             it.
         mean_experts: the mean number of experts of a token, by which losses tell tokens from assignments; None is K.
             Give it where ids are unassigned.
+        num_groups: above 1, the auxiliary loss balances the experts inside each of so many equal groups of them, and
+            not the groups; each token's probabilities are of one group.
     """
 
     expert_ids_TK: Tensor
@@ -45,6 +47,7 @@ class RouterOutput:
     prob_sums_E: Tensor | None = None
     square_sum: Tensor | None = None
     mean_experts: float | None = None
+    num_groups: int = 1
 
     @property
     def experts_per_token(self) -> float:
@@ -62,13 +65,13 @@ class RouterOutput:
             raise ValueError(
                 "aux_loss_coef needs a RouterOutput with probs_TE or prob_sums_E: the router gave neither."
             )
-        return load_balancing_loss(probs_TE, popularity_E, num_data_ranks, self.experts_per_token)
+        return load_balancing_loss(probs_TE, popularity_E, num_data_ranks, self.experts_per_token, self.num_groups)
 
     def z_loss(self, num_tokens: Tensor, num_data_ranks: float) -> Tensor:
         """See `z_loss`."""
         if self.square_sum is None:
             return z_loss(self.logits_TE, num_tokens, num_data_ranks)
-        return self.square_sum * (num_data_ranks / num_tokens.clamp(min=1))
+        return self.square_sum * num_data_ranks / num_tokens.clamp(min=1)
 
 
 class TopKRouter(nn.Module):
@@ -142,12 +145,15 @@ class TopKRouter(nn.Module):
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def forward(self, x_TD: Tensor, token_ids_T: Tensor | None = None) -> RouterOutput:
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, cluster_ids_T: Tensor | None = None
+    ) -> RouterOutput:
         """[T, D] -> the experts of each token. Scores are computed in float32 (float64 for float64 weights).
 
         Args:
             x_TD: [T, D] floating.
             token_ids_T: [T] int, for a router that chooses by them; others ignore them.
+            cluster_ids_T: [T] int, likewise.
         """
         if self.expert_bias is not None and self.training and torch.is_grad_enabled():
             self._warn_without_updates()
@@ -205,26 +211,31 @@ class TopKRouter(nn.Module):
             self.expert_bias += self.bias_update_rate * sign_on_device_E
 
 
-def load_balancing_loss(probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: float) -> Tensor:
+def load_balancing_loss(
+    probs_TE: Tensor, popularity_E: Tensor, num_data_ranks: float, top_k: float, num_groups: int = 1
+) -> Tensor:
     """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all tokens choose one expert.
 
     f_e is expert e's share of the assignments of ALL ranks, P_e the mean share of its score. Ranks share the
-    global token count, so the mean of this loss over ranks is the loss of the global batch on one device.
+    global token count, so the mean of this loss over ranks is the loss of the global batch on one device. With groups
+    it is the mean of the groups' losses, each by itself, weighted by their tokens.
 
     Args:
         probs_TE: [T, E] of this rank, or their sum as [1, E].
         popularity_E: [E] int of all ranks.
         num_data_ranks: ranks with tokens of their own that took part.
         top_k: K, experts of each token, or their mean number.
+        num_groups: equal groups of experts.
 
     Returns:
         [] floating.
     """
     popularity_E = popularity_E.to(probs_TE)
     num_assignments = popularity_E.sum().clamp(min=1)
-    share_E = popularity_E / num_assignments
+    popularity_GE = popularity_E.unflatten(0, (num_groups, -1))
+    share_GE = popularity_GE / popularity_GE.sum(-1, keepdim=True).clamp(min=1)
     mean_prob_E = probs_TE.sum(0) * (num_data_ranks * top_k / num_assignments)
-    return len(popularity_E) * (share_E * mean_prob_E).sum()
+    return popularity_GE.shape[1] * (share_GE.flatten() * mean_prob_E).sum()
 
 
 def z_loss(logits_TE: Tensor, num_tokens: Tensor, num_data_ranks: float) -> Tensor:
@@ -240,7 +251,7 @@ def z_loss(logits_TE: Tensor, num_tokens: Tensor, num_data_ranks: float) -> Tens
     Returns:
         [] floating.
     """
-    return logits_TE.logsumexp(-1).square().sum() * (num_data_ranks / num_tokens.clamp(min=1))
+    return logits_TE.logsumexp(-1).square().sum() * num_data_ranks / num_tokens.clamp(min=1)
 
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -1,39 +1,23 @@
 """Stands between a layer's router and its experts while its routing is recorded or replayed.
 
-T tokens, D model dim, E experts, K top-k, R rows of a recording.
+T tokens, E experts, K top-k, R rows of a recording.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.chosen_experts import ChosenExperts
+from swiftmoe_lightning.modules.replayed_forwards import ReplayedForwards, same_ids
 from swiftmoe_lightning.modules.router import RouterOutput
 from swiftmoe_lightning.modules.routing_ids import compact_ids, signed_ids
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.modules.experts import Experts
-
-# How far the fingerprints of one forward and its repetition may be apart: what sums in another order change.
-_TOLERANCE: Final = 1e-2
-# Forwards without a backward that are remembered at most.
-_MOST_FORWARDS: Final = 1000
-
-
-@dataclass(frozen=True, eq=False)
-class _Forward:
-    """A forward that backward may repeat: its input's size and fingerprint, and what it replayed (None: nothing)."""
-
-    num_tokens: int
-    fingerprint_D: Tensor
-    ids_TK: Tensor | None
-    has_graph: bool
 
 
 class RoutingTap:
@@ -41,8 +25,7 @@ class RoutingTap:
 
     While it is attached, it stands in place of the router's forward. Activation checkpointing repeats forwards inside
     backward, in any order and often after the context has ended, and a repetition must choose as the first run did. So
-    the tap knows the forwards since the last backward by a fingerprint of the router's input, and stays until none of
-    them has replayed anything.
+    the tap stays until no forward that replayed can be repeated.
 
     Args:
         name: of the experts in the model, for messages.
@@ -56,8 +39,7 @@ class RoutingTap:
         self._recorded: list[Tensor] | None = None
         self._replayed_RK: Tensor | None = None
         self._num_replayed = 0
-        self._forwards: deque[_Forward] = deque(maxlen=_MOST_FORWARDS)
-        self._was_consumed = False
+        self._forwards = ReplayedForwards(name)
         # What the router gave, until the experts take it.
         self._routed_TK: Tensor | None = None
 
@@ -76,11 +58,18 @@ class RoutingTap:
 
         Args:
             replayed_RK: [R, K] int, for the next R tokens; None records.
+
+        Raises:
+            RuntimeError: when backward repeats a forward in which the context is opened.
         """
-        # Without a graph only reentrant checkpointing repeats a forward, in the backward that comes next.
-        with_graph = [forward for forward in self._forwards if forward.has_graph]
-        self._forwards.clear()
-        self._forwards.extend(with_graph)
+        if replayed_RK is not None:
+            if _in_backward():
+                raise RuntimeError(
+                    f"replay_routing is opened inside of an activation checkpoint around {self.name!r}, whose "
+                    "repetition in backward opens it once more. Open it around the checkpoint, as around the whole "
+                    "model. (FAQ: routing-replay)"
+                )
+            self._forwards.begin()
         self._recorded, self._replayed_RK = [] if replayed_RK is None else None, replayed_RK
         self._num_replayed = 0
         if self._experts.routing_tap is None:
@@ -89,6 +78,7 @@ class RoutingTap:
 
     def close(self) -> list[Tensor]:
         """End the context. Returns what it recorded, [T, K] of each forward in the smallest unsigned dtype."""
+        self._forwards.end()
         recorded, self._recorded, self._replayed_RK = self._recorded or [], None, None
         self._detach_if_unused()
         return recorded
@@ -114,16 +104,14 @@ class RoutingTap:
         """
         num_tokens = x.numel() // max(x.shape[-1], 1)
         if _in_backward():
-            return self._run(self._repeated_ids(x, num_tokens), router, x, *args, **kwargs)
-        if self._was_consumed:
-            self._forwards.clear()
-            self._was_consumed = False
+            return self._run(self._forwards.repeated(x, num_tokens), router, x, *args, **kwargs)
         ids_TK = self._next_ids(num_tokens)
         output = self._run(ids_TK, router, x, *args, **kwargs)
         if self._recorded is not None:
             assert self._routed_TK is not None
             self._recorded.append(compact_ids(self._routed_TK, self.num_experts))
-        self._keep(x, num_tokens, ids_TK, output)
+        if ids_TK is not None:
+            self._forwards.add(x, ids_TK)
         if not self.is_open:
             self._detach_if_unused()
         return output
@@ -139,7 +127,7 @@ class RoutingTap:
             RuntimeError: when the router was not run through this tap, or its ids were changed.
         """
         routed_TK, self._routed_TK = self._routed_TK, None
-        if not (self.is_open or (_in_backward() and self._has_replayed)):
+        if not (self.is_open or (_in_backward() and self._forwards)):
             return
         if routed_TK is None or not _holds(routed_TK, expert_ids_TK, self.num_experts):
             raise RuntimeError(
@@ -148,14 +136,9 @@ class RoutingTap:
                 "(FAQ: routing-replay)"
             )
 
-    @property
-    def _has_replayed(self) -> bool:
-        return any(forward.ids_TK is not None for forward in self._forwards)
-
     def _detach_if_unused(self) -> None:
-        if not self._has_replayed:
+        if not self._forwards:
             self._experts.routing_tap = None
-            self._forwards.clear()
             if isinstance(tapped := self.router.__dict__.get("forward"), _TappedForward):
                 tapped.remove_from(self.router)
 
@@ -187,7 +170,7 @@ class RoutingTap:
                 f"the recording of {self.name!r} has {chosen_TK.shape[1]} experts a token, and its router chooses "
                 f"{self._routed_TK.shape[1]}. Replay a recording of the same top_k. (FAQ: routing-replay)"
             )
-        if len(chosen.ids) != 1 or not _equal(chosen.ids[0], self._routed_TK):
+        if len(chosen.ids) != 1 or not same_ids(chosen.ids[0], self._routed_TK):
             raise ValueError(
                 f"the router of {self.name!r}, {type(self.router).__name__}, cannot replay: it does not choose "
                 f"experts by one torch.topk of scores of shape [tokens, {self.num_experts}] (there were "
@@ -211,43 +194,6 @@ class RoutingTap:
             )
         return ids[0]
 
-    def _keep(self, x: Tensor, num_tokens: int, ids_TK: Tensor | None, output: Any) -> None:
-        """Remember a forward that backward may repeat, if the tap has to tell such forwards apart."""
-        # Training without grad mode counts: it is the first run of reentrant activation checkpointing.
-        may_repeat = torch.is_grad_enabled() or self._experts.training
-        if not may_repeat or (ids_TK is None and not self._has_replayed):
-            return
-        tensors = vars(output).values() if isinstance(output, RouterOutput) else output
-        in_graph = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-        for tensor in in_graph:
-            tensor.register_hook(self._on_backward)
-        self._forwards.append(_Forward(num_tokens, _fingerprint(x), ids_TK, bool(in_graph)))
-
-    def _on_backward(self, _: Tensor) -> None:
-        self._was_consumed = True
-
-    def _repeated_ids(self, x: Tensor, num_tokens: int) -> Tensor | None:
-        """What the forward that is repeated now had replayed."""
-        self._was_consumed = True
-        if not self._has_replayed:
-            return None
-        fingerprint_D = _fingerprint(x)
-        scale = fingerprint_D.norm().clamp(min=torch.finfo(fingerprint_D.dtype).tiny)
-        known = [f for f in self._forwards if f.num_tokens == num_tokens]
-        distances = [float((f.fingerprint_D - fingerprint_D).norm() / scale) for f in known]
-        nearest = [f.ids_TK for f, d in zip(known, distances, strict=True) if d == min(distances)]
-        if not nearest or not min(distances) <= _TOLERANCE:
-            reason = "is none of those since the last backward"
-        elif any(not _equal(nearest[0], other) for other in nearest[1:]):
-            reason = "had the same input as another one that was routed differently"
-        else:
-            return nearest[0]
-        raise RuntimeError(
-            f"activation checkpointing repeats a forward of {self.name!r} that {reason}, so what it replayed is not "
-            "known. Run backward of each forward before the next one, or open one context around all forwards of a "
-            "backward. (FAQ: routing-replay)"
-        )
-
 
 class _TappedForward:
     """A router's forward, which runs through a tap. A copy of the router has a forward of its own."""
@@ -268,15 +214,6 @@ class _TappedForward:
         return self._forward.__reduce__()
 
 
-def _fingerprint(x: Tensor) -> Tensor:
-    """[D], a sum of the tokens by weights that differ and nearly cancel, so that no common offset covers the rest."""
-    x_TD = x.detach().reshape(-1, x.shape[-1])
-    x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    weights_T = torch.cos(2.4 * torch.arange(len(x_TD), device=x_TD.device, dtype=x_TD.dtype))
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return weights_T @ x_TD
-
-
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -289,12 +226,3 @@ def _holds(routed_TK: Tensor, expert_ids_TK: Tensor, num_experts: int) -> bool:
         return True
     is_left_out_TK = (expert_ids_TK < 0) | (expert_ids_TK >= num_experts)
     return bool((is_left_out_TK | (routed_TK == expert_ids_TK)).all())
-
-
-def _equal(left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether both are the same, without a look at the values where they share memory."""
-    if left is None or right is None:
-        return left is right
-    if left.shape != right.shape:
-        return False
-    return left.data_ptr() == right.data_ptr() or bool(torch.equal(left.to(torch.int64), right.to(torch.int64)))

@@ -21,6 +21,7 @@ BY_TOKEN = {
     "group-limited": lambda: sml.GroupLimitedRouter(
         DIM, EXPERTS, TOP_K, num_groups=3, top_k_groups=2, score="sigmoid", bias_update_rate=0.05, scaling_factor=2.5
     ),
+    "clustered": lambda: sml.ClusteredRouter(DIM, EXPERTS, TOP_K, num_groups=2, score="sigmoid", bias_update_rate=0.05),
     "hash": lambda: sml.HashRouter(DIM, EXPERTS, TOP_K, vocab_size=VOCAB),
 }
 # Each rank's tokens compete among themselves: its part by itself.
@@ -46,7 +47,7 @@ class Model(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor, ids_T: Tensor) -> Tensor:
         x_TD = self.inner(x_TD)
-        return self.outer(x_TD + self.moe(x_TD, mask_T, ids_T))
+        return self.outer(x_TD + self.moe(x_TD, mask_T, ids_T, ids_T % 2))
 
 
 def batch(step: int) -> list[Tensor]:

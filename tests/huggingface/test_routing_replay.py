@@ -50,22 +50,25 @@ def test_a_converted_model_replays_itself_to_the_bit_and_other_experts_under_che
 
     # A reentrant region gives Mixtral's auxiliary loss no gradient, with replay or without.
     model.config.output_router_logits = False
-    live, results = loss(), []
+    live, results, lives = loss(), [], []
     for use_reentrant in (None, False, True):
         if use_reentrant is not None:
             # transformers 5.17 knows it by its older name alone.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
+        before = loss()
         with sml.replay_routing(model, other_routing(routing)):
             other = loss()
         results.append(gradients(model, other))
+        lives.append(gradients(model, before))
         assert not torch.equal(other, live)
         assert torch.equal(loss(), live)
-    for result in results[1:]:
-        assert result.keys() == results[0].keys()
-        for name in result:
-            torch.testing.assert_close(result[name], results[0][name], rtol=1e-5, atol=1e-6, msg=name)
+    for first, *others in (results, lives):
+        for result in others:
+            assert result.keys() == first.keys()
+            for name in result:
+                torch.testing.assert_close(result[name], first[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])

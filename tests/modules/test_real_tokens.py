@@ -57,6 +57,10 @@ def test_another_type_or_shape_is_refused() -> None:
         make()(X, MASK[0])
     with pytest.raises(ValueError, match=r"got \[3, 7, 1\]"):
         make()(X, MASK.unsqueeze(-1))
+    with pytest.raises(
+        ValueError, match=r"cluster_ids must have the sequences' shape, \[3\], or the tokens', \[3, 7\], got \[7\]"
+    ):
+        make()(X, cluster_ids=torch.zeros(7, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"token_ids must have the tokens' shape, \[3, 7\], got \[21\]"):
         make()(X, token_ids=torch.zeros(21, dtype=torch.int64))
 

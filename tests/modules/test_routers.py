@@ -23,6 +23,8 @@ GROUPS = {"num_groups": 4, "top_k_groups": 2}
 X_TD = torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
 IDS_T = torch.randint(VOCAB, (50,), generator=torch.Generator().manual_seed(2))
 
+CLUSTERS_T = torch.randint(4, (50,), generator=torch.Generator().manual_seed(3))
+
 MAKE: dict[str, Callable[..., sml.TopKRouter]] = {
     "top-k": sml.TopKRouter,
     "group-limited": partial(sml.GroupLimitedRouter, **GROUPS),
@@ -30,6 +32,7 @@ MAKE: dict[str, Callable[..., sml.TopKRouter]] = {
     "noisy": sml.NoisyTopKRouter,
     "sinkhorn": sml.SinkhornRouter,
     "hash": partial(sml.HashRouter, vocab_size=VOCAB),
+    "clustered": partial(sml.ClusteredRouter, num_groups=4),
     "expert choice": sml.ExpertChoiceRouter,
 }
 
@@ -138,7 +141,9 @@ def test_noise_is_that_of_the_papers_and_in_training_alone() -> None:
     assert not sml.NoisyTopKRouter(DIM, EXPERTS, 2).noise.weight.any()
 
 
-@pytest.mark.parametrize("name", [name for name in MAKE if name not in ("hash", "expert choice", "group-limited")])
+@pytest.mark.parametrize(
+    "name", [name for name in MAKE if name not in ("hash", "expert choice", "group-limited", "clustered")]
+)
 def test_evaluation_is_plain_top_k_and_draws_nothing(name: str) -> None:
     router = made(name).eval()
     plain = made("top-k")
@@ -160,7 +165,7 @@ class Model(nn.Module):
         self.moe = sml.MoE(DIM, 5, EXPERTS, 3, router=router, aux_loss_coef=0.5, z_loss_coef=0.1)
 
     def forward(self, run: Callable[..., Tensor]) -> Tensor:
-        return run(self.moe, self.inner(X_TD), torch.arange(50) % 7 > 0, IDS_T)
+        return run(self.moe, self.inner(X_TD), torch.arange(50) % 7 > 0, IDS_T, CLUSTERS_T)
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -184,12 +189,12 @@ def test_checkpointing_routes_alike_in_both_runs(name: str) -> None:
 @pytest.mark.parametrize("name", MAKE)
 def test_no_tokens_and_other_dtypes_go_through_every_router(name: str) -> None:
     moe = sml.MoE(DIM, 5, EXPERTS, 3, router=made(name), aux_loss_coef=0.1, z_loss_coef=0.1)
-    assert moe(X_TD[:0], token_ids=IDS_T[:0]).shape == (0, DIM)
+    assert moe(X_TD[:0], token_ids=IDS_T[:0], cluster_ids=CLUSTERS_T[:0]).shape == (0, DIM)
     assert float(sml.auxiliary_loss(moe).detach()) == 0
-    routed = moe.bfloat16().router(X_TD.bfloat16(), IDS_T)
+    routed = moe.bfloat16().router(X_TD.bfloat16(), IDS_T, CLUSTERS_T)
     assert routed.logits_TE.dtype == routed.weights_TK.dtype == torch.float32
     with pytest.raises(FloatingPointError, match="non-finite scores"):
-        moe(torch.full((4, DIM), float("nan"), dtype=torch.bfloat16), token_ids=IDS_T[:4])
+        moe(torch.full((4, DIM), float("nan"), dtype=torch.bfloat16), None, IDS_T[:4], CLUSTERS_T[:4])
 
 
 def megatrons_sinkhorn(logits_TE: np.ndarray) -> np.ndarray:
@@ -283,6 +288,9 @@ def test_in_expert_choice_each_expert_takes_its_best_tokens(num_tokens: int) -> 
 @pytest.mark.parametrize("name", MAKE)
 def test_the_z_loss_is_a_mean_over_tokens(name: str) -> None:
     moe = sml.MoE(DIM, 5, EXPERTS, 3, router=made(name).eval(), z_loss_coef=1.0)
-    moe(X_TD, token_ids=IDS_T)
-    expected = F.linear(X_TD, moe.router.weight).logsumexp(-1).square().mean()
+    moe(X_TD, token_ids=IDS_T, cluster_ids=CLUSTERS_T)
+    logits_TE = F.linear(X_TD, moe.router.weight)
+    if name == "clustered":
+        logits_TE = logits_TE.unflatten(1, (4, 3))[torch.arange(50), CLUSTERS_T]
+    expected = logits_TE.logsumexp(-1).square().mean()
     torch.testing.assert_close(sml.auxiliary_loss(moe), expected)
