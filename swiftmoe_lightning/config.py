@@ -10,6 +10,7 @@ PLACEMENTS: Final = ("balanced", "packed", "symi", "swap", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
 EXCHANGES: Final = ("flat", "two_level", "auto")
+EVALUATIONS: Final = ("placed", "sharded")
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
@@ -50,6 +51,11 @@ class SwiftMoEConfig:
             there (pass fused=True to the optimizer: torch has fused updates for the CPU). Gradients come down and
             weights go up layer by layer. Needs a process group that also serves the CPU ("cpu:gloo,cuda:nccl").
 
+        evaluate: how experts compute in evaluation (in eval mode, without gradients): "placed" (each where its
+            replicas are, as in training), or "sharded" (every rank holds a part of every expert's hidden dim, and
+            computes that part for the tokens of all ranks of its group: equal loads whatever the routing, without a
+            capacity). Slots are cut so at the first evaluation step, and made whole again where training goes on.
+
     Raises:
         ValueError: for a value that a field cannot have, or fields that do not go together.
     """
@@ -64,6 +70,7 @@ class SwiftMoEConfig:
     param_dtype: str | None = None
     reduce_dtype: str = "float32"
     offload_optimizer: bool = False
+    evaluate: str = "placed"
 
     def __post_init__(self) -> None:
         if self.replace_every != "auto":
@@ -82,6 +89,7 @@ class SwiftMoEConfig:
         check_choice("token_split", self.token_split, TOKEN_SPLITS)
         check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("dense", self.dense, DENSE_MODES)
+        check_choice("evaluate", self.evaluate, EVALUATIONS)
         check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
         if not isinstance(self.offload_optimizer, bool):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.forecast import Forecast
+from swiftmoe_lightning.placement.hidden_cut import HiddenLayout, hidden_slices, piece_senders
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
 from swiftmoe_lightning.placement.node_placements import node_placements
@@ -36,6 +37,7 @@ __all__ = [
     "DispatchPlan",
     "ExpertLoad",
     "Forecast",
+    "HiddenLayout",
     "LayerMemory",
     "LinkRows",
     "Messages",
@@ -56,10 +58,12 @@ __all__ = [
     "TransferPlan",
     "drop_bounds",
     "find_bounds",
+    "hidden_slices",
     "imbalance",
     "imbalance_bounds",
     "make_policy",
     "node_placements",
+    "piece_senders",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
