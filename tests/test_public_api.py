@@ -85,6 +85,7 @@ def test_signatures_are_what_they_were() -> None:
         "param_dtype",
         "reduce_dtype",
         "offload_optimizer",
+        "evaluate",
     ]
     assert arguments(sml.SwiftMoEConfig) == options
     strategy = arguments(sml.SwiftMoEStrategy)

@@ -23,8 +23,8 @@ from swiftmoe_lightning.engine.replica_exchange import ReplicaExchange
 from swiftmoe_lightning.ops import reused_empty
 from swiftmoe_lightning.placement import Placement
 
-# What is sent: gradients in the expert group and between groups, then weights between groups and in the group; for evaluation
-# pieces of experts, and back.
+# What is sent: gradients in the expert group and between groups, then weights between groups and in the group; and
+# pieces of experts for evaluation, and back.
 PHASES: Final = ("collect", "reduce", "gather", "distribute", "recut")
 
 

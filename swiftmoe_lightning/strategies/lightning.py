@@ -40,7 +40,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
 
     Args:
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, offload_optimizer, token_split, exchange,
-            dense, expert_parallel_size: see `SwiftMoEConfig`.
+            dense, expert_parallel_size, evaluate: see `SwiftMoEConfig`.
         tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
@@ -66,6 +66,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         exchange: str = "flat",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
+        evaluate: str = "placed",
         tensor_parallel_size: int | None = None,
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
@@ -81,6 +82,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
             exchange=exchange,
             dense=dense,
             expert_parallel_size=expert_parallel_size,
+            evaluate=evaluate,
         )
         self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)
@@ -158,12 +160,9 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         module = self.lightning_module
         assert module is not None
         if self._engine is None or self._engine.module is not module:
+            mesh = self._device_mesh
             self._engine = SwiftMoEEngine(
-                module,
-                self.config,
-                device=self.root_device,
-                ranks_per_node=self.num_processes,
-                tensor_mesh=self._device_mesh,
+                module, self.config, device=self.root_device, ranks_per_node=self.num_processes, tensor_mesh=mesh
             )
             if self._engine.group is not None:
                 self.precision_plugin = shard_precision(self.precision_plugin, self._engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -67,10 +68,10 @@ def routings(rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield x_TD, choose(num), torch.rand(num, K, generator=generator, dtype=torch.float64)
 
 
-def compare_kinds(param_dtype: str | None) -> None:
+def compare_kinds(param_dtypes: list[str | None]) -> None:
     """Outputs with sharded experts against those of the same whole experts before they were spread."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    for name, experts in kinds():
+    for param_dtype, (name, experts) in product(param_dtypes, list(kinds())):
         experts.double().eval()
         capacity, experts.capacity = experts.capacity, None
         if param_dtype is not None:
@@ -127,9 +128,30 @@ def num_elements(experts: sml.Experts, rank: int, size: int) -> int:
     return total
 
 
-@pytest.mark.parametrize(("world_size", "param_dtype"), [*nightly((2, None), (3, None)), (4, None), (2, "bfloat16")])
-def test_every_kind_of_experts_computes_in_pieces_what_it_does_whole(world_size: int, param_dtype: str | None) -> None:
-    run_ranks(compare_kinds, world_size, param_dtype)
+@pytest.mark.parametrize("world_size", [2, *nightly(3, 4)])
+def test_every_kind_of_experts_computes_in_pieces_what_it_does_whole(world_size: int) -> None:
+    run_ranks(compare_kinds, world_size, [None, "bfloat16"])
+
+
+def bytes_of_a_cut() -> list[int]:
+    """What this rank has sent of weights, then of tokens: at first, cut, cut and evaluated once more, and whole."""
+    experts = sml.Experts(4, 8, 8, activation="relu2").eval()
+    engine = sml.SwiftMoEEngine(experts, sml.SwiftMoEConfig(evaluate="sharded", placement="static", slots_per_rank=2))
+    (layer,) = engine.layers
+    sent = []
+    routing = torch.zeros(3, 8), torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1)
+    for _ in range(2):
+        with torch.no_grad():
+            experts(*routing)
+        sent += [engine.traffic["recut"], sum(engine.group.token_bytes.values())]
+    experts(*routing)
+    return [*sent, engine.traffic["recut"]]
+
+
+def test_literal_bytes() -> None:
+    # Of each of its 2 experts of 128 elements a rank sends one half in 4 bytes, and so it gets them back. A token is 8
+    # elements, a weight and an id, and comes back as 8 elements.
+    assert run_ranks(bytes_of_a_cut, 2) == [[512, 3 * 18 * 4, 512, 2 * 3 * 18 * 4, 1024]] * 2
 
 
 def build_with(activation: Callable[[Tensor], Tensor]) -> None:
@@ -140,5 +162,5 @@ def build_with(activation: Callable[[Tensor], Tensor]) -> None:
 
 def test_an_activation_over_all_hidden_units_is_refused() -> None:
     for error in rank_errors(build_with, 2, normed):
-        assert 'the activation normed does not compute the hidden units of an expert one by one' in error
+        assert "the activation normed does not compute the hidden units of an expert one by one" in error
         assert 'evaluate="placed". (FAQ: sharded-evaluation)' in error
