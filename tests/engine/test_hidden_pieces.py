@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def routings(rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def compare_kinds(param_dtypes: list[str | None]) -> None:
     """Outputs with sharded experts against those of the same whole experts before they were spread."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    for param_dtype, (name, experts) in product(param_dtypes, list(kinds())):
+    for param_dtype, (name, experts) in ((dtype, kind) for dtype in param_dtypes for kind in kinds()):
         experts.double().eval()
         capacity, experts.capacity = experts.capacity, None
         if param_dtype is not None:

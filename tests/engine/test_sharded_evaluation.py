@@ -144,7 +144,9 @@ def inputs(rank: int, i: int) -> Tensor:
         # Ranks 0 and 1 have the same tokens, 2 and 3 have.
         *nightly(
             ([2, 1, 3, 0], {}),
-            ([1, 2], {"tensor_parallel": True, "dense": "fsdp2"}), ([2, 0, 3, 1], {"exchange": "two_level", "ranks_per_node": 2})),
+            ([1, 2], {"tensor_parallel": True, "dense": "fsdp2"}),
+            ([2, 0, 3, 1], {"exchange": "two_level", "ranks_per_node": 2}),
+        ),
     ],
 )
 def test_ranks_may_have_any_numbers_of_batches(num_batches: list[int], options: dict[str, Any]) -> None:
