@@ -95,7 +95,7 @@ def _layout_of(
     name = getattr(activation, "__qualname__", type(activation).__name__)
     raise ValueError(
         f"the activation {name} does not compute the hidden units of an expert one by one, so that no rank can compute "
-        'a part of them. Evaluate with whole experts: evaluate="placed". (FAQ: sharded-evaluation)'
+        "a part of them. Evaluate with whole experts (evaluate='placed'). (FAQ: sharded-evaluation)"
     )
 
 

@@ -13,7 +13,10 @@ NAMES = sorted(path.parent.name for path in FOLDER.glob("*/__main__.py"))
 
 
 def test_there_are_benchmarks() -> None:
-    assert NAMES == ["checkpoints", "convergence", "cpu_layer", "gpu", "huggingface_ep", "kills", "placement", "step"]
+    assert NAMES == [
+        *("checkpoints", "convergence", "cpu_layer", "evaluation", "gpu", "huggingface_ep", "kills", "placement"),
+        "step",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

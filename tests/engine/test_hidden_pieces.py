@@ -162,4 +162,4 @@ def build_with(activation: Callable[[Tensor], Tensor]) -> None:
 def test_an_activation_over_all_hidden_units_is_refused() -> None:
     for error in rank_errors(build_with, 2, normed):
         assert "the activation normed does not compute the hidden units of an expert one by one" in error
-        assert 'evaluate="placed". (FAQ: sharded-evaluation)' in error
+        assert "Evaluate with whole experts (evaluate='placed'). (FAQ: sharded-evaluation)" in error
