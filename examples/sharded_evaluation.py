@@ -1,7 +1,7 @@
 """Evaluation with a part of every expert on each rank: `python examples/sharded_evaluation.py` runs on two CPU ranks.
 
-Trains a classifier twice, evaluated with whole experts and with sharded ones. Both report the same losses; in evaluation
-the ranks' loads are equal although most tokens choose the same experts.
+Trains a model twice, evaluated with whole experts and with sharded ones. Both report the same loss. With sharded ones
+the ranks' loads are equal in evaluation, although most tokens choose the same experts.
 """
 
 import lightning as L

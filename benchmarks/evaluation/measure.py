@@ -1,4 +1,7 @@
-"""One rank's forwards of a prompt through layers of experts, evaluated in both ways. T tokens, D dim, E experts, K top-k."""
+"""One rank's forwards of a prompt through layers of experts, evaluated in both ways.
+
+T tokens, D model dim, E experts, K top-k.
+"""
 
 from __future__ import annotations
 

@@ -13,10 +13,8 @@ NAMES = sorted(path.parent.name for path in FOLDER.glob("*/__main__.py"))
 
 
 def test_there_are_benchmarks() -> None:
-    assert NAMES == [
-        *("checkpoints", "convergence", "cpu_layer", "evaluation", "gpu", "huggingface_ep", "kills", "placement"),
-        "step",
-    ]
+    ours = "checkpoints convergence cpu_layer evaluation gpu huggingface_ep kills placement step"
+    assert ours.split() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
