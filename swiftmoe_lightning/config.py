@@ -10,9 +10,21 @@ PLACEMENTS: Final = ("balanced", "packed", "symi", "swap", "static")
 DENSE_MODES: Final = ("ddp", "fsdp2", "hsdp")
 MOST_NEIGHBOURS: Final = 64
 EXCHANGES: Final = ("flat", "two_level", "auto")
+EVALUATIONS: Final = ("placed", "sharded")
 TOKEN_SPLITS: Final = ("balanced", "local_first", "uniform")
 TOKEN_DTYPES: Final = ("bfloat16", "float8_e4m3fn")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+# Field of `SwiftMoEConfig` -> its values.
+_CHOICES: Final = {
+    "token_split": TOKEN_SPLITS,
+    "exchange": EXCHANGES,
+    "dense": DENSE_MODES,
+    "evaluate": EVALUATIONS,
+    "param_dtype": DTYPES,
+    "reduce_dtype": DTYPES,
+    "token_dtype": TOKEN_DTYPES,
+}
+_MAY_BE_NONE: Final = ("param_dtype", "token_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,10 @@ class SwiftMoEConfig:
         reshard_after_forward: free a layer's slots after its forward, and fill them again for its backward (FSDP2's
             word), so that a rank has the weights of a few layers at a time instead of all; they are sent twice a step.
             Needs a process group, also on one rank.
+        evaluate: how experts compute in evaluation (in eval mode, without gradients): "placed" (each where its
+            replicas are, as in training), or "sharded" (every rank holds a part of every expert's hidden dim, and
+            computes that part for the tokens of all ranks of its group: equal loads whatever the routing, without a
+            capacity). Slots are cut so at the first evaluation step, and made whole again where training goes on.
 
     Raises:
         ValueError: for a value that a field cannot have, or fields that do not go together.
@@ -74,6 +90,7 @@ class SwiftMoEConfig:
     token_dtype: str | None = None
     offload_optimizer: bool = False
     reshard_after_forward: bool = False
+    evaluate: str = "placed"
 
     def __post_init__(self) -> None:
         if self.replace_every != "auto":
@@ -89,18 +106,22 @@ class SwiftMoEConfig:
                 f"placement must be one of {', '.join(map(repr, PLACEMENTS))} or a subclass of PlacementPolicy, got "
                 f"{self.placement!r}. Leave it out for 'balanced'."
             )
-        check_choice("token_split", self.token_split, TOKEN_SPLITS)
-        check_choice("exchange", self.exchange, EXCHANGES)
-        check_choice("dense", self.dense, DENSE_MODES)
-        check_choice("reduce_dtype", self.reduce_dtype, DTYPES)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                check_choice(name, value, choices)
+        self._check_memory_options()
+
+    def _check_memory_options(self) -> None:
         for name in ("offload_optimizer", "reshard_after_forward"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}. Leave it out for False.")
-        if self.token_dtype is not None:
-            check_choice("token_dtype", self.token_dtype, TOKEN_DTYPES)
-        if self.param_dtype is not None:
-            check_choice("param_dtype", self.param_dtype, DTYPES)
+        if self.reshard_after_forward and self.evaluate == "sharded":
+            raise ValueError(
+                "evaluate='sharded' cuts slots that stay in memory, and reshard_after_forward=True frees them after "
+                "each forward. Leave one of them out. (FAQ: sharded-evaluation)"
+            )
 
     @property
     def spreads_one_rank(self) -> bool:

@@ -82,9 +82,12 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine/direct_exchange.py DirectDistribution.__init__": "on the CPU alone",
     "engine/gradient_placeholder.py _zeros_like": "on the CPU alone",
     "engine/handshake.py ForwardHandshake._explain_failure": "an error",
-    "engine/handshake.py ForwardHandshake._row_without_counts": "an epoch, evaluation, gathered dense weights",
+    "engine/handshake.py ForwardHandshake._without_counts": "an epoch, evaluation, gathered dense weights",
     "engine/handshake.py ForwardHandshake.begin_epoch": "an epoch",
     "engine/handshake.py ForwardHandshake._check": "on the host",
+    "engine/handshake_rows.py HandshakeTable.tokens_W": "on the host",
+    "engine/hidden_pieces.py HiddenPieces.start_return": "between evaluation with sharded experts and training",
+    "engine/hidden_pieces.py _start_exchange": "between training and evaluation with sharded experts",
     "engine/layer_state.py LayerState.state_dict": "checkpoints",
     "engine/shard_parameters.py shard_parameters": "setup",
     "modules/dispatch.py TokenDispatcher._start_counts": "on the host",
@@ -93,6 +96,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "modules/routing_ids.py as_integers": "a recording from an array",
     "modules/routing_ids.py check_recording": "an error",
     "modules/routing_replay.py routing_to_array": "a recording as an array",
+    "modules/sharded_forward.py finish_sharded": "evaluation with sharded experts",
 }
 
 

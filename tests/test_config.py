@@ -113,3 +113,8 @@ def test_what_saves_memory_is_asked_for_with_true_or_false(name, value):
         SwiftMoEConfig(**{name: value})
     assert SwiftMoEConfig(**{name: True}).spreads_one_rank
     assert not SwiftMoEConfig().spreads_one_rank
+
+
+def test_freed_slots_are_not_cut_for_evaluation():
+    with pytest.raises(ValueError, match=re.escape("evaluate='sharded' cuts slots that stay in memory, and reshard")):
+        SwiftMoEConfig(evaluate="sharded", reshard_after_forward=True)

@@ -94,6 +94,7 @@ def test_signatures_are_what_they_were() -> None:
         "token_dtype",
         "offload_optimizer",
         "reshard_after_forward",
+        "evaluate",
     ]
     assert arguments(sml.SwiftMoEConfig) == options
     strategy = arguments(sml.SwiftMoEStrategy)

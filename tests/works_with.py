@@ -198,6 +198,19 @@ ROWS: Final = (
         ),
     ),
     Row(
+        'Sharded evaluation (`evaluate="sharded"`)',
+        "Lightning, plain engine, converted Hugging Face models; every kind of experts, adapters, groups, FSDP2, "
+        "offloading, two levels; uneven batches, `generate`, also with `synced_gpus=True`",
+        "activations that mix hidden units are refused; a capacity is not applied: "
+        "[evaluation](docs/guides/evaluation.md)",
+        (
+            "engine/test_sharded_evaluation: training_goes_on any_numbers",
+            "engine/test_hidden_pieces: every_kind",
+            "strategies/test_sharded_evaluation: averaged",
+            "huggingface/test_generation_on_ranks: uneven_generation",
+        ),
+    ),
+    Row(
         "Compilation",
         '`torch.compile` of the module or of blocks; of a model with `experts_implementation="swiftmoe"` as one graph',
         "graphs end at each exchange of tokens, no recompilation from step to step",

@@ -31,7 +31,7 @@ _COPIES: Final = 4
 # Tokens travel to the experts and back, forward and backward.
 _TOKEN_EXCHANGES: Final = 4
 # Integers that a rank sends before each layer besides its E counts.
-_HEADER: Final = 8
+_HEADER: Final = 11
 
 
 @dataclass(frozen=True)

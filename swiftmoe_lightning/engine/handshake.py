@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from functools import partial
 from typing import Final
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from swiftmoe_lightning.config import TOKEN_DTYPES
 from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device, to_host
+from swiftmoe_lightning.engine.handshake_rows import DTYPES, Call, HandshakeTable, Header, LayerCall
 from swiftmoe_lightning.modules import NON_FINITE_SCORES
 
 _EQUAL_CALLS: Final = (
@@ -26,45 +26,6 @@ _EQUAL_CALLS: Final = (
     "forward under `if rank == 0:`): give all ranks equally many training batches (drop_last=True, or "
     "limit_train_batches). (FAQ: different-forwards)"
 )
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Header(IntEnum):
-    """The columns in front of a row's counts.
-
-    Attributes:
-        CALL: the index of the layer that is about to run, or a `Call`.
-        TRAINS: whether the forward needs gradients.
-        DTYPE: of the rows that will be exchanged, as an index of `DTYPES`.
-        STALE: whether this rank's slots must be filled again.
-        STOP: whether this rank wants to stop.
-        UPDATES: how many optimizer steps this rank has made.
-        TOKEN_DTYPE: the run's setting, as an index of `TOKEN_DTYPES`, counted from 1; 0 for None.
-        FINITE: whether the router's scores are. Known to the device alone; the host knows those before.
-    """
-
-    CALL = 0
-    TRAINS = 1
-    DTYPE = 2
-    STALE = 3
-    STOP = 4
-    UPDATES = 5
-    TOKEN_DTYPE = 6
-    FINITE = 7
-
-
-class Call(IntEnum):
-    """Values of `Header.CALL` for a rank that does not run a layer.
-
-    Attributes:
-        DONE: it has no more batches to evaluate.
-        DENSE: it gathers the weights of the dense part.
-        EPOCH: it begins to train an epoch.
-    """
-
-    DONE = -1
-    DENSE = -2
-    EPOCH = -3
 
 
 class ForwardHandshake:
@@ -109,17 +70,13 @@ class ForwardHandshake:
             (stops,) = to_device(self._device, np.array([self._group_stops], np.int32))
             self._stops_of_groups = HostCopy(self._device, self._group.replicate.start_all_gather(stops).wait)
 
-    def start(
-        self, layer: int, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, stale: bool
-    ) -> Callable[[], HandshakeTable]:
+    def start(self, call: LayerCall, counts_E: Tensor, scores_finite: Tensor) -> Callable[[], HandshakeTable]:
         """Announce the forward of a layer. Errors are raised on all ranks, by what it returns.
 
         Args:
-            layer: its index.
+            call: what the host knows of it.
             counts_E: [E] int32, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
-            dtype: of the rows that will be exchanged.
-            stale: whether this rank's slots must be filled again.
 
         Returns:
             What waits for the rows of all ranks, and checks them.
@@ -128,13 +85,12 @@ class ForwardHandshake:
             RuntimeError: when ranks make different calls or have made different numbers of optimizer steps.
             FloatingPointError: for non-finite scores.
         """
-        head = [layer, torch.is_grad_enabled(), DTYPES.index(dtype), stale, self.wants_stop]
-        head += [self.num_updates, self._token_dtype]
-        padding = [0] * (self._max_experts - len(counts_E))
-        head_on_device, padding_on_device = to_device(
-            self._device, np.array(head, np.int32), np.array(padding, np.int32)
-        )
-        # In the order of `Header`.
+        head = self._row_without_counts(call.layer, torch.is_grad_enabled())[: Header.FINITE]
+        head[Header.DTYPE], head[Header.SHARDED] = DTYPES.index(call.dtype), call.sharded
+        head[Header.STALE], head[Header.STOP] = call.stale, self.wants_stop
+        head[Header.TOKENS], head[Header.TOP_K] = call.shape_TK
+        padding = np.zeros(self._max_experts - len(counts_E), np.int32)
+        head_on_device, padding_on_device = to_device(self._device, head, padding)
         return self._start(
             torch.cat([head_on_device, scores_finite.view(1).to(torch.int32), counts_E, padding_on_device])
         )
@@ -146,7 +102,7 @@ class ForwardHandshake:
             RuntimeError: as `start` says.
             FloatingPointError: as `start` says.
         """
-        return self._gather(self._row_without_counts(Call.DONE, trains=False))
+        return self._gather(self._without_counts(Call.DONE, trains=False))
 
     def call_dense(self, trains: bool) -> None:
         """Announce that this rank is about to gather the weights of the dense part.
@@ -154,7 +110,7 @@ class ForwardHandshake:
         Raises:
             RuntimeError: as `start` says.
         """
-        self._gather(self._row_without_counts(Call.DENSE, trains))
+        self._gather(self._without_counts(Call.DENSE, trains))
 
     def begin_epoch(self, num_batches: int) -> list[int]:
         """Announce a training epoch of `num_batches`.
@@ -165,7 +121,7 @@ class ForwardHandshake:
         Raises:
             RuntimeError: as `start` says.
         """
-        row = self._row_without_counts(Call.EPOCH, trains=True)
+        row = self._without_counts(Call.EPOCH, trains=True)
         row[len(Header)] = min(num_batches, torch.iinfo(row.dtype).max)
         rows = self._gather(row).rows
         if self._group.replicate is not None:
@@ -174,11 +130,14 @@ class ForwardHandshake:
         num_batches_W: list[int] = rows[:, len(Header)].tolist()
         return num_batches_W
 
-    def _row_without_counts(self, call: Call, trains: bool) -> Tensor:
+    def _row_without_counts(self, call: int, trains: bool) -> np.ndarray:
         row = np.zeros(len(Header) + self._max_experts, np.int32)
         row[Header.CALL], row[Header.TRAINS], row[Header.FINITE] = call, trains, True
         row[Header.UPDATES], row[Header.TOKEN_DTYPE] = self.num_updates, self._token_dtype
-        return to_device(self._device, row)[0]
+        return row
+
+    def _without_counts(self, call: Call, trains: bool) -> Tensor:
+        return to_device(self._device, self._row_without_counts(call, trains))[0]
 
     def _gather(self, row: Tensor) -> HandshakeTable:
         return self._start(row)()
@@ -212,9 +171,9 @@ class ForwardHandshake:
 
     def _check(self, table: HandshakeTable) -> None:
         ranks = self._group.expert.ranks
-        calls = {tuple(head) for head in table.active_rows[:, : Header.DTYPE + 1].tolist()}
+        calls = {tuple(head) for head in table.active_rows[:, : Header.SHARDED + 1].tolist()}
         has_left = len(table.active_rows) < len(table.rows)
-        if len(calls) > 1 or (has_left and any(training or call == Call.DENSE for call, training, _ in calls)):
+        if len(calls) > 1 or (has_left and any(training or call == Call.DENSE for call, training, *_ in calls)):
             raise RuntimeError(
                 "ranks are in different forward passes: "
                 + "; ".join(f"rank {rank} {self._describe(row)}" for rank, row in zip(ranks, table.rows, strict=True))
@@ -250,46 +209,5 @@ class ForwardHandshake:
             case Call.DENSE:
                 return f"{verb} and gathers the dense weights"
             case layer:
-                return f"{verb} layer {self._names[layer]!r} in {DTYPES[row[Header.DTYPE]]}"
-
-
-class HandshakeTable:
-    """The rows of all ranks in one handshake.
-
-    Attributes:
-        rows: [W, header + E] int32.
-        active_rows: the rows of ranks that are not done.
-    """
-
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
-        self.active_rows = rows[rows[:, Header.CALL] != Call.DONE]
-
-    @property
-    def layer(self) -> int:
-        """The index of the layer that the active ranks are about to run."""
-        return int(self.active_rows[0, Header.CALL])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the rows that will be exchanged."""
-        return DTYPES[int(self.active_rows[0, Header.DTYPE])]
-
-    @property
-    def any_stale(self) -> bool:
-        """Whether the slots of some rank must be filled again."""
-        return bool(self.rows[:, Header.STALE].any())
-
-    @property
-    def all_train(self) -> bool:
-        """Whether the forward of every rank needs gradients."""
-        return bool(self.rows[:, Header.TRAINS].all())
-
-    @property
-    def any_stop(self) -> bool:
-        """Whether some rank wants to stop while all train."""
-        return self.all_train and bool(self.rows[:, Header.STOP].any())
-
-    def counts_WE(self, num_experts: int) -> np.ndarray:
-        """[W, E] int64, E = `num_experts`: each rank's assignments to each expert."""
-        return self.rows[:, len(Header) : len(Header) + num_experts].astype(np.int64)
+                how = " with sharded experts" * int(row[Header.SHARDED])
+                return f"{verb} layer {self._names[layer]!r} in {DTYPES[row[Header.DTYPE]]}{how}"

@@ -14,12 +14,13 @@ from torch import nn
 
 from swiftmoe_lightning.config import SwiftMoEConfig
 from swiftmoe_lightning.distributed import ExpertGroup, is_sharded
+from swiftmoe_lightning.engine.hidden_pieces import HiddenPieces
 from swiftmoe_lightning.engine.materialize import materialize_dense
 from swiftmoe_lightning.engine.shard_parameters import refuse_fully_sharded, shard_parameters
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.slots import ExpertSlots
 from swiftmoe_lightning.engine.stale_parameters import StaleParameters
-from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad
+from swiftmoe_lightning.modules import Experts, MoE, TopKRouter, TrainedLoad, hidden_cuts
 from swiftmoe_lightning.placement import ExpertLoad, Placement, Placer
 
 # Keys of `LayerState.state_dict`.
@@ -72,6 +73,7 @@ class LayerState:
                 device,
                 None if config.param_dtype is None else getattr(torch, config.param_dtype),
                 getattr(torch, config.reduce_dtype),
+                self._pieces(group, config, device),
             )
             token_dtype = None if config.token_dtype is None else getattr(torch, config.token_dtype)
             self.sharded = ShardedLayer(self.index, self.experts, slots, group, config.token_split, token_dtype)
@@ -79,6 +81,11 @@ class LayerState:
             self.experts.context = self.sharded
             self.sharded.accept_full_state_dicts()
         self.sharded.stale = True
+
+    def _pieces(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device) -> HiddenPieces | None:
+        if config.evaluate == "placed" or group.expert.size == 1:
+            return None
+        return HiddenPieces(hidden_cuts(self.experts, group.expert.size, device))
 
     def holds_gradients(self) -> bool:
         """Whether gradients wait in the slots (accumulation)."""

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from swiftmoe_lightning.distributed import ExpertGroup, shard_whole_values
 from swiftmoe_lightning.engine.gradient_placeholder import has_gradient
-from swiftmoe_lightning.engine.handshake import ForwardHandshake, HandshakeTable
+from swiftmoe_lightning.engine.handshake import ForwardHandshake
+from swiftmoe_lightning.engine.handshake_rows import HandshakeTable, LayerCall
+from swiftmoe_lightning.engine.layer_evaluation import LayerEvaluation
 from swiftmoe_lightning.engine.layer_gradients import LayerGradients
 from swiftmoe_lightning.engine.slots import ExpertSlots
-from swiftmoe_lightning.modules import ExpertParallelContext, Experts
+from swiftmoe_lightning.modules import ExpertParallelContext, Experts, evaluates_sharded, finish_sharded
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class ShardedLayer(ExpertParallelContext):
         self.tensor_ranks, self.nodes = group.tensor, group.nodes
         # Alone in its group a rank sends nothing, and rounds nothing.
         self.token_dtype = token_dtype if group.expert.size > 1 else None
+        self.evaluation = None if slots.pieces is None else LayerEvaluation(self, group.expert)
         self.stale = True
         self._handshake: ForwardHandshake | None = None
         self._collector: GradientCollector | None = None
@@ -117,13 +120,16 @@ class ShardedLayer(ExpertParallelContext):
                 "engine.mark_stale(). (FAQ: stale-weights)"
             )
 
-    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], HandshakeTable]:
+    def start_count(
+        self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, shape_TK: torch.Size
+    ) -> Callable[[], HandshakeTable]:
         """Begin to gather all ranks' counts. A collective.
 
         Args:
             counts_E: [E] int32, this rank's assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that this forward will exchange.
+            shape_TK: this rank's tokens, and K.
 
         Raises:
             RuntimeError: when weights were written since they were last sent.
@@ -133,7 +139,8 @@ class ShardedLayer(ExpertParallelContext):
         announced, self._announced = self._announced, None
         if announced is not None:
             return lambda: announced
-        return self.handshake.start(self.index, counts_E, scores_finite, dtype, self.stale)
+        call = LayerCall(self.index, dtype, evaluates_sharded(self.experts), self.stale, shape_TK)
+        return self.handshake.start(call, counts_E, scores_finite)
 
     def begin_forward(self, gather: Callable[[], HandshakeTable]) -> np.ndarray:
         """Wait for all ranks' counts, and fill the slots if they are stale. A collective.
@@ -148,11 +155,25 @@ class ShardedLayer(ExpertParallelContext):
             RuntimeError: as `ForwardHandshake.start` says.
             FloatingPointError: on every rank, if any rank's scores are not finite.
         """
+        table = self.wait_for_call(gather)
+        self.slots.make_whole()
+        return table.counts_WE(self.experts.num_experts)
+
+    def wait_for_call(self, gather: Callable[[], HandshakeTable]) -> HandshakeTable:
+        """Wait for what all ranks have announced, and for weights that are on their way. A collective.
+
+        Args:
+            gather: what `start_count` returned.
+
+        Raises:
+            RuntimeError: as `ForwardHandshake.start` says.
+            FloatingPointError: on every rank, if any rank's scores are not finite.
+        """
         table = gather()
         if table.any_stale:
             self.window.refill(self)
         self.window.advance(self)
-        return table.counts_WE(self.experts.num_experts)
+        return table
 
     def weights(self) -> Mapping[str, Tensor]:
         """The slots by name, each [s, ...], which require gradients where the sharded parameters do."""
@@ -227,6 +248,8 @@ class ShardedLayer(ExpertParallelContext):
         Raises:
             RuntimeError: when the slots' weights have been replaced since that forward.
         """
+        # After an evaluation with sharded experts, with which the forward before it shares its slots.
+        self.slots.make_whole()
         # Freed slots would be filled with what the parameters are now.
         is_lost = not self.slots.has_memory and (self.stale or self.slots.is_outdated)
         if uses_weights and (is_lost or not self.slots.holds(placement)):
@@ -250,4 +273,9 @@ class ShardedLayer(ExpertParallelContext):
         device = self.slots.device
         x_TD = torch.empty(0, self.experts.dim, dtype=table.dtype, device=device)
         no_assignments = torch.empty(0, 1, device=device)
-        self.experts.run(x_TD, no_assignments.long(), no_assignments, torch.ones((), dtype=torch.bool, device=device))
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
+        started = self.experts.start(x_TD, no_assignments.long(), no_assignments, is_finite)
+        if table.sharded:
+            finish_sharded(self.experts, started)
+        else:
+            self.experts.finish(started)

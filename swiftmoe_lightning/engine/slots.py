@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, local_shard, phase, side_stream, write_counts
+from swiftmoe_lightning.distributed import ExpertGroup, RankGroup, local_shard, phase, side_stream, write_counts
+from swiftmoe_lightning.engine.hidden_pieces import HiddenPieces
 from swiftmoe_lightning.engine.weight_exchange import (
     PHASES,
     PendingCollection,
@@ -36,6 +37,7 @@ class ExpertSlots:
         device: of the slots.
         param_dtype: dtype of the slots; None means the sharded parameters'.
         wire_dtype: dtype in which gradients are sent, except float64 ones.
+        pieces: of the experts, for `cut`; None if they are never cut.
 
     Attributes:
         placement: by which the slots are filled, or will be by the next distribution.
@@ -52,6 +54,7 @@ class ExpertSlots:
         device: torch.device,
         param_dtype: torch.dtype | None,
         wire_dtype: torch.dtype,
+        pieces: HiddenPieces | None = None,
     ) -> None:
         self._parameters, self._group, self.device = parameters, group, device
         self._param_dtype, self._wire_dtype = param_dtype, wire_dtype
@@ -67,6 +70,12 @@ class ExpertSlots:
         # Names of what was updated since it was last sent, alike on all ranks; None is everything.
         self._updated: set[str] | None = None
         self.bytes_sent = dict.fromkeys(PHASES, 0)
+        self.pieces = pieces
+        self._finish_return: Callable[[], None] | None = None
+        if pieces is not None:
+            # Cut and made whole in forwards and backwards, among tokens; before a distribution, among weights.
+            self._among_tokens = RankGroup(group.expert.process_group)
+            self._among_weights = group.expert.second(device.type)
 
     def queue_distribution(self, placement: Placement, updated: Collection[str]) -> None:
         """The slots will be filled by `placement`.
@@ -130,6 +139,9 @@ class ExpertSlots:
         names = self._names_to_send()
         if allows_writes or not (self._is_queued or is_refill):
             self._note_versions(parameters, names)
+        if self.is_cut:
+            with phase("distribute"), self._stream.after_model():
+                self._finish_return = self._start_return(parameters.keys() - set(names), self._among_weights)
         self._filled, self._is_queued, self._updated, self._is_freed = self.placement, False, set(), False
         with phase("distribute"), self._stream.after_model():
             # From CPU memory each layer's rows travel by themselves.
@@ -179,12 +191,61 @@ class ExpertSlots:
             with phase("distribute"):
                 distribution, self._distribution = self._distribution, None
                 with self._stream.beside_model():
+                    if self._finish_return is not None:
+                        self._finish_return()
+                        self._finish_return = None
                     distribution.finish()
                 self._stream.join()
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether pieces of all experts have taken the place of the slots, which have no memory then."""
+        return self.pieces is not None and bool(self.pieces.weights)
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Exchange the experts in the slots for this rank's pieces of all experts, unless that is done. A collective.
+
+        The slots, filled and not under way, give their memory back. `make_whole` or a distribution undoes it.
+        """
+        if self.pieces is None or self.is_cut:
+            return
+        assert self._filled is not None
+        with phase("recut"), self._stream.after_model():
+            slots = {name: slot.data for name, slot in self.weights.items()}
+            self.bytes_sent["recut"] += self.pieces.fill(slots, self._filled, self._among_tokens)
+            for slot in self.weights.values():
+                slot.untyped_storage().resize_(0)
+        self._stream.join()
+
+    @torch.no_grad()
+    def make_whole(self) -> None:
+        """Put the pieces back together in the slots, if they are cut. A collective.
+
+        Values and placement are those from before, so a forward from before can still have its backward.
+        """
+        if self.is_cut:
+            with phase("recut"), self._stream.after_model():
+                self._start_return(self.weights.keys(), self._among_tokens)()
+            self._stream.join()
+
+    def _start_return(self, names: Collection[str], ranks: RankGroup) -> Callable[[], None]:
+        """Begin to fill the slots of these tensors from the pieces; all get memory. Returns what waits for it."""
+        assert self.pieces is not None
+        assert self._filled is not None
+        for slot in self.weights.values():
+            if not slot.untyped_storage().nbytes():
+                slot.untyped_storage().resize_(slot.nbytes)
+                # Not an in-place write in the eyes of autograd: a forward may have saved the slots for its backward.
+                slot.data.zero_()
+        slots = {name: slot.data for name, slot in self.weights.items() if name in names}
+        finish, bytes_sent = self.pieces.start_return(slots, self._filled, ranks)
+        self.bytes_sent["recut"] += bytes_sent
+        return finish
+
     def holds(self, placement: Placement) -> bool:
         """Whether the slots have the weights of the last forward under `placement`, or had when they were freed."""
-        return not self._is_queued and placement is self._filled
+        return not self._is_queued and not self.is_cut and placement is self._filled
 
     def join(self, totals: Collection[Tensor]) -> None:
         """Let the model's stream, or the CPU, wait for the sums of a collection."""

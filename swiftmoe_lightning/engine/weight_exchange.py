@@ -23,8 +23,9 @@ from swiftmoe_lightning.engine.replica_exchange import ReplicaExchange
 from swiftmoe_lightning.ops import reused_empty
 from swiftmoe_lightning.placement import Placement
 
-# What is sent: gradients in the expert group and between groups, then weights between groups and in the group.
-PHASES: Final = ("collect", "reduce", "gather", "distribute")
+# What is sent: gradients in the expert group and between groups, then weights between groups and in the group; and
+# pieces of experts for evaluation, and back.
+PHASES: Final = ("collect", "reduce", "gather", "distribute", "recut")
 
 
 @dataclass(frozen=True, eq=False)

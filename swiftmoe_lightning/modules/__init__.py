@@ -7,6 +7,7 @@ from swiftmoe_lightning.modules.experts import Experts
 from swiftmoe_lightning.modules.forward import ExpertsOutput
 from swiftmoe_lightning.modules.group_limited import GroupLimitedRouter
 from swiftmoe_lightning.modules.hash_router import HashRouter
+from swiftmoe_lightning.modules.hidden_cuts import HiddenCut, hidden_cuts
 from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.noisy_routers import JitterRouter, NoisyTopKRouter
@@ -19,11 +20,18 @@ from swiftmoe_lightning.modules.routing_replay import (
     routing_to_array,
 )
 from swiftmoe_lightning.modules.sequence_clusters import SequenceClusters
+from swiftmoe_lightning.modules.sharded_forward import (
+    AnnouncedTokens,
+    ShardedEvaluation,
+    evaluates_sharded,
+    finish_sharded,
+)
 from swiftmoe_lightning.modules.sinkhorn_router import SinkhornRouter
 from swiftmoe_lightning.modules.weights import shape_message
 
 __all__ = [
     "NON_FINITE_SCORES",
+    "AnnouncedTokens",
     "ClusteredRouter",
     "ExpertChoiceRouter",
     "ExpertParallelContext",
@@ -31,6 +39,7 @@ __all__ = [
     "ExpertsOutput",
     "GroupLimitedRouter",
     "HashRouter",
+    "HiddenCut",
     "JitterRouter",
     "LayerLoad",
     "LoadCursor",
@@ -39,11 +48,15 @@ __all__ = [
     "NoisyTopKRouter",
     "RouterOutput",
     "SequenceClusters",
+    "ShardedEvaluation",
     "SingleDeviceContext",
     "SinkhornRouter",
     "TopKRouter",
     "TrainedLoad",
     "auxiliary_loss",
+    "evaluates_sharded",
+    "finish_sharded",
+    "hidden_cuts",
     "record_routing",
     "replay_routing",
     "routing_from_array",

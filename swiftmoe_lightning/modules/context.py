@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from swiftmoe_lightning.distributed import HostCopy, NodeGroups, RankGroup, is_sharded
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES
 from swiftmoe_lightning.placement import Placement
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.modules.sharded_forward import ShardedEvaluation
 
 
 class ExpertParallelContext(ABC):
@@ -31,6 +34,7 @@ class ExpertParallelContext(ABC):
         tensor_ranks: the ranks that have the same tokens as this one; None where it is alone.
         nodes: the groups in which tokens may travel at two levels; None where they travel at one.
         token_dtype: in which tokens travel to their experts; None is as they are.
+        evaluation: for evaluation with a part of every expert on each rank; None evaluates as it trains.
     """
 
     rank: int
@@ -40,6 +44,7 @@ class ExpertParallelContext(ABC):
     tensor_ranks: RankGroup | None = None
     nodes: NodeGroups | None = None
     token_dtype: torch.dtype | None = None
+    evaluation: ShardedEvaluation | None = None
 
     @property
     def token_bytes(self) -> Mapping[str, int]:
@@ -47,13 +52,16 @@ class ExpertParallelContext(ABC):
         return {"inside": 0, "between": 0}
 
     @abstractmethod
-    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    def start_count(
+        self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, shape_TK: torch.Size
+    ) -> Callable[[], Any]:
         """Begin to gather all ranks' counts.
 
         Args:
             counts_E: [E] int32, assignments of this rank's tokens to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: of the rows that this forward will exchange.
+            shape_TK: this rank's tokens, and K.
 
         Returns:
             For `begin_forward`.
@@ -126,13 +134,16 @@ class SingleDeviceContext(ExpertParallelContext):
         self.rank, self.split, self.ranks_per_node = 0, "uniform", 1
         self.placement = Placement(np.arange(num_experts), num_experts, 1)
 
-    def start_count(self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    def start_count(
+        self, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype, shape_TK: torch.Size
+    ) -> Callable[[], Any]:
         """Begin to copy the counts to the host.
 
         Args:
             counts_E: [E] int32, assignments to each expert.
             scores_finite: [] bool, whether the router's scores are.
             dtype: not used.
+            shape_TK: not used.
         """
         numbers = torch.cat([counts_E, scores_finite.view(1)])
         return HostCopy(numbers.device, lambda: numbers).wait

@@ -21,6 +21,7 @@ from swiftmoe_lightning.modules.expert_inputs import check_ids, check_input
 from swiftmoe_lightning.modules.forward import ExpertsOutput, StartedForward
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
 from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
+from swiftmoe_lightning.modules.sharded_forward import evaluates_sharded, finish_sharded
 from swiftmoe_lightning.modules.two_level import TwoLevelDispatcher, make_dispatcher
 from swiftmoe_lightning.modules.weights import check_loaded_shapes, compute_dtype, prepare_weights
 from swiftmoe_lightning.ops import (
@@ -152,8 +153,8 @@ class Experts(nn.Module):
             nn.init.zeros_(rows)
             return
         fan_in = self.hidden_dim if name.startswith("down_proj") else self.dim
-        offset = sorted(self.expert_parameters()).index(name)
-        fill_rows_uniform(rows, first_row, seed + offset, 1 / math.sqrt(fan_in))
+        seed += sorted(self.expert_parameters()).index(name)
+        fill_rows_uniform(rows, first_row, seed, 1 / math.sqrt(fan_in))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K] int, top_k_weights [T, K] -> [T, D].
@@ -195,17 +196,14 @@ class Experts(nn.Module):
         gather = None
         if self.capacity is not None or not isinstance(self.context, SingleDeviceContext):
             gather = self._start_count(expert_ids_TK, by_expert.counts_G, scores_finite, x_TD.dtype)
-        routing = (expert_ids_TK, weights_TK, scores_finite, by_expert)
-        return StartedForward(x_TD, *routing, gather, num_tokens, out_dtype)
+        return StartedForward(x_TD, expert_ids_TK, weights_TK, scores_finite, by_expert, gather, num_tokens, out_dtype)
 
     # torch.compile traces no step of it that is for the host: numbers of rows, which change every step, and hooks.
     @torch.compiler.disable
-    def _start_count(
-        self, expert_ids_TK: Tensor, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype
-    ) -> Callable[[], Any]:
+    def _start_count(self, expert_ids_TK: Tensor, counts_E: Tensor, scores_finite: Tensor, dtype: torch.dtype) -> Any:
         check_ids(expert_ids_TK, self.num_experts)
         with phase("count"):
-            return self.context.start_count(counts_E, scores_finite, dtype)
+            return self.context.start_count(counts_E, scores_finite, dtype, expert_ids_TK.shape)
 
     def finish(self, started: StartedForward) -> ExpertsOutput:
         """The second part of `run`.
@@ -213,10 +211,12 @@ class Experts(nn.Module):
         Args:
             started: what `start` returned.
         """
-        x_TD, weights_TK = started.x_TD, started.weights_TK
+        x_TD = started.x_TD
         if started.gather is None:
             return self._finish_on_one_device(started)
-        dispatcher, weights, load = self._plan(started.gather, started.by_expert, weights_TK, x_TD)
+        if evaluates_sharded(self):
+            return finish_sharded(self, started)
+        dispatcher, weights, load = self._plan(started.gather, started.by_expert, started.weights_TK, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             with phase("dispatch"):
                 arrived_RD, by_slot = dispatcher.dispatch(permute(x_TD, dispatcher.by_pair))

@@ -3,6 +3,7 @@
 from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, find_bounds, imbalance_bounds
 from swiftmoe_lightning.placement.checkpoint_copies import copy_ranks, plan_fetches
 from swiftmoe_lightning.placement.forecast import Forecast
+from swiftmoe_lightning.placement.hidden_cut import HiddenLayout, hidden_slices, piece_senders
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.matrix_plan import LAYOUTS, MatrixBlock, MatrixStack, part_of_rows, plan_matrices
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
@@ -39,6 +40,7 @@ __all__ = [
     "DispatchPlan",
     "ExpertLoad",
     "Forecast",
+    "HiddenLayout",
     "LayerMemory",
     "LinkRows",
     "MatrixBlock",
@@ -62,11 +64,13 @@ __all__ = [
     "copy_ranks",
     "drop_bounds",
     "find_bounds",
+    "hidden_slices",
     "imbalance",
     "imbalance_bounds",
     "make_policy",
     "node_placements",
     "part_of_rows",
+    "piece_senders",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",

@@ -41,7 +41,7 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
 
     Args:
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, token_dtype, offload_optimizer,
-            reshard_after_forward, token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
+            reshard_after_forward, token_split, exchange, dense, expert_parallel_size, evaluate: see `SwiftMoEConfig`.
         parallelize_fn: called with a module that is set up and `device_mesh`, as under `ModelParallelStrategy`; returns
             the module, with tensor-parallel dense layers.
         tensor_parallel_size: ranks that get the same batches. None gives every rank batches of its own, and no mesh.
@@ -67,6 +67,7 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
         exchange: str = "flat",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
+        evaluate: str = "placed",
         parallelize_fn: Callable[[nn.Module, DeviceMesh], nn.Module] | None = None,
         tensor_parallel_size: int | None = None,
         **ddp_options: Any,
@@ -84,6 +85,7 @@ class SwiftMoEFabricStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMix
             exchange=exchange,
             dense=dense,
             expert_parallel_size=expert_parallel_size,
+            evaluate=evaluate,
         )
         if parallelize_fn is not None and tensor_parallel_size is None:
             raise ValueError("parallelize_fn needs a mesh. Set tensor_parallel_size, the ranks of its last axis.")

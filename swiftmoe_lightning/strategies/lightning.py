@@ -40,7 +40,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
 
     Args:
         slots_per_rank, placement, replace_every, param_dtype, reduce_dtype, token_dtype, offload_optimizer,
-            reshard_after_forward, token_split, exchange, dense, expert_parallel_size: see `SwiftMoEConfig`.
+            reshard_after_forward, token_split, exchange, dense, expert_parallel_size, evaluate: see `SwiftMoEConfig`.
         tensor_parallel_size: ranks that get the same batches; `configure_model` then finds a mesh in `device_mesh`, as
             under `ModelParallelStrategy`. None gives every rank batches of its own, and no mesh.
         save_distributed_checkpoint: save directories (torch.distributed.checkpoint, each rank its own shards) instead
@@ -68,6 +68,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
         exchange: str = "flat",
         dense: str = "ddp",
         expert_parallel_size: int | None = None,
+        evaluate: str = "placed",
         tensor_parallel_size: int | None = None,
         save_distributed_checkpoint: bool = False,
         **ddp_options: Any,
@@ -85,6 +86,7 @@ class SwiftMoEStrategy(StartMethodMixin, TensorParallelMixin, WholeFileMixin, DD
             exchange=exchange,
             dense=dense,
             expert_parallel_size=expert_parallel_size,
+            evaluate=evaluate,
         )
         self._set_tensor_parallel_size(tensor_parallel_size)
         super().__init__(**ddp_options)

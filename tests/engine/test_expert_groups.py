@@ -116,7 +116,7 @@ def test_literal_bytes() -> None:
     # G = 128 elements an expert. Each rank of a group has d = 2 of the 4.
     # Each step sends d G (g - 1) / g = 128 elements in the group, and E G / g (R - 1) / R = 128 between groups;
     # gradients in 2 bytes, weights in 4, and weights once more before the first step.
-    sent = {"collect": 2 * 256, "reduce": 2 * 256, "gather": 3 * 512, "distribute": 3 * 512, "update": 0}
+    sent = {"collect": 2 * 256, "reduce": 2 * 256, "gather": 3 * 512, "distribute": 3 * 512, "recut": 0, "update": 0}
     assert run_ranks(bytes_of_two_steps, 4) == [sent] * 4
 
 

@@ -77,7 +77,7 @@ def test_frozen_experts_go_where_their_tokens_are(frozen: tuple[str, ...]) -> No
 def test_frozen_experts_that_stay_are_not_sent() -> None:
     for tables, traffic in run_ranks(train_around, 2, ("1.experts",), "static"):
         assert tables == tables[:1] * 4
-        assert traffic == {"collect": 0, "reduce": 0, "gather": 0, "distribute": 0, "update": 0}
+        assert traffic == {"collect": 0, "reduce": 0, "gather": 0, "distribute": 0, "recut": 0, "update": 0}
 
 
 def thaw(world: int) -> dict[str, Tensor]:

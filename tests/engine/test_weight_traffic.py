@@ -25,7 +25,7 @@ def count_bytes(config: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, i
         layer.experts: [(p.shape[1], p[0, 0].numel()) for p in layer.experts.parameters()] for layer in engine.layers
     }
     wire, slot = getattr(torch, config.get("reduce_dtype", "float32")).itemsize, dtype.itemsize
-    expected = {"collect": 0, "reduce": 0, "gather": 0, "distribute": 0, "update": 0}
+    expected = {"collect": 0, "reduce": 0, "gather": 0, "distribute": 0, "recut": 0, "update": 0}
     for layer in engine.layers:
         # The first forward fetches the slots.
         expected["distribute"] += plan_distribution(layer.placement, shapes[layer.experts]).elements_sent(rank) * slot

@@ -137,7 +137,7 @@ class Average(WeightAveraging):
         super().__init__(avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.5))
 
 
-def validate_averaged(world_size: int, strategy: str) -> list[float]:
+def validate_averaged(world_size: int, strategy: Any) -> list[float]:
     """The validation losses of a fit whose validation runs on averaged weights, three times an epoch."""
     losses: list[float] = []
 

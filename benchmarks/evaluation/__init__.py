@@ -1,0 +1,1 @@
+"""Evaluation with sharded experts against evaluation with whole ones."""
