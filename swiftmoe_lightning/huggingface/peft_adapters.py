@@ -24,8 +24,8 @@ from swiftmoe_lightning.distributed import full_tensor
 from swiftmoe_lightning.huggingface.layouts import as_experts
 from swiftmoe_lightning.modules.experts import Experts
 
-# The first that is tested, and the first that is not: 0.21 finds what it saves in another way.
-_PEFT_FROM, _PEFT_BELOW = Version("0.19"), Version("0.21.dev0")
+# The first that is tested.
+_PEFT_FROM: Final = Version("0.19")
 _ADAPTED: Final = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -102,9 +102,11 @@ class PeftAdapter(nn.Module, BaseTunerLayer):
 
     def _take_keys(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         for name, factor in self.factors.items():
-            weight = state.pop(prefix + factor.key_of(self.name), None)
-            if weight is not None:
-                state[prefix + name] = factor.from_peft(weight, self._num_experts)
+            # PEFT from 0.21 on gives its own layers' keys alone an adapter's name.
+            for key in (factor.key, factor.key_of(self.name)):
+                weight = state.pop(prefix + key, None)
+                if weight is not None:
+                    state[prefix + name] = factor.from_peft(weight, self._num_experts)
 
     def add_to(self, saved: dict[str, Tensor], state: dict[str, Tensor], prefix: str) -> None:
         """Add the factors to what PEFT saves. A collective if they are sharded.
@@ -156,10 +158,8 @@ def unwrap_adapters(wrapper: nn.Module) -> Experts:
 
 
 def _check_wrapper(layer: ParamWrapper) -> None:
-    if not _PEFT_FROM <= Version(peft.__version__) < _PEFT_BELOW:
-        raise ValueError(
-            f"PEFT {peft.__version__} would not save their adapter as it is: pip install 'peft>=0.19,<0.21'"
-        )
+    if Version(peft.__version__) < _PEFT_FROM:
+        raise ValueError(f"PEFT {peft.__version__} lays out their adapter in another way: pip install 'peft>={_PEFT_FROM}'")
     if layer.parameter_name not in _ADAPTED:
         raise ValueError(f"{layer.parameter_name} has an adapter: target_parameters can be {', '.join(_ADAPTED)}")
     if len(layer.lora_A) != 1:
