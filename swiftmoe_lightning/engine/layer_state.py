@@ -142,7 +142,8 @@ class LayerState:
             placement = placer.planned({self.name: current.num_experts})[self.name]
         # Gradients that wait in the slots belong to the current placement.
         if not self.holds_gradients():
-            self.sharded.slots.queue_distribution(placement, self.experts.expert_parameters().keys())
+            slots = self.sharded.slots
+            slots.queue_distribution(placement, self.experts.expert_parameters().keys(), slots.arrivals(placement))
         self.sharded.stale = True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from swiftmoe_lightning.engine.weight_exchange import (
     Stage,
     WeightPath,
 )
-from swiftmoe_lightning.placement import Placement, node_placements
+from swiftmoe_lightning.placement import Placement, node_arrivals, node_placements, plan_moves
 
 
 class ExpertSlots:
@@ -60,25 +61,36 @@ class ExpertSlots:
         self.weights: dict[str, Tensor] = {}
         self._filled: Placement | None = None
         self._is_queued = False
-        self._distribution: PendingDistribution | None = None
+        # Of what has changed; of what has not, to ranks that did not have it.
+        self._distributions: list[PendingDistribution] = []
         self._stages: tuple[Placement, list[Stage]] | None = None
         self._sent_versions: dict[str, tuple[int, int]] = {}
         # Names of what was updated since it was last sent, alike on all ranks; None is everything.
         self._updated: set[str] | None = None
+        self._arrives_E = np.zeros(placement.num_experts, dtype=bool)
         self.bytes_sent = dict.fromkeys(PHASES, 0)
 
-    def queue_distribution(self, placement: Placement, updated: Collection[str]) -> None:
+    def arrivals(self, placement: Placement) -> np.ndarray:
+        """[E] bool: the experts that a rank of the group will have by `placement` and does not have in its slots."""
+        arrives_E = np.zeros(placement.num_experts, dtype=bool)
+        if self._filled is not None:
+            arrives_E[placement.pair_expert_P[self._filled.arrivals(placement)]] = True
+        return arrives_E
+
+    def queue_distribution(self, placement: Placement, updated: Collection[str], arrives_E: np.ndarray) -> None:
         """The slots will be filled by `placement`.
 
         Args:
             placement: the next one.
-            updated: names of the parameters that have changed, the same on all ranks. The others are sent, too, if the
-                placement is not that of the slots.
+            updated: names of the parameters that have changed, the same on all ranks. The others are sent to ranks that
+                do not have the expert.
+            arrives_E: [E] bool, `arrivals` of this group, or of all, which send each other weights.
         """
-        self.placement, self._is_queued = placement, True
+        self.placement, self._is_queued, self._arrives_E = placement, True, arrives_E
         if self._updated is not None:
             self._updated.update(updated)
-        self._note_versions(self._parameters(), self._names_to_send())
+        parameters = self._parameters()
+        self._note_versions(parameters, self._names_to_send(parameters))
 
     def queue_refill(self) -> None:
         """The next distribution sends all parameters. Call it on all ranks."""
@@ -92,7 +104,7 @@ class ExpertSlots:
             allows_writes: parameters may have been written since the distribution was queued.
 
         Returns:
-            Whether all parameters are sent: those that are frozen stay in their slots while the placement does.
+            Whether all parameters are sent whole: those that are frozen stay with the ranks that have them.
         """
         self.finish_distribution()
         with phase("distribute"), self._stream.after_model():
@@ -103,25 +115,51 @@ class ExpertSlots:
                 self.placement = copy.copy(self.placement)
             if self._match_slots(parameters):
                 self._updated = None
-            names = self._names_to_send()
+            names = self._names_to_send(parameters)
             if allows_writes or not self._is_queued:
                 self._note_versions(parameters, names)
-            self._filled, self._is_queued, self._updated = self.placement, False, set()
-            # From CPU memory each layer's rows travel by themselves.
-            shards = {
-                name: local_shard(p).to(self.device, self.weights[name].dtype, non_blocking=True)
-                for name, p in parameters.items()
-                if name in names
-            }
-            slots = {name: self.weights[name].detach() for name in shards}
-            self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
-        return len(names) == len(parameters)
+            kept = [name for name in parameters if name not in names]
+            path = self._path(self.placement)
+            before, self._filled, self._is_queued, self._updated = self._filled, self.placement, False, set()
+            if kept and before is not None:
+                # First, for what arrives may come straight into slots.
+                self._move(before, kept)
+                if self._arrives_E.any():
+                    self._distribute(kept, self._path_of_arrivals(path, before))
+            if names:
+                self._distribute(names, path)
+        return not kept
 
-    def _names_to_send(self) -> Collection[str]:
+    def _names_to_send(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """The parameters whose slots have other values than the next distribution brings. The same on all ranks."""
-        filled = self._filled
-        stays = filled is not None and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
-        return self._updated if stays and self._updated is not None else self._parameters().keys()
+        return [name for name in parameters if self._updated is None or name in self._updated]
+
+    def _move(self, before: Placement, kept: Collection[str]) -> None:
+        """Move the experts that stay on this rank to their new indices."""
+        moves = plan_moves(before, self.placement, self._group.expert.rank)
+        for name in kept:
+            slot = self.weights[name].detach()
+            for old, new in moves:
+                slot[new].copy_(slot[old])
+
+    def _distribute(self, names: Collection[str], path: WeightPath) -> None:
+        parameters = self._parameters()
+        # From CPU memory each layer's rows travel by themselves.
+        shards = {
+            name: local_shard(parameters[name]).to(self.device, self.weights[name].dtype, non_blocking=True)
+            for name in names
+        }
+        slots = {name: self.weights[name].detach() for name in names}
+        self._distributions.append(PendingDistribution(shards, slots, path))
+
+    def _path_of_arrivals(self, path: WeightPath, before: Placement) -> WeightPath:
+        """The path of weights to the ranks that did not have them `before`."""
+        arrives_P = before.arrivals(self.placement)
+        arrives: tuple[np.ndarray, ...] = (arrives_P,)
+        if self._group.nodes is not None:
+            arrives = node_arrivals(arrives_P, self.placement, self._group.expert.rank, self._group.ranks_per_node)
+        stages = [replace(stage, arrives_P=pairs) for stage, pairs in zip(path.stages, arrives, strict=True)]
+        return replace(path, stages=stages, arrives_E=self._arrives_E)
 
     def _note_versions(self, parameters: Mapping[str, Tensor], names: Collection[str]) -> None:
         versions = _versions(parameters)
@@ -138,23 +176,25 @@ class ExpertSlots:
     @torch.no_grad()
     def continue_distribution(self) -> None:
         """Let weights under way go on, if they have not reached their last leg: see `PendingDistribution.advance`."""
-        if self._distribution is not None:
+        if self._distributions:
             with phase("distribute"), self._stream.beside_model():
-                self._distribution.advance()
+                for distribution in self._distributions:
+                    distribution.advance()
 
     @torch.no_grad()
     def finish_distribution(self) -> None:
         """Wait for weights that are being sent, if any."""
-        if self._distribution is not None:
+        if self._distributions:
             with phase("distribute"):
-                distribution, self._distribution = self._distribution, None
+                distributions, self._distributions = self._distributions, []
                 with self._stream.beside_model():
-                    distribution.finish()
+                    for distribution in distributions:
+                        distribution.finish()
                 self._stream.join()
 
     def holds(self, placement: Placement) -> bool:
         """Whether the slots still have the weights of the last forward under `placement`."""
-        is_under_way = self._is_queued or self._distribution is not None
+        is_under_way = self._is_queued or bool(self._distributions)
         return not is_under_way and placement is self._filled
 
     def join(self, totals: Collection[Tensor]) -> None:

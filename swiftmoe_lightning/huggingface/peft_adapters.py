@@ -159,7 +159,9 @@ def unwrap_adapters(wrapper: nn.Module) -> Experts:
 
 def _check_wrapper(layer: ParamWrapper) -> None:
     if Version(peft.__version__) < _PEFT_FROM:
-        raise ValueError(f"PEFT {peft.__version__} lays out their adapter in another way: pip install 'peft>={_PEFT_FROM}'")
+        raise ValueError(
+            f"PEFT {peft.__version__} lays out their adapter in another way: pip install 'peft>={_PEFT_FROM}'"
+        )
     if layer.parameter_name not in _ADAPTED:
         raise ValueError(f"{layer.parameter_name} has an adapter: target_parameters can be {', '.join(_ADAPTED)}")
     if len(layer.lora_A) != 1:

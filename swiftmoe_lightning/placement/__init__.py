@@ -4,6 +4,7 @@ from swiftmoe_lightning.placement.bounds import CAUSES, Bounds, drop_bounds, fin
 from swiftmoe_lightning.placement.forecast import Forecast
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
+from swiftmoe_lightning.placement.moves import arriving_indices, node_arrivals, plan_moves
 from swiftmoe_lightning.placement.node_placements import node_placements
 from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
 from swiftmoe_lightning.placement.placement import Placement
@@ -54,17 +55,20 @@ __all__ = [
     "SwapPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "arriving_indices",
     "drop_bounds",
     "find_bounds",
     "imbalance",
     "imbalance_bounds",
     "make_policy",
+    "node_arrivals",
     "node_placements",
     "plan_buffer",
     "plan_collection",
     "plan_dispatch",
     "plan_distribution",
     "plan_messages",
+    "plan_moves",
     "regroup_received",
     "regroup_sent",
     "shard_rows",
