@@ -54,6 +54,16 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
         "several expert groups, biases: the popularity of all groups",
     ),
     "engine/packed_exchange.py PackedDistribution.__init__": (UP, "layer, step", "which expert each pair has"),
+    "engine/arrivals.py find_arrivals": (
+        "up; down, waits",
+        "step",
+        "several expert groups, frozen weights: the experts that arrive in any of them",
+    ),
+    "engine/replica_exchange.py ReplicaExchange._experts": (
+        UP,
+        "layer, placement that moves",
+        "several expert groups, frozen weights: the experts that arrive",
+    ),
     "engine/packed_exchange.py _sum_over_ranks": (UP, "layer, step", "which pairs are added up, and to which experts"),
     "distributed/side_stream.py SideStream.join": (WAIT, "layer, step", "offloaded experts: their gradients"),
     "ops/grouped.py _by_slot": (WAIT, "product", "float64, or sizes that `F.grouped_mm` does not take: rows of slots"),

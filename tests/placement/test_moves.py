@@ -44,7 +44,9 @@ def test_literal_arrivals_at_two_levels() -> None:
 
 @given(st.integers(1, 4), st.integers(1, 6), st.data())
 @settings(max_examples=100, deadline=None)
-def test_moves_and_arrivals_make_the_later_slots_of_the_earlier(world_size: int, num_experts: int, data: st.DataObject) -> None:
+def test_moves_and_arrivals_make_the_later_slots_of_the_earlier(
+    world_size: int, num_experts: int, data: st.DataObject
+) -> None:
     before, later = (data.draw(placements(world_size=world_size, num_experts=num_experts)) for _ in range(2))
     arrives_P = before.arrivals(later)
     assert arrives_P.sum() == before.num_moved(later)
