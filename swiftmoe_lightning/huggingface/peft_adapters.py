@@ -24,7 +24,7 @@ from swiftmoe_lightning.distributed import full_tensor
 from swiftmoe_lightning.huggingface.layouts import as_experts
 from swiftmoe_lightning.modules.experts import Experts
 
-# The first that is tested.
+# The first that lays them out so.
 _PEFT_FROM: Final = Version("0.19")
 _ADAPTED: Final = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -159,9 +159,7 @@ def unwrap_adapters(wrapper: nn.Module) -> Experts:
 
 def _check_wrapper(layer: ParamWrapper) -> None:
     if Version(peft.__version__) < _PEFT_FROM:
-        raise ValueError(
-            f"PEFT {peft.__version__} lays out their adapter in another way: pip install 'peft>={_PEFT_FROM}'"
-        )
+        raise ValueError(f"PEFT {peft.__version__} lays out their adapter in another way: pip install 'peft>=0.20'")
     if layer.parameter_name not in _ADAPTED:
         raise ValueError(f"{layer.parameter_name} has an adapter: target_parameters can be {', '.join(_ADAPTED)}")
     if len(layer.lora_A) != 1:
