@@ -34,8 +34,8 @@ def queue_distributions(
 def find_arrivals(placed: Sequence[tuple[ShardedLayer, Placement]], group: ExpertGroup | None) -> list[np.ndarray]:
     """The experts that a rank of any group gets by these placements and does not have. A collective of several groups.
 
-    Rows of weights that have not changed are cut over all groups, too: a group in which experts arrive needs the others'
-    rows of them, and they do not know its placements. Where all weights change there is nothing to agree on.
+    Rows of weights that have not changed are cut over all groups, too: a group in which experts arrive needs the rows
+    that others own, and they do not know its placements. Where all weights change there is nothing to agree on.
 
     Args:
         placed: layers and their next placements.
