@@ -59,6 +59,16 @@ IN_A_STEP: Final[dict[str, tuple[str, str, str]]] = {
         "several expert groups, `reshard_after_forward`: which layer another group fills",
     ),
     "engine/packed_exchange.py PackedDistribution.__init__": (UP, "layer, step", "which expert each pair has"),
+    "engine/arrivals.py find_arrivals": (
+        "up; down, waits",
+        "step",
+        "several expert groups, frozen weights: the experts that arrive in any of them",
+    ),
+    "engine/replica_exchange.py ReplicaExchange._experts": (
+        UP,
+        "layer, placement that moves",
+        "several expert groups, frozen weights: the experts that arrive",
+    ),
     "engine/packed_exchange.py _sum_over_ranks": (UP, "layer, step", "which pairs are added up, and to which experts"),
     "distributed/matrix_exchange.py refuse_different_matrices": (
         "up; down, waits",

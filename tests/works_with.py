@@ -175,8 +175,11 @@ ROWS: Final = (
     Row(
         "Adapters (LoRA)",
         "PEFT's, on dense layers and on experts, over frozen experts: it saves, loads and merges as PEFT's own does",
-        "one adapter on experts; without dropout, DoRA or biases: [LoRA on experts](docs/guides/lora.md)",
-        ("huggingface/test_peft_adapters: peft_alone one_device only_factors", "engine/test_engine_setup: adapter"),
+        "one adapter on experts at a time; without dropout, DoRA or biases: [LoRA on experts](docs/guides/lora.md)",
+        (
+            "huggingface/test_peft_adapters: peft_alone one_device only_factors several_adapters",
+            "engine/test_engine_setup: adapter",
+        ),
     ),
     Row(
         "Quantized experts",

@@ -13,11 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from swiftmoe_lightning.distributed import RankGroup
 from swiftmoe_lightning.ops import reused_empty
-from swiftmoe_lightning.placement import Placement, plan_messages
+from swiftmoe_lightning.placement import Placement, arriving_indices, plan_messages
 
 
 class DirectDistribution:
@@ -28,17 +29,23 @@ class DirectDistribution:
         slots: name -> [s, rows, ...], which will have the weights; of the shards' dtype.
         placement: of the slots.
         ranks: of the group.
+        arrives_P: [P] bool, the pairs whose weights are sent; None for all. The slots of the others stay as they are.
 
     Attributes:
         bytes_sent: to other ranks.
     """
 
     def __init__(
-        self, shards: Mapping[str, Tensor], slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+        self,
+        shards: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        placement: Placement,
+        ranks: RankGroup,
+        arrives_P: np.ndarray | None = None,
     ) -> None:
         sources, targets = list(shards.values()), list(slots.values())
         num_rows = tuple(target.shape[1] for target in targets)
-        messages = plan_messages(placement, num_rows, ranks.rank)
+        messages = plan_messages(placement, num_rows, ranks.rank, arrives_P)
         self._works: list[Any] = []
         for block in messages.in_slots:
             self._works.append(ranks.start_receive(targets[block.tensor][block.index, block.rows], block.peer))
@@ -47,9 +54,11 @@ class DirectDistribution:
             rows = sources[shard.tensor][shard.expert]
             self._works.append(ranks.start_send(rows, shard.peer))
             self.bytes_sent += rows.nbytes
+        indices = arriving_indices(placement, ranks.rank, arrives_P)
+        own_experts = list(zip(indices.tolist(), placement.experts_of(ranks.rank)[indices].tolist(), strict=True))
         for source, target in zip(sources, targets, strict=True):
             own = ranks.own_rows(target.shape[1])
-            for index, expert in enumerate(placement.experts_of(ranks.rank).tolist()):
+            for index, expert in own_experts:
                 target[index, own].copy_(source[expert])
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from swiftmoe_lightning.config import SwiftMoEConfig, check_config, check_whole
 from swiftmoe_lightning.distributed import ExpertGroup, extend_dtensors, phase
+from swiftmoe_lightning.engine.arrivals import queue_distributions
 from swiftmoe_lightning.engine.checkpoint import full_state
 from swiftmoe_lightning.engine.data_parallel import ExpertDataParallel, ShardedDataParallel
 from swiftmoe_lightning.engine.distribution_window import DistributionWindow
@@ -220,7 +221,7 @@ class SwiftMoEEngine:
         """Phase 4: send parameters' rows to the experts' ranks, layer by layer ahead of the next forward."""
         layers = [state.sharded for state in states if state.sharded is not None]
         placed = [(layer, placements.get(layer.index, layer.placement)) for layer in layers]
-        self._window.add([layer for layer, placement in placed if layer.queue_distribution(placement)])
+        self._window.add(queue_distributions(placed, self.group))
 
     def wait_for_weights(self) -> None:
         """Wait until all slots have the weights that were sent to them, as the layers' next forwards would."""

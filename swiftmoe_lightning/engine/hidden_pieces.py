@@ -5,7 +5,7 @@ W ranks of the group, E experts, s slots of this rank, n experts of one message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,26 +34,30 @@ class HiddenPieces:
 
     Args:
         cuts: how each tensor of an expert is cut.
+        ranks: of the group.
+        device: of the slots.
 
     Attributes:
         weights: name -> [E, ...]; none while experts are whole.
     """
 
-    def __init__(self, cuts: Mapping[str, HiddenCut]) -> None:
+    def __init__(self, cuts: Mapping[str, HiddenCut], ranks: RankGroup, device: torch.device) -> None:
         self._cuts = cuts
         self.weights: dict[str, Tensor] = {}
+        # In forwards and backwards pieces travel among tokens; before a distribution, among weights.
+        self._among_tokens, self._among_weights = RankGroup(ranks.process_group), ranks.second(device.type)
 
-    def fill(self, slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup) -> int:
-        """Make the pieces. A collective.
+    def take(self, weights: Mapping[str, Tensor], placement: Placement) -> int:
+        """Make the pieces, and take the slots' memory. A collective.
 
         Args:
-            slots: name -> [s, ...], filled.
+            weights: name -> slots [s, ...], filled.
             placement: of the slots.
-            ranks: of the group.
 
         Returns:
             Bytes sent to other ranks.
         """
+        slots, ranks = {name: slot.data for name, slot in weights.items()}, self._among_tokens
         rank, size = ranks.rank, ranks.size
         sender_WE, mine = piece_senders(placement), placement.experts_of(rank)
         self.weights = {name: self._empty(name, slot, placement.num_experts, ranks) for name, slot in slots.items()}
@@ -62,24 +66,33 @@ class HiddenPieces:
             parts = [part for name, slot in slots.items() for part in self._cuts[name].parts(slot, size, other)]
             send.append(_Message(parts, np.flatnonzero(sender_WE[other, mine] == rank)))
             receive.append(_Message(self._own_parts(slots, ranks), np.flatnonzero(sender_WE[rank] == other)))
-        finish, bytes_sent = _start_exchange(ranks, send, receive)
-        finish()
+        bytes_sent = _exchange(ranks, send, receive)
+        for slot in weights.values():
+            slot.untyped_storage().resize_(0)
         return bytes_sent
 
-    def start_return(
-        self, slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
-    ) -> tuple[Callable[[], None], int]:
-        """Begin to put pieces back into the slots, and forget them all. A collective, unless no slots are wanted.
+    def give_back(
+        self, weights: Mapping[str, Tensor], names: Collection[str], placement: Placement, among_weights: bool
+    ) -> int:
+        """Give all slots memory, put pieces back into some, and forget them. A collective, unless none is wanted.
 
         Args:
-            slots: name -> [s, ...], of the tensors that are wanted.
+            weights: name -> slots [s, ...].
+            names: of the tensors that are wanted; the same on all ranks.
             placement: that the pieces were made by.
-            ranks: of the group.
+            among_weights: the exchange is one of those of weights, and not of tokens.
 
         Returns:
-            What waits until the slots are whole; and bytes sent to other ranks.
+            Bytes sent to other ranks.
         """
+        ranks = self._among_weights if among_weights else self._among_tokens
         rank, size = ranks.rank, ranks.size
+        for slot in weights.values():
+            if not slot.untyped_storage().nbytes():
+                slot.untyped_storage().resize_(slot.nbytes)
+                # Not an in-place write in the eyes of autograd: a forward may have saved the slots for its backward.
+                slot.data.zero_()
+        slots = {name: slot.data for name, slot in weights.items() if name in names}
         mine = placement.experts_of(rank)
         for name in [name for name in slots if self._cuts[name].dim is None]:
             slots[name][: len(mine)] = self.weights[name][to_device(slots[name].device, mine)[0]]
@@ -87,13 +100,13 @@ class HiddenPieces:
         own = self._own_parts(cut, ranks)
         self.weights = {}
         if not cut:
-            return lambda: None, 0
+            return 0
         send, receive = [], []
         for other in range(size):
             parts = [part for name, slot in cut.items() for part in self._cuts[name].parts(slot, size, other)]
             send.append(_Message(own, placement.experts_of(other)))
             receive.append(_Message(parts, np.arange(len(mine))))
-        return _start_exchange(ranks, send, receive)
+        return _exchange(ranks, send, receive)
 
     def _empty(self, name: str, slot: Tensor, num_experts: int, ranks: RankGroup) -> Tensor:
         shape, cut = [num_experts, *slot.shape[1:]], self._cuts[name]
@@ -118,13 +131,11 @@ class HiddenPieces:
         return parts
 
 
-def _start_exchange(
-    ranks: RankGroup, send: Sequence[_Message], receive: Sequence[_Message]
-) -> tuple[Callable[[], None], int]:
-    """Begin to copy what is sent to each rank to where it goes there. Messages stand in the order of the ranks.
+def _exchange(ranks: RankGroup, send: Sequence[_Message], receive: Sequence[_Message]) -> int:
+    """Copy what is sent to each rank to where it goes there. Messages stand in the order of the ranks.
 
     Returns:
-        What waits for it; and bytes sent to other ranks.
+        Bytes sent to other ranks.
     """
     device, rank = receive[0].parts[0].device, ranks.rank
     indices = to_device(device, *(message.where for message in [*send, *receive]))
@@ -142,12 +153,10 @@ def _start_exchange(
         receive_splits.append(0 if other == rank else per_expert * len(receive[other].where))
     exchange = ranks.start_all_to_all(torch.cat(chunks), send_splits, receive_splits)
 
-    def finish() -> None:
-        for other, values in enumerate(exchange.wait().split(receive_splits)):
-            if other != rank:
-                parts, num = receive[other].parts, len(receive[other].where)
-                sizes = [num * part[0].numel() for part in parts]
-                for part, chunk in zip(parts, values.split(sizes), strict=True):
-                    part.index_copy_(0, receive_indices[other], chunk.view(num, *part.shape[1:]))
-
-    return finish, exchange.bytes_sent
+    for other, values in enumerate(exchange.wait().split(receive_splits)):
+        if other != rank:
+            parts, num = receive[other].parts, len(receive[other].where)
+            sizes = [num * part[0].numel() for part in parts]
+            for part, chunk in zip(parts, values.split(sizes), strict=True):
+                part.index_copy_(0, receive_indices[other], chunk.view(num, *part.shape[1:]))
+    return exchange.bytes_sent

@@ -55,6 +55,8 @@ class LayerGradients:
         self._complete.clear()
         self._discard()
         for name, sharded in self._experts.expert_parameters().items():
+            # A forward in between, of a frozen reference for one, may have found it otherwise.
+            self._slots.weights[name].requires_grad_(sharded.requires_grad)
             if sharded.requires_grad and name not in self._placeholders:
                 self._placeholders[name] = GradientPlaceholder(sharded)
 

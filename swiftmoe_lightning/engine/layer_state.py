@@ -85,7 +85,7 @@ class LayerState:
     def _pieces(self, group: ExpertGroup, config: SwiftMoEConfig, device: torch.device) -> HiddenPieces | None:
         if config.evaluate == "placed" or group.expert.size == 1:
             return None
-        return HiddenPieces(hidden_cuts(self.experts, group.expert.size, device))
+        return HiddenPieces(hidden_cuts(self.experts, group.expert.size, device), group.expert, device)
 
     def holds_gradients(self) -> bool:
         """Whether gradients wait in the slots (accumulation)."""
@@ -150,7 +150,8 @@ class LayerState:
             placement = placer.planned({self.name: current.num_experts})[self.name]
         # Gradients that wait in the slots belong to the current placement.
         if not self.holds_gradients():
-            self.sharded.slots.queue_distribution(placement, self.experts.expert_parameters().keys())
+            slots = self.sharded.slots
+            slots.queue_distribution(placement, self.experts.expert_parameters().keys(), slots.arrivals(placement))
         self.sharded.stale = True
 
 

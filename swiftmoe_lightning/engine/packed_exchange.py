@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmoe_lightning.distributed import RankGroup, to_device
 from swiftmoe_lightning.ops import reused_empty
-from swiftmoe_lightning.placement import Placement, plan_buffer, plan_collection, plan_distribution
+from swiftmoe_lightning.placement import Placement, arriving_indices, plan_buffer, plan_collection, plan_distribution
 
 
 class PackedDistribution:
@@ -29,19 +30,28 @@ class PackedDistribution:
         slots: name -> [s, rows, ...], which will have the weights; of the shards' dtype.
         placement: of the slots.
         ranks: of the group.
+        arrives_P: [P] bool, the pairs whose weights are sent; None for all. The slots of the others stay as they are.
 
     Attributes:
         bytes_sent: to other ranks.
     """
 
     def __init__(
-        self, shards: Mapping[str, Tensor], slots: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+        self,
+        shards: Mapping[str, Tensor],
+        slots: Mapping[str, Tensor],
+        placement: Placement,
+        ranks: RankGroup,
+        arrives_P: np.ndarray | None = None,
     ) -> None:
-        self._slots, self._placement, self._ranks = slots, placement, ranks
-        plan = plan_distribution(placement, _row_elements(slots))
+        self._slots, self._ranks = slots, ranks
+        self._indices = arriving_indices(placement, ranks.rank, arrives_P)
+        plan = plan_distribution(placement, _row_elements(slots), arrives_P)
         flat = [shard.flatten(1) for shard in shards.values()]
-        (expert_P,) = to_device(flat[0].device, placement.pair_expert_P)
-        shape = (placement.num_pairs, sum(shard_Ec.shape[1] for shard_Ec in flat))
+        (expert_P,) = to_device(
+            flat[0].device, placement.pair_expert_P if arrives_P is None else placement.pair_expert_P[arrives_P]
+        )
+        shape = (len(expert_P), sum(shard_Ec.shape[1] for shard_Ec in flat))
         send_Pc = reused_empty(shape, flat[0].dtype, flat[0].device)
         columns = send_Pc.split([shard_Ec.shape[1] for shard_Ec in flat], dim=1)
         for shard_Ec, column_Pc in zip(flat, columns, strict=True):
@@ -53,7 +63,7 @@ class PackedDistribution:
 
     def finish(self) -> None:
         """Wait for the weights, and copy them to the slots."""
-        for part, rows in _rows_in(self._exchange.wait(), self._slots, self._placement, self._ranks):
+        for part, rows in _rows_in(self._exchange.wait(), self._slots, self._indices, self._ranks):
             rows.copy_(part)
 
 
@@ -78,7 +88,7 @@ class PackedCollection:
         plan = plan_collection(placement, _row_elements(gradients))
         device, splits = next(iter(gradients.values())).device, plan.send_splits(ranks.rank)
         send = reused_empty((sum(splits),), wire_dtype, device)
-        for part, rows in _rows_in(send, gradients, placement, ranks):
+        for part, rows in _rows_in(send, gradients, arriving_indices(placement, ranks.rank, None), ranks):
             part.copy_(rows)
         self._exchange = ranks.start_all_to_all(send, splits, plan.receive_splits(ranks.rank))
         self.bytes_sent = self._exchange.bytes_sent
@@ -101,19 +111,29 @@ class PackedCollection:
 
 
 def _rows_in(
-    buffer: Tensor, tensors: Mapping[str, Tensor], placement: Placement, ranks: RankGroup
+    buffer: Tensor, tensors: Mapping[str, Tensor], indices: np.ndarray, ranks: RankGroup
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(piece of the buffer, rows of a tensor that lie there), both as [peers, d, rows, ...] views."""
-    num_experts = int(placement.num_pairs_W[ranks.rank])
-    for block in plan_buffer(_row_elements(tensors), ranks.size, num_experts):
-        shape = (len(block.peers), num_experts, sum(block.widths))
+    """(piece of the buffer, rows of a tensor that lie there), both as [peers, experts, rows, ...] views.
+
+    Args:
+        buffer: of the experts at `indices`.
+        tensors: name -> [s, rows, ...].
+        indices: ascending. Neighbours among them share a view.
+        ranks: of the group.
+    """
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    lengths = [len(run) for run in runs]
+    for block in plan_buffer(_row_elements(tensors), ranks.size, len(indices)):
+        shape = (len(block.peers), len(indices), sum(block.widths))
         elements = buffer[block.offset : block.offset + math.prod(shape)]
         pieces = elements.view(shape).split(list(block.widths), dim=2)
         for tensor, rows, piece in zip(tensors.values(), block.rows, pieces, strict=True):
-            if rows:
-                rows_of_peers = tensor[:num_experts, rows.start : rows.stop].unflatten(1, (len(block.peers), -1))
+            if rows and len(indices):
+                rows_of_peers = tensor[:, rows.start : rows.stop].unflatten(1, (len(block.peers), -1))
                 by_peer = rows_of_peers.transpose(0, 1)
-                yield piece.unflatten(2, by_peer.shape[2:]), by_peer
+                parts = piece.unflatten(2, by_peer.shape[2:]).split(lengths, dim=1)
+                for run, part in zip(runs, parts, strict=True):
+                    yield part, by_peer[:, run[0] : run[-1] + 1]
 
 
 def _sum_over_ranks(received_Pc: Tensor, placement: Placement) -> Tensor:

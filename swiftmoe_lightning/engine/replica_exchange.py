@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import PendingExchange, RankGroup
+from swiftmoe_lightning.distributed import PendingExchange, RankGroup, to_device
 from swiftmoe_lightning.ops import reused_empty
 from swiftmoe_lightning.placement import shard_rows
 
@@ -22,11 +23,12 @@ class ReplicaExchange:
     Args:
         ranks: the R ranks that share a part.
         shapes: name -> [E, p, ...], of the part.
+        arrives_E: [E] bool, the experts that are exchanged, the same for all ranks; None for all.
     """
 
-    def __init__(self, ranks: RankGroup, shapes: Mapping[str, torch.Size]) -> None:
-        self._ranks, self._shapes = ranks, shapes
-        self._num_experts = next(iter(shapes.values()))[0]
+    def __init__(self, ranks: RankGroup, shapes: Mapping[str, torch.Size], arrives_E: np.ndarray | None = None) -> None:
+        self._ranks, self._shapes, self._arrives_E = ranks, shapes, arrives_E
+        self._num_experts = next(iter(shapes.values()))[0] if arrives_E is None else int(arrives_E.sum())
         # For each of the R ranks its rows of each tensor, and its elements of one expert, over all of them.
         self._rows_R = [
             [slice(*rows) for rows in rows_of_rank]
@@ -75,17 +77,25 @@ class ReplicaExchange:
         # All ranks send equally much, as an all-gather needs.
         send = reused_empty((self._num_experts * max(map(sum, self._widths_R)),), first.dtype, first.device)
         columns = self._columns(send, self._widths_R[self._ranks.rank])
+        experts = self._experts(send.device)
         for column, tensor in zip(columns, own.values(), strict=True):
-            column.copy_(tensor.flatten(1))
+            column.copy_(tensor[experts].flatten(1))
         return self._ranks.start_all_gather(send)
 
     def finish_gather(self, received: Tensor) -> dict[str, Tensor]:
-        """Name -> [E, p, ...]: the whole part."""
+        """Name -> [E, p, ...]: the whole part, of the experts that were sent."""
+        experts = self._experts(received.device)
         part = {name: reused_empty(shape, received.dtype, received.device) for name, shape in self._shapes.items()}
         for block, rows_of_rank, widths in zip(received, self._rows_R, self._widths_R, strict=True):
             for columns, tensor, rows in zip(self._columns(block, widths), part.values(), rows_of_rank, strict=True):
-                tensor[:, rows] = columns.view(tensor[:, rows].shape)
+                tensor[experts, rows] = columns.view(self._num_experts, *tensor[0, rows].shape)
         return part
+
+    def _experts(self, device: torch.device) -> slice | Tensor:
+        if self._arrives_E is None:
+            return slice(None)
+        (experts,) = to_device(device, np.flatnonzero(self._arrives_E))
+        return experts
 
     def _columns(self, block: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
         """[E, columns] of each tensor in a rank's block, which may be padded."""

@@ -202,19 +202,33 @@ class ShardedLayer(ExpertParallelContext):
         """The module has overwritten its parameters: the slots are stale."""
         self.stale = True
 
-    def queue_distribution(self, placement: Placement) -> bool:
-        """Let the weights be sent to the ranks of `placement`. Returns whether they must: experts may be frozen."""
+    def _updated(self) -> list[str]:
+        # A parameter that was frozen between backward and step still has a gradient, and was updated.
+        return [name for name, p in self.experts.expert_parameters().items() if p.requires_grad or has_gradient(p)]
+
+    def keeps_some(self) -> bool:
+        """Whether the last update was not of all parameters: some are frozen."""
+        return len(self._updated()) < len(self.experts.expert_parameters())
+
+    def queue_distribution(self, placement: Placement, arrives_E: np.ndarray) -> bool:
+        """Let the weights be sent to the ranks of `placement`.
+
+        Args:
+            placement: the next one.
+            arrives_E: [E] bool, from `queue_distributions`.
+
+        Returns:
+            Whether there are any to be sent: experts may be frozen.
+        """
         if self.holds_gradients():
             # Those that wait in the slots belong to the current placement.
             self.stale = True
             return False
         is_unchanged = np.array_equal(placement.slot_to_expert_S, self.placement.slot_to_expert_S)
-        # A parameter that was frozen between backward and step still has a gradient, and was updated.
-        parameters = self.experts.expert_parameters()
-        updated = [name for name, p in parameters.items() if p.requires_grad or has_gradient(p)]
-        if is_unchanged and not updated:
+        updated = self._updated()
+        if is_unchanged and not updated and not arrives_E.any():
             return False
-        self.slots.queue_distribution(placement, updated)
+        self.slots.queue_distribution(placement, updated, arrives_E)
         return True
 
     def start_distribution(self) -> None:

@@ -12,16 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, RankGroup, local_shard, phase, side_stream, write_counts
+from swiftmoe_lightning.distributed import ExpertGroup, local_shard, phase, side_stream, write_counts
 from swiftmoe_lightning.engine.hidden_pieces import HiddenPieces
-from swiftmoe_lightning.engine.weight_exchange import (
-    PHASES,
-    PendingCollection,
-    PendingDistribution,
-    Stage,
-    WeightPath,
-)
-from swiftmoe_lightning.placement import Placement, node_placements
+from swiftmoe_lightning.engine.weight_exchange import PendingCollection, PendingDistribution, WeightPath
+from swiftmoe_lightning.engine.weight_paths import WeightPaths
+from swiftmoe_lightning.placement import Placement, plan_moves
 
 
 class ExpertSlots:
@@ -64,31 +59,37 @@ class ExpertSlots:
         self._filled: Placement | None = None
         self._is_queued = False
         self._is_freed = False
-        self._distribution: PendingDistribution | None = None
-        self._stages: tuple[Placement, list[Stage]] | None = None
+        # Of what has changed; of what has not, to ranks that did not have it.
+        self._distributions: list[PendingDistribution] = []
         self._sent_versions: dict[str, tuple[int, int]] = {}
         # Names of what was updated since it was last sent, alike on all ranks; None is everything.
         self._updated: set[str] | None = None
-        self.bytes_sent = dict.fromkeys(PHASES, 0)
+        self._arrives_E = np.zeros(placement.num_experts, dtype=bool)
+        self._paths = WeightPaths(group, self._stream)
+        self.bytes_sent = self._paths.bytes_sent
         self.pieces = pieces
-        self._finish_return: Callable[[], None] | None = None
-        if pieces is not None:
-            # Cut and made whole in forwards and backwards, among tokens; before a distribution, among weights.
-            self._among_tokens = RankGroup(group.expert.process_group)
-            self._among_weights = group.expert.second(device.type)
 
-    def queue_distribution(self, placement: Placement, updated: Collection[str]) -> None:
+    def arrivals(self, placement: Placement) -> np.ndarray:
+        """[E] bool: the experts that a rank of the group will have by `placement` and does not have in its slots."""
+        arrives_E = np.zeros(placement.num_experts, dtype=bool)
+        if self._filled is not None:
+            arrives_E[placement.pair_expert_P[self._filled.arrivals(placement)]] = True
+        return arrives_E
+
+    def queue_distribution(self, placement: Placement, updated: Collection[str], arrives_E: np.ndarray) -> None:
         """The slots will be filled by `placement`.
 
         Args:
             placement: the next one.
-            updated: names of the parameters that have changed, the same on all ranks. The others are sent, too, if the
-                placement is not that of the slots.
+            updated: names of the parameters that have changed, the same on all ranks. The others are sent to ranks that
+                do not have the expert.
+            arrives_E: [E] bool, `arrivals` of this group, or of all, which send each other weights.
         """
-        self.placement, self._is_queued = placement, True
+        self.placement, self._is_queued, self._arrives_E = placement, True, arrives_E
         if self._updated is not None:
             self._updated.update(updated)
-        self._note_versions(self._parameters(), self._names_to_send())
+        parameters = self._parameters()
+        self._note_versions(parameters, self._names_to_send(parameters))
 
     def queue_refill(self) -> None:
         """The next distribution sends all parameters. Call it on all ranks."""
@@ -123,7 +124,7 @@ class ExpertSlots:
             allows_writes: parameters may have been written since the distribution was queued.
 
         Returns:
-            Whether all parameters are sent: those that are frozen stay in their slots while the placement does.
+            Whether all parameters are sent whole: those that are frozen stay with the ranks that have them.
         """
         self.finish_distribution()
         parameters = self._parameters()
@@ -136,65 +137,71 @@ class ExpertSlots:
         # On the model's stream, to which their memory returns.
         if self._match_slots(parameters):
             self._updated = None
-        names = self._names_to_send()
+        names = self._names_to_send(parameters)
+        kept = [name for name in parameters if name not in names]
         if allows_writes or not (self._is_queued or is_refill):
             self._note_versions(parameters, names)
-        if self.is_cut:
-            with phase("distribute"), self._stream.after_model():
-                self._finish_return = self._start_return(parameters.keys() - set(names), self._among_weights)
-        self._filled, self._is_queued, self._updated, self._is_freed = self.placement, False, set(), False
         with phase("distribute"), self._stream.after_model():
-            # From CPU memory each layer's rows travel by themselves.
-            shards = {
-                name: local_shard(p).to(self.device, self.weights[name].dtype, non_blocking=True)
-                for name, p in parameters.items()
-                if name in names
-            }
-            # A write to `.data` does not count as one: autograd may use what it has saved of slots that are refilled.
-            slots = {name: self.weights[name].data if is_refill else self.weights[name].detach() for name in shards}
-            self._distribution = PendingDistribution(shards, slots, self._path(self.placement))
-        return len(names) == len(parameters)
+            if self.is_cut:
+                self._take_back(kept, among_weights=True)
+            path, before = self._paths.to(self.placement), self._filled
+            self._filled, self._is_queued, self._updated, self._is_freed = self.placement, False, set(), False
+            if kept and before is not None:
+                # First, for what arrives may come straight into slots.
+                self._move(before, kept)
+                if self._arrives_E.any():
+                    arrivals = self._paths.of_arrivals(before, self.placement, self._arrives_E)
+                    self._distribute(kept, arrivals, is_refill)
+            if names:
+                self._distribute(names, path, is_refill)
+        return not kept
 
-    def _names_to_send(self) -> Collection[str]:
+    def _names_to_send(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """The parameters whose slots have other values than the next distribution brings. The same on all ranks."""
-        filled = self._filled
-        stays = (
-            filled is not None
-            and not self._is_freed
-            and np.array_equal(self.placement.slot_to_expert_S, filled.slot_to_expert_S)
-        )
-        return self._updated if stays and self._updated is not None else self._parameters().keys()
+        if self._updated is None or self._is_freed:
+            return list(parameters)
+        return [name for name in parameters if name in self._updated]
+
+    def _move(self, before: Placement, kept: Collection[str]) -> None:
+        """Move the experts that stay on this rank to their new indices."""
+        moves = plan_moves(before, self.placement, self._group.expert.rank)
+        for name in kept:
+            slot = self.weights[name].detach()
+            for old, new in moves:
+                slot[new].copy_(slot[old])
+
+    def _distribute(self, names: Collection[str], path: WeightPath, is_refill: bool) -> None:
+        parameters = self._parameters()
+        # From CPU memory each layer's rows travel by themselves.
+        shards = {
+            name: local_shard(parameters[name]).to(self.device, self.weights[name].dtype, non_blocking=True)
+            for name in names
+        }
+        # A write to `.data` does not count as one: autograd may use what it has saved of slots that are refilled.
+        slots = {name: self.weights[name].data if is_refill else self.weights[name].detach() for name in names}
+        self._distributions.append(PendingDistribution(shards, slots, path))
 
     def _note_versions(self, parameters: Mapping[str, Tensor], names: Collection[str]) -> None:
         versions = _versions(parameters)
         self._sent_versions.update({name: versions[name] for name in names})
 
-    def _path(self, placement: Placement) -> WeightPath:
-        if self._stages is None or self._stages[0] is not placement:
-            placements: tuple[Placement, ...] = (placement,)
-            if self._group.nodes is not None:
-                placements = node_placements(placement, self._group.expert.rank, self._group.ranks_per_node)
-            self._stages = placement, list(map(Stage, self._group.weights, placements))
-        return WeightPath(self._stages[1], self._group.replicate, self._stream, self.bytes_sent)
-
     @torch.no_grad()
     def continue_distribution(self) -> None:
         """Let weights under way go on, if they have not reached their last leg: see `PendingDistribution.advance`."""
-        if self._distribution is not None:
+        if self._distributions:
             with phase("distribute"), self._stream.beside_model():
-                self._distribution.advance()
+                for distribution in self._distributions:
+                    distribution.advance()
 
     @torch.no_grad()
     def finish_distribution(self) -> None:
         """Wait for weights that are being sent, if any."""
-        if self._distribution is not None:
+        if self._distributions:
             with phase("distribute"):
-                distribution, self._distribution = self._distribution, None
+                distributions, self._distributions = self._distributions, []
                 with self._stream.beside_model():
-                    if self._finish_return is not None:
-                        self._finish_return()
-                        self._finish_return = None
-                    distribution.finish()
+                    for distribution in distributions:
+                        distribution.finish()
                 self._stream.join()
 
     @property
@@ -212,10 +219,7 @@ class ExpertSlots:
             return
         assert self._filled is not None
         with phase("recut"), self._stream.after_model():
-            slots = {name: slot.data for name, slot in self.weights.items()}
-            self.bytes_sent["recut"] += self.pieces.fill(slots, self._filled, self._among_tokens)
-            for slot in self.weights.values():
-                slot.untyped_storage().resize_(0)
+            self.bytes_sent["recut"] += self.pieces.take(self.weights, self._filled)
         self._stream.join()
 
     @torch.no_grad()
@@ -226,22 +230,14 @@ class ExpertSlots:
         """
         if self.is_cut:
             with phase("recut"), self._stream.after_model():
-                self._start_return(self.weights.keys(), self._among_tokens)()
+                self._take_back(self.weights, among_weights=False)
             self._stream.join()
 
-    def _start_return(self, names: Collection[str], ranks: RankGroup) -> Callable[[], None]:
-        """Begin to fill the slots of these tensors from the pieces; all get memory. Returns what waits for it."""
+    def _take_back(self, names: Collection[str], among_weights: bool) -> None:
         assert self.pieces is not None
         assert self._filled is not None
-        for slot in self.weights.values():
-            if not slot.untyped_storage().nbytes():
-                slot.untyped_storage().resize_(slot.nbytes)
-                # Not an in-place write in the eyes of autograd: a forward may have saved the slots for its backward.
-                slot.data.zero_()
-        slots = {name: slot.data for name, slot in self.weights.items() if name in names}
-        finish, bytes_sent = self.pieces.start_return(slots, self._filled, ranks)
-        self.bytes_sent["recut"] += bytes_sent
-        return finish
+        sent = self.pieces.give_back(self.weights, names, self._filled, among_weights)
+        self.bytes_sent["recut"] += sent
 
     def holds(self, placement: Placement) -> bool:
         """Whether the slots have the weights of the last forward under `placement`, or had when they were freed."""
@@ -277,7 +273,7 @@ class ExpertSlots:
                 self.weights[name].grad = None
             is_double = next(iter(gradients.values())).dtype == torch.float64
             wire_dtype = torch.float64 if is_double else self._wire_dtype
-            return PendingCollection(gradients, self._path(self._filled), wire_dtype)
+            return PendingCollection(gradients, self._paths.to(self._filled), wire_dtype)
 
     def _match_slots(self, parameters: Mapping[str, Tensor]) -> bool:
         """Allocate the slots, again if the sharded parameters' dtype or sizes have changed. Returns whether it has.

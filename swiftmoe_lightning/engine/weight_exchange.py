@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,10 +36,12 @@ class Stage:
     Attributes:
         ranks: of the group.
         placement: which of them has which expert.
+        arrives_P: [P] bool, the pairs whose weights are sent; None for all.
     """
 
     ranks: RankGroup
     placement: Placement
+    arrives_P: np.ndarray | None = None
 
     def shapes(self, num_experts: int, tensors: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Name -> [num_experts, this rank's rows, ...], of tensors [experts, rows, ...]."""
@@ -58,12 +61,14 @@ class WeightPath:
         replicas: the ranks of other expert groups that share this rank's part of the rows; None for one group.
         stream: on which rows are packed, added up and copied.
         bytes_sent: of each of `PHASES`; counted here.
+        arrives_E: [E] bool, the experts whose weights groups send each other; None for all.
     """
 
     stages: Sequence[Stage]
     replicas: RankGroup | None
     stream: SideStream
     bytes_sent: dict[str, int]
+    arrives_E: np.ndarray | None = None
 
     def shapes(self, slots: Mapping[str, Tensor]) -> list[dict[str, torch.Size]]:
         """For each stage, name -> shape of the rows that it begins with: this rank's part, of all experts that come
@@ -95,7 +100,7 @@ class PendingDistribution:
         if path.replicas is None:
             self._start_stage()
         else:
-            replicas = ReplicaExchange(path.replicas, self._shapes[0])
+            replicas = ReplicaExchange(path.replicas, self._shapes[0], path.arrives_E)
             self._gather = replicas, replicas.start_gather(shards)
             path.bytes_sent["gather"] += self._gather[1].bytes_sent
 
@@ -109,7 +114,7 @@ class PendingDistribution:
             shapes = self._shapes[number + 1].items()
             self._rows = {name: reused_empty(shape, some.dtype, some.device) for name, shape in shapes}
         travel = DirectDistribution if travels_directly(self._rows, stage.ranks.size) else PackedDistribution
-        self._stage = travel(sent, self._rows, stage.placement, stage.ranks)
+        self._stage = travel(sent, self._rows, stage.placement, stage.ranks, stage.arrives_P)
         self._path.bytes_sent["distribute"] += self._stage.bytes_sent
         self._next_stage += 1
 

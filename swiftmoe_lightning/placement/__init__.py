@@ -7,6 +7,7 @@ from swiftmoe_lightning.placement.hidden_cut import HiddenLayout, hidden_slices,
 from swiftmoe_lightning.placement.load import ExpertLoad, imbalance
 from swiftmoe_lightning.placement.matrix_plan import LAYOUTS, MatrixBlock, MatrixStack, part_of_rows, plan_matrices
 from swiftmoe_lightning.placement.messages import Messages, ShardBlock, SlotBlock, plan_messages
+from swiftmoe_lightning.placement.moves import arriving_indices, node_arrivals, plan_moves
 from swiftmoe_lightning.placement.node_placements import node_placements
 from swiftmoe_lightning.placement.node_plan import LinkRows, NodePlan, RelayPlan
 from swiftmoe_lightning.placement.placement import Placement
@@ -61,6 +62,7 @@ __all__ = [
     "SwapPolicy",
     "SymiPolicy",
     "TransferPlan",
+    "arriving_indices",
     "copy_ranks",
     "drop_bounds",
     "find_bounds",
@@ -68,6 +70,7 @@ __all__ = [
     "imbalance",
     "imbalance_bounds",
     "make_policy",
+    "node_arrivals",
     "node_placements",
     "part_of_rows",
     "piece_senders",
@@ -78,6 +81,7 @@ __all__ = [
     "plan_fetches",
     "plan_matrices",
     "plan_messages",
+    "plan_moves",
     "regroup_received",
     "regroup_sent",
     "shard_rows",

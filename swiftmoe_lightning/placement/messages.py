@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from swiftmoe_lightning.placement.moves import arriving_indices
 from swiftmoe_lightning.placement.placement import Placement
 from swiftmoe_lightning.placement.transfer import shard_rows
 
@@ -61,7 +64,9 @@ class Messages:
     in_shards: list[ShardBlock]
 
 
-def plan_messages(placement: Placement, num_rows: Sequence[int], rank: int) -> Messages:
+def plan_messages(
+    placement: Placement, num_rows: Sequence[int], rank: int, arrives_P: np.ndarray | None = None
+) -> Messages:
     """The messages of one rank.
 
     Peers come in the order of their distance from the rank, so that not all ranks begin with the same one. Blocks
@@ -71,7 +76,9 @@ def plan_messages(placement: Placement, num_rows: Sequence[int], rank: int) -> M
         placement: which ranks have which expert.
         num_rows: for each tensor of an expert, its rows.
         rank: of 0..W-1.
+        arrives_P: [P] bool, the pairs whose rows are sent; None for all.
     """
+    indices = arriving_indices(placement, rank, arrives_P).tolist()
     world_size = placement.world_size
     shards = [shard_rows(rows, world_size) for rows in num_rows]
     owned = [[t for t, shard in enumerate(shards) if shard[peer][0] < shard[peer][1]] for peer in range(world_size)]
@@ -79,9 +86,9 @@ def plan_messages(placement: Placement, num_rows: Sequence[int], rank: int) -> M
     in_shards: list[ShardBlock] = []
     for distance in range(1, world_size):
         before, behind = (rank - distance) % world_size, (rank + distance) % world_size
-        for index in range(int(placement.num_pairs_W[rank])):
+        for index in indices:
             in_slots += [SlotBlock(before, index, t, slice(*shards[t][before])) for t in owned[before]]
-        first = int(placement.first_pair_W[behind])
-        for pair, expert in enumerate(placement.experts_of(behind).tolist(), start=first):
+        for pair in (placement.first_pair_W[behind] + arriving_indices(placement, behind, arrives_P)).tolist():
+            expert = int(placement.pair_expert_P[pair])
             in_shards += [ShardBlock(behind, pair, expert, t) for t in owned[rank]]
     return Messages(in_slots, in_shards)

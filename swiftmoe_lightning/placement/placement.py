@@ -152,13 +152,21 @@ class Placement:
         """
         return np.add.reduceat(values_xP, self.first_pair_W, axis=-1)
 
-    def num_moved(self, later: Placement) -> int:
-        """How many pairs of `later` this placement does not have: replicas that arrive on a new rank.
+    def arrivals(self, later: Placement) -> np.ndarray:
+        """[P] bool: which pairs of `later` this placement does not have: replicas that arrive on a new rank.
 
         Args:
             later: a placement of the same experts on the same ranks.
         """
-        return int(np.isin(later._pairs[0], self._pairs[0], invert=True).sum())
+        return np.isin(later._pairs[0], self._pairs[0], assume_unique=True, invert=True)
+
+    def num_moved(self, later: Placement) -> int:
+        """How many replicas arrive on a new rank: see `arrivals`.
+
+        Args:
+            later: a placement of the same experts on the same ranks.
+        """
+        return int(self.arrivals(later).sum())
 
     def __eq__(self, other: object) -> bool:
         return (

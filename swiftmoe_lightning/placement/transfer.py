@@ -70,14 +70,20 @@ def plan_collection(placement: Placement, row_elements: Sequence[tuple[int, int]
     return TransferPlan(placement.num_pairs_W, shard_elements(tuple(row_elements), placement.world_size))
 
 
-def plan_distribution(placement: Placement, row_elements: Sequence[tuple[int, int]]) -> TransferPlan:
+def plan_distribution(
+    placement: Placement, row_elements: Sequence[tuple[int, int]], arrives_P: np.ndarray | None = None
+) -> TransferPlan:
     """Weights from the owners of an expert's rows to the ranks that have it in `placement`.
 
     Args:
         placement: which ranks have which expert.
         row_elements: for each tensor of an expert, its rows and the elements of one row.
+        arrives_P: [P] bool, the pairs whose weights are sent; None for all.
     """
-    return TransferPlan(shard_elements(tuple(row_elements), placement.world_size), placement.num_pairs_W)
+    arriving_W = placement.num_pairs_W
+    if arrives_P is not None:
+        arriving_W = np.bincount(placement.pair_rank_P[arrives_P], minlength=placement.world_size)
+    return TransferPlan(shard_elements(tuple(row_elements), placement.world_size), arriving_W)
 
 
 @lru_cache(maxsize=1024)

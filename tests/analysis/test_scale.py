@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swiftmoe_lightning.analysis import Advice, Cluster, GroupCost, ModelSizes, Workload, model_of
+from swiftmoe_lightning.analysis import Advice, Cluster, GroupCost, ModelSizes, Workload, model_of, scale
 from swiftmoe_lightning.analysis.cluster import BYTES_OF
 from swiftmoe_lightning.analysis.scale_advice import candidate_sizes
 from swiftmoe_lightning.config import DTYPES, SwiftMoEConfig
+from swiftmoe_lightning.engine.handshake_rows import Header
 from swiftmoe_lightning.placement import Forecast, Placement, make_policy, plan_collection
 
 # An expert has 3 * 8 * 4 = 96 parameters, 192 bytes in bfloat16; its tensors have 8 rows each.
@@ -25,6 +26,10 @@ WORK = Workload(tokens=16)
 
 def cost(group_size: int, num_ranks: int = 8, work: Workload = WORK, model: ModelSizes = SMALL, **options: Any) -> Any:
     return GroupCost(model, Cluster(num_ranks=num_ranks, **{**SLOW, **options}), work, group_size)
+
+
+def test_the_header_of_counts_is_the_engines() -> None:
+    assert len(Header) == scale._HEADER
 
 
 def test_two_groups_of_four_send_what_is_worked_out_by_hand() -> None:
@@ -45,11 +50,11 @@ def test_two_groups_of_four_take_the_seconds_that_are_worked_out_by_hand() -> No
     assert actual.weight_seconds == pytest.approx(2 * 2 * (collect + across))
     # 16 tokens go to 2 experts as 8 numbers of 2 bytes: 512 bytes, a quarter to each rank; 4 times a layer.
     assert actual.token_seconds == pytest.approx(4 * 2 * 2 * (2 + 12.8))
-    # 4 counts and a header of 8, 4 bytes each.
-    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 4.8))
-    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 27.2)
+    # 4 counts and a header of 11, 4 bytes each.
+    assert actual.count_seconds == pytest.approx(2 * 2 * (2 + 6))
+    assert actual.step_seconds == pytest.approx(92.8 + 46.4 + 236.8 + 32)
     twice = cost(4, work=Workload(tokens=16, micro_batches=2))
-    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 27.2))
+    assert twice.step_seconds == pytest.approx(92.8 + 46.4 + 2 * (236.8 + 32))
 
 
 def test_two_groups_of_four_need_the_memory_that_is_worked_out_by_hand() -> None:

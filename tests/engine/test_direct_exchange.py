@@ -11,7 +11,7 @@ from torch import Tensor
 from swiftmoe_lightning.distributed import RankGroup
 from swiftmoe_lightning.engine.direct_exchange import DirectCollection, DirectDistribution, travels_directly
 from swiftmoe_lightning.engine.packed_exchange import PackedCollection, PackedDistribution
-from swiftmoe_lightning.placement import Placement, shard_rows
+from swiftmoe_lightning.placement import Placement, arriving_indices, shard_rows
 from tests.helpers import run_ranks
 
 # Rows that no number of ranks divides, one row for all ranks, and a bias.
@@ -20,7 +20,7 @@ NUM_EXPERTS = 5
 
 
 def exchange_both_ways(table: list[int]) -> list[list[dict[str, Tensor]]]:
-    """[distribute, collect] of [direct, packed] results, and bytes."""
+    """[distribute, distribute of every other pair, collect] of [direct, packed] results."""
     assert dist.group.WORLD is not None
     ranks = RankGroup(dist.group.WORLD)
     placement = Placement(np.array(table), NUM_EXPERTS, ranks.size)
@@ -33,22 +33,36 @@ def exchange_both_ways(table: list[int]) -> list[list[dict[str, Tensor]]]:
     gradients = {
         name: torch.randn(placement.slots_per_rank, *shape, generator=generator) for name, shape in SHAPES.items()
     }
-    distributed, collected, sent = [], [], []
-    for distribution in (DirectDistribution, PackedDistribution):
-        slots = {name: torch.zeros(placement.slots_per_rank, *shape) for name, shape in SHAPES.items()}
-        under_way = distribution(shards, slots, placement, ranks)
-        under_way.finish()
-        distributed.append(slots)
-        sent.append(under_way.bytes_sent)
+    sent: list[int] = []
+
+    def distribute(arrives_P: np.ndarray | None) -> list[dict[str, Tensor]]:
+        distributed = []
+        for distribution in (DirectDistribution, PackedDistribution):
+            slots = {name: torch.zeros(placement.slots_per_rank, *shape) for name, shape in SHAPES.items()}
+            under_way = distribution(shards, slots, placement, ranks, arrives_P)
+            under_way.finish()
+            distributed.append(slots)
+            sent.append(under_way.bytes_sent)
+        return distributed
+
+    whole = distribute(None)
+    arrives_P = np.arange(placement.num_pairs) % 3 != 1
+    some = distribute(arrives_P)
+    arriving = arriving_indices(placement, ranks.rank, arrives_P)
+    for name, tensor in some[0].items():
+        expected = torch.zeros_like(tensor)
+        expected[arriving] = whole[0][name][arriving]
+        assert torch.equal(tensor, expected), name
+    collected = []
     for collection in (
         DirectCollection(gradients, placement, ranks),
         PackedCollection(gradients, placement, ranks, torch.float32),
     ):
         collected.append(collection.finish())
         sent.append(collection.bytes_sent)
-    assert sent[0] == sent[1]
-    assert sent[2] == sent[3]
-    return [distributed, collected]
+    assert sent[::2] == sent[1::2]
+    assert sent[2] < sent[0]
+    return [whole, some, collected]
 
 
 @pytest.mark.parametrize(

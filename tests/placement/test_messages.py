@@ -31,6 +31,16 @@ def test_literal_messages() -> None:
     )
 
 
+def test_messages_of_some_pairs() -> None:
+    # Of rank 0's experts 0 and 1 and rank 1's 1, the first stays where it is.
+    placement, arrives_P = Placement(np.array([0, 1, 1, 1]), num_experts=2, world_size=2), np.array([False, True, True])
+    assert plan_messages(placement, (4, 1), 0, arrives_P) == Messages(
+        in_slots=[SlotBlock(1, 1, 0, slice(2, 4))], in_shards=[ShardBlock(1, 2, 1, 0), ShardBlock(1, 2, 1, 1)]
+    )
+    assert plan_messages(placement, (4, 1), 1, arrives_P).in_shards == [ShardBlock(0, 1, 1, 0)]
+    assert plan_messages(placement, (4, 1), 1, ~arrives_P) == Messages([], [ShardBlock(0, 0, 0, 0)])
+
+
 def test_peers_come_by_their_distance() -> None:
     messages = plan_messages(Placement(np.arange(4), num_experts=4, world_size=4), (4,), 1)
     assert [block.peer for block in messages.in_slots] == [0, 3, 2]

@@ -28,6 +28,7 @@ def test_only_replicas_on_a_new_rank_count_as_moved():
     before = Placement([0, 1, 2, 0], 3, 2)
     assert before.num_moved(before) == 0
     assert before.num_moved(Placement([1, 0, 0, 2], 3, 2)) == 0
+    assert before.arrivals(Placement([0, 0, 1, 2], 3, 2)).tolist() == [False, True, False]
     assert before.num_moved(Placement([0, 0, 1, 2], 3, 2)) == 1
     assert before.num_moved(Placement([2, 2, 0, 1], 3, 2)) == 2
 

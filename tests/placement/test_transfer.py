@@ -61,6 +61,11 @@ def test_distribution_is_the_collection_turned_round():
     assert elements_WW(plan).tolist() == [[42, 21], [22, 11]]
 
 
+def test_a_distribution_of_some_pairs_sends_their_rows_alone():
+    plan = plan_distribution(PLACEMENT, ROW_ELEMENTS, np.array([True, False, False]))
+    assert elements_WW(plan).tolist() == [[21, 0], [11, 0]]
+
+
 @pytest.mark.parametrize("plan_of", [plan_collection, plan_distribution])
 @given(placement=placements(), rows=st.integers(1, 4), elements=st.integers(1, 9))
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,52 @@
+"""Phase 4 of a step: which experts arrive where they were not. R expert groups, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device
+from swiftmoe_lightning.placement import Placement
+
+if TYPE_CHECKING:
+    from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
+
+
+def queue_distributions(
+    placed: Sequence[tuple[ShardedLayer, Placement]], group: ExpertGroup | None
+) -> list[ShardedLayer]:
+    """Let weights be sent to the ranks of new placements. A collective of several groups.
+
+    Args:
+        placed: layers, the same in all groups, and their next placements, each group's own.
+        group: None on one rank.
+
+    Returns:
+        The layers with weights to be sent, the same in all groups.
+    """
+    arrivals = find_arrivals(placed, group)
+    queued = zip(placed, arrivals, strict=True)
+    return [layer for (layer, placement), arrives_E in queued if layer.queue_distribution(placement, arrives_E)]
+
+
+def find_arrivals(placed: Sequence[tuple[ShardedLayer, Placement]], group: ExpertGroup | None) -> list[np.ndarray]:
+    """The experts that a rank of any group gets by these placements and does not have. A collective of several groups.
+
+    Rows of weights that have not changed are cut over all groups, too: a group in which experts arrive needs the rows
+    that others own, and they do not know its placements. Where all weights change there is nothing to agree on.
+
+    Args:
+        placed: layers and their next placements.
+        group: None on one rank.
+
+    Returns:
+        For each layer, [E] bool.
+    """
+    own = [layer.slots.arrivals(placement) for layer, placement in placed]
+    if group is None or group.replicate is None or not any(layer.keeps_some() for layer, _ in placed):
+        return own
+    (row,) = to_device(placed[0][0].slots.device, np.concatenate(own).astype(np.int32))
+    arrives_RE = HostCopy(row.device, group.replicate.start_all_gather(row).wait).wait()
+    return np.split(arrives_RE.any(0), np.cumsum([len(arrives_E) for arrives_E in own])[:-1])
