@@ -128,6 +128,9 @@ class ExpertSlots:
                     self._distribute(kept, self._path_of_arrivals(path, before))
             if names:
                 self._distribute(names, path)
+        if not self._distributions:
+            # Nothing to finish before the next forward, but maybe moves.
+            self._stream.join()
         return not kept
 
     def _names_to_send(self, parameters: Mapping[str, Tensor]) -> list[str]:
