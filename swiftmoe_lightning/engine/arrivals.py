@@ -1,11 +1,15 @@
-"""Phase 4 of a step: which experts arrive where they were not. R expert groups, E experts."""
+"""Phase 4 of a step: which experts arrive where they were not, and where those that stay go.
+
+R expert groups, E experts, s slots of a rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device
 from swiftmoe_lightning.placement import Placement
@@ -50,3 +54,15 @@ def find_arrivals(placed: Sequence[tuple[ShardedLayer, Placement]], group: Exper
     (row,) = to_device(placed[0][0].slots.device, np.concatenate(own).astype(np.int32))
     arrives_RE = HostCopy(row.device, group.replicate.start_all_gather(row).wait).wait()
     return np.split(arrives_RE.any(0), np.cumsum([len(arrives_E) for arrives_E in own])[:-1])
+
+
+def move_in_slots(slots: Iterable[Tensor], moves: Sequence[tuple[int, int]]) -> None:
+    """Copy the experts that stay on a rank to their new indices.
+
+    Args:
+        slots: [s, ...] each.
+        moves: of `plan_moves`.
+    """
+    for slot in slots:
+        for old, new in moves:
+            slot[new].copy_(slot[old])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +29,13 @@ from swiftmoe_lightning.engine.gradients import (
 from swiftmoe_lightning.engine.group_factory import device_of_module, make_group
 from swiftmoe_lightning.engine.handshake import ForwardHandshake
 from swiftmoe_lightning.engine.layer_state import LayerState, update_layer_states, update_router_biases
-from swiftmoe_lightning.engine.muon_groups import connect_muon
 from swiftmoe_lightning.engine.placer_factory import make_placer
+from swiftmoe_lightning.engine.prepared_optimizers import PreparedOptimizers
 from swiftmoe_lightning.engine.save_pretrained import gather_before_save_pretrained
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.stale_parameters import refuse_foreign, refuse_replaced, refuse_uncut
 from swiftmoe_lightning.engine.stepped_layers import layers_stepped_by
 from swiftmoe_lightning.engine.streamed_window import StreamedWindow
-from swiftmoe_lightning.engine.update import ShardedUpdate
 from swiftmoe_lightning.engine.weight_exchange import PHASES
 from swiftmoe_lightning.placement import Placement, Placer
 
@@ -92,8 +90,8 @@ class SwiftMoEEngine:
         self._fold = (ranks_per_node, mesh, tensor_mesh)
         self._wants_stop = False
         self._states: list[LayerState] = []
-        self._updates: dict[int, ShardedUpdate] = {}
         self._collector = GradientCollector()
+        self._optimizers = PreparedOptimizers(self._collector, self._end_step)
         self._window = StreamedWindow() if self.config.reshard_after_forward else DistributionWindow()
         self.attach(module)
 
@@ -111,7 +109,7 @@ class SwiftMoEEngine:
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank has sent to others since the start, by phase: see `PHASES`; "update" is `Muon`'s."""
         sent = {phase: sum(layer.slots.bytes_sent[phase] for layer in self.layers) for phase in PHASES}
-        return {**sent, "update": sum(update.bytes_sent for update in self._updates.values())}
+        return {**sent, "update": self._optimizers.bytes_sent}
 
     def attach(self, module: nn.Module) -> None:
         """Spread the module's new MoE layers. Call it again after adding, moving or casting layers. A collective."""
@@ -171,16 +169,12 @@ class SwiftMoEEngine:
             refuse_uncut(optimizer, None if self.dense is None else self.dense.stale_parameters, self.config.dense)
         if self._states:
             refuse_foreign(optimizer, self.module)
-        if id(optimizer) not in self._updates:
-            optimizer.register_step_pre_hook(self._collector.refuse_step)
-            connect_muon(optimizer, self.module, None if self.group is None else self._device)
-            self._updates[id(optimizer)] = ShardedUpdate(optimizer, self._name_of, partial(self._end_step, optimizer))
+        self._optimizers.add(optimizer, self.module, None if self.group is None else self._device)
         return optimizer
 
-    def _end_step(self, optimizer: Optimizer) -> None:
+    def _end_step(self, optimizer: Optimizer, others: list[Optimizer]) -> None:
         for layer in self.layers[:1]:
             layer.handshake.end_update()
-        others = [update.optimizer for update in self._updates.values() if update.optimizer is not optimizer]
         self.after_update(layers_stepped_by(optimizer, others, self._states))
 
     @contextmanager
@@ -277,7 +271,7 @@ class SwiftMoEEngine:
         """A `torch.amp.GradScaler` with these options, which skips a step on all ranks or on none."""
         if self.group is None:
             return torch.amp.GradScaler(device, **options)
-        return ShardedGradScaler(self.group, self._updates, device, **options)
+        return ShardedGradScaler(self.group, self._optimizers.updates, device, **options)
 
     def scaler_like(self, scaler: torch.amp.GradScaler, device: str) -> torch.amp.GradScaler:
         """`grad_scaler` with the settings of a stock scaler that has not scaled yet."""
@@ -299,6 +293,3 @@ class SwiftMoEEngine:
 
     def _or_all(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[nn.Parameter]:
         return self.module.parameters() if parameters is None else parameters
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return next((name for name, p in self.module.named_parameters() if p is parameter), "a parameter")

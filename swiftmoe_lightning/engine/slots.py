@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swiftmoe_lightning.distributed import ExpertGroup, local_shard, phase, side_stream, write_counts
+from swiftmoe_lightning.engine.arrivals import move_in_slots
 from swiftmoe_lightning.engine.hidden_pieces import HiddenPieces
 from swiftmoe_lightning.engine.weight_exchange import PendingCollection, PendingDistribution, WeightPath
 from swiftmoe_lightning.engine.weight_paths import WeightPaths
@@ -148,12 +149,16 @@ class ExpertSlots:
             self._filled, self._is_queued, self._updated, self._is_freed = self.placement, False, set(), False
             if kept and before is not None:
                 # First, for what arrives may come straight into slots.
-                self._move(before, kept)
+                moves = plan_moves(before, self.placement, self._group.expert.rank)
+                move_in_slots([self.weights[name].detach() for name in kept], moves)
                 if self._arrives_E.any():
                     arrivals = self._paths.of_arrivals(before, self.placement, self._arrives_E)
                     self._distribute(kept, arrivals, is_refill)
             if names:
                 self._distribute(names, path, is_refill)
+        if not self._distributions:
+            # Nothing to finish before the next forward, but maybe moves.
+            self._stream.join()
         return not kept
 
     def _names_to_send(self, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -161,14 +166,6 @@ class ExpertSlots:
         if self._updated is None or self._is_freed:
             return list(parameters)
         return [name for name in parameters if name in self._updated]
-
-    def _move(self, before: Placement, kept: Collection[str]) -> None:
-        """Move the experts that stay on this rank to their new indices."""
-        moves = plan_moves(before, self.placement, self._group.expert.rank)
-        for name in kept:
-            slot = self.weights[name].detach()
-            for old, new in moves:
-                slot[new].copy_(slot[old])
 
     def _distribute(self, names: Collection[str], path: WeightPath, is_refill: bool) -> None:
         parameters = self._parameters()
