@@ -23,7 +23,7 @@ from swiftmoe_lightning.accelerate.parallel_axes import parallel_axes
 from tests.engine import dense, models
 from tests.engine.test_matches_dense_reference import relative_error
 from tests.engine.test_tensor_parallel import WithMLP
-from tests.helpers import run_ranks
+from tests.helpers import nightly, run_ranks
 from tests.huggingface import test_trainer as test_hf_trainer
 
 STEPS = 5
@@ -119,9 +119,8 @@ def train(axes: dict[str, int]) -> dict[str, Tensor]:
     "axes",
     [
         {"dp_shard_size": 2, "tp_size": 2},
-        {"tp_size": 2},
         {"dp_replicate_size": 2, "dp_shard_size": 2},
-        {"dp_shard_size": 3},
+        *nightly({"tp_size": 2}, {"dp_shard_size": 3}),
     ],
     ids=str,
 )

@@ -173,7 +173,7 @@ def test_uniform_replicas_take_over_in_the_replay_when_they_did_in_the_run(tmp_p
     assert (trace.recorded["replicas"][fell_back_U, 0] == uniform_E).all()
 
 
-@pytest.mark.parametrize("interval", [2, "auto"])
+@pytest.mark.parametrize("interval", [*nightly(2), "auto"])
 def test_layers_that_a_step_did_not_use_wait_in_the_replay_as_in_the_run(tmp_path: Path, interval: int | str) -> None:
     trace = recorded(Alternates, tmp_path, replace_every=interval, find_unused_parameters=True)
     replayed_run, is_used_UL = replayed(trace, interval=interval), trace.popularity_ULE.any(2)

@@ -35,7 +35,7 @@ TEXT = np.random.default_rng(0).integers(0, 40, 4000).astype(np.uint8)
 CORPUS = Corpus(TEXT, TEXT)
 
 
-@pytest.mark.parametrize("system", ["static", "symi", "balanced", "dropless", "flexmoe-10"])
+@pytest.mark.parametrize("system", [*nightly("static", "symi"), "balanced", "dropless", "flexmoe-10"])
 @pytest.mark.parametrize("top_k", [*nightly(1), 2])
 def test_trains_like_four_real_ranks(system: str, top_k: int) -> None:
     # FlexMoE's first revision comes before the tenth step.

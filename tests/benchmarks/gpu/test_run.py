@@ -99,6 +99,7 @@ def test_a_run_on_a_gpu_leaves_out_what_is_wrong_and_notes_what_fails(
     assert written[-1]["not_measured"][1] == f"ceilings of the GPU: {LATE}"
 
 
+@pytest.mark.nightly
 def test_a_lost_process_leaves_out_the_candidate_that_ran_in_it(
     written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
