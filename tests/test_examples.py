@@ -22,8 +22,10 @@ NIGHTLY = {
     "go_on_after_a_lost_node.py",
     "hf_expert_parallel.py",
     "lightning_cli.py",
+    "narrow_tokens.py",
     "resume_by_itself.py",
     "resume_other_world_size.py",
+    "sharded_evaluation.py",
 }
 
 
