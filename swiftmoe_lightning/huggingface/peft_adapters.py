@@ -139,6 +139,19 @@ class PeftAdapter(nn.Module, LoraLayer):
     def _factors_of_experts(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._parameters_of_experts().items() if name in self.factors]
 
+    @property
+    def lora_A(self) -> Any:
+        """What PEFT reads where each row of a batch has an adapter of its own (`adapter_names=`).
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "experts that convert() has taken over compute one adapter for all rows, and adapter_names= gives rows "
+            "their own. Call model.set_adapter() and pass the rows of one adapter at a time, or do not convert(). "
+            "(FAQ: lora-on-experts)"
+        )
+
     def unload_and_optionally_merge_module(self, *_: Any, **__: Any) -> None:
         """Refused.
 

@@ -439,6 +439,12 @@ def test_merging_beside_the_experts_is_refused_with_the_fix() -> None:
         model.merge_and_unload()
 
 
+def test_an_adapter_for_each_row_is_refused_with_the_fix() -> None:
+    model = sml.convert(with_two_adapters("mixtral")).eval()
+    with pytest.raises(ValueError, match=r"one adapter for all rows.*Call model.set_adapter\(\).*\(FAQ: lora-on-"):
+        model(input_ids=hf_models.tokens(0, 2), adapter_names=["default", "second"])
+
+
 def train_by_trainer(folder: str) -> list[dict[str, Tensor]]:
     """The adapter after four steps of the Trainer, and after two more from its checkpoint of step 2."""
     from transformers import TrainingArguments
