@@ -101,7 +101,16 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 def test_links_lead_somewhere(name: str) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
         if not link.startswith("http"):
-            assert ((ROOT / name).parent / link).exists(), link
+            path, _, anchor = link.partition("#")
+            target = (ROOT / name).parent / path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target.read_text()), link
+
+
+def anchors_of(page: str) -> set[str]:
+    """What a link can name on a Markdown page: its headings, as GitHub and the site write them."""
+    headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def test_the_table_of_what_works_is_that_of_the_tests() -> None:
