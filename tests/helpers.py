@@ -170,6 +170,8 @@ def _rank_main(
     try:
         if init and world_size > 1:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+            # A rank that ends, or raises, at once would close its connections while others still make theirs.
+            dist.barrier()
         outcome = ("ok", fn(*args))
     except BaseException:
         outcome = ("error", traceback.format_exc())
