@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swiftmoe_lightning.ops import dequantize_rows, quantize_rows
+from swiftmoe_lightning.ops import SCALE_BYTES, dequantize_rows, quantize_rows
 
 FP8 = torch.float8_e4m3fn
 
@@ -54,7 +54,7 @@ def packed_bytes(dim: int, rows_dtype: torch.dtype, dtype: torch.dtype | None) -
         dtype: as in `pack_rows`.
     """
     if dtype == FP8:
-        return dim + 4
+        return dim + SCALE_BYTES
     return dim * min(rows_dtype.itemsize, (dtype or rows_dtype).itemsize)
 
 

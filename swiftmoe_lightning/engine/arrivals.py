@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from swiftmoe_lightning.distributed import ExpertGroup, HostCopy, to_device
+from swiftmoe_lightning.distributed import ExpertGroup, to_device, to_host
 from swiftmoe_lightning.placement import Placement
 
 if TYPE_CHECKING:
@@ -46,13 +46,17 @@ def find_arrivals(placed: Sequence[tuple[ShardedLayer, Placement]], group: Exper
         group: None on one rank.
 
     Returns:
-        For each layer, [E] bool.
+        For each layer, [E] bool; none where all its weights change, and so are sent whole.
     """
-    own = [layer.slots.arrivals(placement) for layer, placement in placed]
-    if group is None or group.replicate is None or not any(layer.keeps_some() for layer, _ in placed):
+    keep = [layer.keeps_some() for layer, _ in placed]
+    own = [
+        layer.slots.arrivals(placement) if keeps else np.zeros(placement.num_experts, dtype=bool)
+        for (layer, placement), keeps in zip(placed, keep, strict=True)
+    ]
+    if group is None or group.replicate is None or not any(keep):
         return own
     (row,) = to_device(placed[0][0].slots.device, np.concatenate(own).astype(np.int32))
-    arrives_RE = HostCopy(row.device, group.replicate.start_all_gather(row).wait).wait()
+    arrives_RE = to_host(group.replicate.all_gather(row))
     return np.split(arrives_RE.any(0), np.cumsum([len(arrives_E) for arrives_E in own])[:-1])
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from swiftmoe_lightning.distributed import is_sharded
 from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
 from swiftmoe_lightning.engine.weight_exchange import PendingCollection
+from swiftmoe_lightning.modules import in_backward
 
 
 class GradientCollector:
@@ -64,7 +65,7 @@ class GradientCollector:
 
     def on_forward(self) -> None:
         """A forward outside of backward: backwards that are still listed as running have failed."""
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             for layers in self._running.values():
                 self._waiting |= layers
             self._running.clear()

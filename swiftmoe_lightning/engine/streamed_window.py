@@ -11,6 +11,7 @@ import torch
 
 from swiftmoe_lightning.distributed import to_device, to_host
 from swiftmoe_lightning.engine.weight_window import NUM_AHEAD, WeightWindow
+from swiftmoe_lightning.modules import in_backward
 
 if TYPE_CHECKING:
     from swiftmoe_lightning.engine.sharded_layer import ShardedLayer
@@ -50,7 +51,7 @@ class StreamedWindow(WeightWindow):
 
     def advance(self, layer: ShardedLayer) -> None:
         """`layer` is about to run: wait for its weights, and let those of the next ones be sent."""
-        if _in_backward():
+        if in_backward():
             # An activation checkpoint runs the forward again.
             self._fill(layer)
             self._fill_ahead(self._below(layer))
@@ -68,7 +69,7 @@ class StreamedWindow(WeightWindow):
 
     def end_forward(self, layer: ShardedLayer, trains: bool) -> None:
         """Free the slots of `layer`, unless its backward comes next."""
-        if _in_backward():
+        if in_backward():
             return
         if trains and layer is self.layers[-1]:
             self._kept.add(layer)
@@ -163,7 +164,3 @@ class StreamedWindow(WeightWindow):
 
     def _name(self, index: int) -> str:
         return f"layer {index} of {len(self.layers)}"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

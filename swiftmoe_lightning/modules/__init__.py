@@ -8,7 +8,7 @@ from swiftmoe_lightning.modules.forward import ExpertsOutput
 from swiftmoe_lightning.modules.group_limited import GroupLimitedRouter
 from swiftmoe_lightning.modules.hash_router import HashRouter
 from swiftmoe_lightning.modules.hidden_cuts import HiddenCut, hidden_cuts
-from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad
+from swiftmoe_lightning.modules.load import LoadCursor, TrainedLoad, in_backward
 from swiftmoe_lightning.modules.moe import MoE, auxiliary_loss
 from swiftmoe_lightning.modules.noisy_routers import JitterRouter, NoisyTopKRouter
 from swiftmoe_lightning.modules.reader import LayerLoad, LoadReader
@@ -57,6 +57,7 @@ __all__ = [
     "evaluates_sharded",
     "finish_sharded",
     "hidden_cuts",
+    "in_backward",
     "record_routing",
     "replay_routing",
     "routing_from_array",

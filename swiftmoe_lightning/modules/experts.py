@@ -20,7 +20,13 @@ from swiftmoe_lightning.modules.dispatch import TokenDispatcher
 from swiftmoe_lightning.modules.expert_inputs import check_ids, check_input
 from swiftmoe_lightning.modules.forward import ExpertsOutput, StartedForward
 from swiftmoe_lightning.modules.initialize import fill_rows_uniform
-from swiftmoe_lightning.modules.load import NON_FINITE_SCORES, LoadCursor, TrainedLoad, run_once_in_backward
+from swiftmoe_lightning.modules.load import (
+    NON_FINITE_SCORES,
+    LoadCursor,
+    TrainedLoad,
+    in_backward,
+    run_once_in_backward,
+)
 from swiftmoe_lightning.modules.sharded_forward import evaluates_sharded, finish_sharded
 from swiftmoe_lightning.modules.two_level import TwoLevelDispatcher, make_dispatcher
 from swiftmoe_lightning.modules.weights import check_loaded_shapes, compute_dtype, prepare_weights
@@ -256,7 +262,7 @@ class Experts(nn.Module):
         context.end_forward(arrived_RD, out_TD, placement)
         out_TD = run_once_in_backward(out_TD, on_backward)
         num_data_ranks = placement.world_size / (1 if context.tensor_ranks is None else context.tensor_ranks.size)
-        return ExpertsOutput(out_TD, popularity_E, num_data_ranks, _in_backward())
+        return ExpertsOutput(out_TD, popularity_E, num_data_ranks, in_backward())
 
     def _finish_on_one_device(self, started: StartedForward) -> ExpertsOutput:
         """`finish` on one device without a capacity. The CPU needs no counts, so nothing waits for a GPU."""
@@ -276,7 +282,7 @@ class Experts(nn.Module):
         def on_backward() -> None:
             self.trained_load.add_on_device(counts_E, scores_finite)
 
-        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), counts_E, 1, _in_backward())
+        return ExpertsOutput(run_once_in_backward(out_TD, on_backward), counts_E, 1, in_backward())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (EMA, pickle) has the parameters only: groups, slots and engines belong to the original.
@@ -292,7 +298,3 @@ class Experts(nn.Module):
         """What `repr` shows in the parentheses."""
         name = getattr(self.activation, "__qualname__", self.activation)
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {name}"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -83,6 +83,11 @@ class LoadCursor:
         return total - last_total if total.load_W.shape == last_total.load_W.shape else total
 
 
+def in_backward() -> bool:
+    """Whether autograd runs a backward on this thread: then a forward is the repetition of a checkpointed one."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def run_once_in_backward(out: Tensor, action: Callable[[], None]) -> Tensor:
     """Let the first backward through `out` call `action`. Returns `out`.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftmoe_lightning.modules.chosen_experts import ChosenExperts
+from swiftmoe_lightning.modules.load import in_backward
 from swiftmoe_lightning.modules.replayed_forwards import ReplayedForwards, same_ids
 from swiftmoe_lightning.modules.router import RouterOutput
 from swiftmoe_lightning.modules.routing_ids import compact_ids, signed_ids
@@ -63,7 +64,7 @@ class RoutingTap:
             RuntimeError: when backward repeats a forward in which the context is opened.
         """
         if replayed_RK is not None:
-            if _in_backward():
+            if in_backward():
                 raise RuntimeError(
                     f"replay_routing is opened inside of an activation checkpoint around {self.name!r}, whose "
                     "repetition in backward opens it once more. Open it around the checkpoint, as around the whole "
@@ -103,7 +104,7 @@ class RoutingTap:
             RuntimeError: when a forward is repeated in backward that is not known.
         """
         num_tokens = x.numel() // max(x.shape[-1], 1)
-        if _in_backward():
+        if in_backward():
             return self._run(self._forwards.repeated(x, num_tokens), router, x, *args, **kwargs)
         ids_TK = self._next_ids(num_tokens)
         output = self._run(ids_TK, router, x, *args, **kwargs)
@@ -127,7 +128,7 @@ class RoutingTap:
             RuntimeError: when the router was not run through this tap, or its ids were changed.
         """
         routed_TK, self._routed_TK = self._routed_TK, None
-        if not (self.is_open or (_in_backward() and self._forwards)):
+        if not (self.is_open or (in_backward() and self._forwards)):
             return
         if routed_TK is None or not _holds(routed_TK, expert_ids_TK, self.num_experts):
             raise RuntimeError(
@@ -212,10 +213,6 @@ class _TappedForward:
 
     def __reduce__(self) -> Any:
         return self._forward.__reduce__()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _holds(routed_TK: Tensor, expert_ids_TK: Tensor, num_experts: int) -> bool:

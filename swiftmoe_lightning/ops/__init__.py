@@ -6,13 +6,14 @@ from swiftmoe_lightning.ops.layer import expert_layer, expert_rows
 from swiftmoe_lightning.ops.memory import reused_empty
 from swiftmoe_lightning.ops.orthogonalize import orthogonalize
 from swiftmoe_lightning.ops.permute import combine, permute, unpermute
-from swiftmoe_lightning.ops.quantize import dequantize_rows, quantize_rows
+from swiftmoe_lightning.ops.quantize import SCALE_BYTES, dequantize_rows, quantize_rows
 from swiftmoe_lightning.ops.regroup import regroup
 from swiftmoe_lightning.ops.route import SCORES, Routing, all_finite, route, route_to, score_logits
 from swiftmoe_lightning.ops.sort import SortedAssignments, sort_assignments
 
 __all__ = [
     "ACTIVATIONS",
+    "SCALE_BYTES",
     "SCORES",
     "Activation",
     "Routing",
